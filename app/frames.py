@@ -1,0 +1,71 @@
+"""What worker and work-horse say to each other: frames of a JSON header and raw bytes over a socket pair."""
+
+import json
+import socket
+import struct
+import threading
+import time
+from typing import Any
+
+_SIZES = struct.Struct("!II")
+
+Header = dict[str, Any]
+
+
+class Channel:
+    """One end of the socket pair. Any thread may send; one receives."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._socket = end
+        self._received = bytearray()
+        self._sending = threading.Lock()
+
+    def fileno(self) -> int:
+        """The socket's file descriptor."""
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        """Close this end; the other one reads the end of the stream."""
+        self._socket.close()
+
+    def send(self, header: Header, body: bytes = b"") -> None:
+        """Send a frame.
+
+        Raises:
+            OSError: the other end is closed.
+        """
+        head = json.dumps(header).encode()
+        with self._sending:
+            self._socket.settimeout(None)
+            self._socket.sendall(_SIZES.pack(len(head), len(body)) + head + body)
+
+    def receive(self, timeout: float | None = None) -> tuple[Header, bytes] | None:
+        """The next frame; None if none was complete within so many seconds.
+
+        Raises:
+            EOFError: the other end is closed.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (frame := self._complete_frame()) is None:
+            try:
+                self._socket.settimeout(None if deadline is None else max(deadline - time.monotonic(), 0.0001))
+                received = self._socket.recv(1 << 18)
+            except TimeoutError:
+                return None
+            except ConnectionError:
+                received = b""
+            if not received:
+                raise EOFError
+            self._received += received
+        return frame
+
+    def _complete_frame(self) -> tuple[Header, bytes] | None:
+        if len(self._received) < _SIZES.size:
+            return None
+        head, body = _SIZES.unpack_from(self._received)
+        start, end = _SIZES.size + head, _SIZES.size + head + body
+        if len(self._received) < end:
+            return None
+        frame = json.loads(self._received[_SIZES.size : start]), bytes(self._received[start:end])
+        del self._received[:end]
+        return frame

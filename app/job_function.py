@@ -1,0 +1,157 @@
+"""What makes a plain callable a job function: its name, the type of its payload, its defaults; and its progress."""
+
+import asyncio
+import importlib
+import inspect
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypedDict, TypeVar, get_type_hints
+
+from pydantic import TypeAdapter
+
+AnyCallable = TypeVar("AnyCallable", bound=Callable[..., Any])
+
+
+class Defaults(TypedDict, total=False):
+    """The options that a job function may declare; a request overrides them within the configured limits."""
+
+    queue: str
+    timeout: int
+    retries: int
+    result_ttl: int
+
+
+class Progress(TypedDict):
+    """How far a job is, as its status shows it."""
+
+    done: float
+    total: float
+    message: str
+
+
+@dataclass(frozen=True)
+class JobFunction:
+    """A callable that jobs may run, with what the API needs to know of it."""
+
+    name: str
+    call: Callable[..., Any]
+    #: None where any JSON is welcome (no type hint, `dict` or `Any`).
+    payload: TypeAdapter[Any] | None
+    defaults: Defaults
+
+    @property
+    def path(self) -> str:
+        """The name under which RQ stores the function in a job."""
+        return f"{self.call.__module__}.{self.call.__qualname__}"
+
+    @property
+    def description(self) -> str:
+        """The function's docstring."""
+        return inspect.getdoc(self.call) or ""
+
+    @property
+    def payload_schema(self) -> dict[str, Any]:
+        """The JSON Schema of the payload; an empty one allows any JSON."""
+        return self.payload.json_schema() if self.payload else {}
+
+    def validate(self, payload: object) -> Any:
+        """Turn a payload as JSON data into what the function receives.
+
+        Validated as JSON (not as Python objects), so that a strict model takes a date or a UUID from a string.
+
+        Raises:
+            pydantic.ValidationError: the payload does not fit the type hint.
+        """
+        return self.payload.validate_json(json.dumps(payload)) if self.payload else payload
+
+    def run(self, args: Iterable[Any], kwargs: dict[str, Any]) -> Any:
+        """Call the function as RQ would, with the payload validated; an async function is run to its end.
+
+        Raises:
+            pydantic.ValidationError: the payload does not fit the type hint.
+            TypeError: the job has other arguments than the one payload.
+        """
+        bound = inspect.signature(self.call).bind(*args, **kwargs)
+        for name, payload in list(bound.arguments.items())[:1]:
+            bound.arguments[name] = self.validate(payload)
+        value = self.call(*bound.args, **bound.kwargs)
+        return asyncio.run(value) if inspect.iscoroutine(value) else value
+
+
+#: The job functions by name. Filled by `@job_function` as the modules of FUNCTION_MODULES are imported.
+FUNCTIONS: dict[str, JobFunction] = {}
+
+
+def job_function(
+    *, queue: str | None = None, timeout: int | None = None, retries: int | None = None, result_ttl: int | None = None
+) -> Callable[[AnyCallable], AnyCallable]:
+    """Let jobs run the decorated callable, which stays the plain callable it is.
+
+    The callable takes one argument, the payload. Its type hint, any type that pydantic can validate, says what
+    payloads are accepted at enqueue and what the function receives; `dict` or no hint mean any JSON. It returns JSON
+    data, and raises on failure.
+
+    Args:
+        queue: name of the queue its jobs go to.
+        timeout: run limit in seconds.
+        retries: how often a job that raised is run again.
+        result_ttl: how long a result is kept, in seconds.
+
+    Raises:
+        TypeError: the callable does not take exactly one argument.
+        ValueError: another job function has the same name.
+    """
+    options = {"queue": queue, "timeout": timeout, "retries": retries, "result_ttl": result_ttl}
+    defaults = Defaults(**{name: value for name, value in options.items() if value is not None})  # type: ignore[typeddict-item]  # a dict comprehension loses the keys' types
+
+    def register(call: AnyCallable) -> AnyCallable:
+        name = call.__name__
+        parameters = list(inspect.signature(call).parameters)
+        if len(parameters) != 1:
+            raise TypeError(f"The job function {name} must take one argument, the payload; it takes {len(parameters)}.")
+        hint = get_type_hints(call, include_extras=True).get(parameters[0], Any)
+        payload = None if hint in (Any, object, dict) else TypeAdapter(hint)
+        function = JobFunction(name, call, payload, defaults)
+        if name in FUNCTIONS and FUNCTIONS[name].path != function.path:
+            raise ValueError(f"Two job functions are named {name}: {FUNCTIONS[name].path} and {function.path}.")
+        FUNCTIONS[name] = function
+        return call
+
+    return register
+
+
+def load_functions(modules: Iterable[str]) -> dict[str, JobFunction]:
+    """Import the modules that hold job functions; the result is `FUNCTIONS`."""
+    for module in modules:
+        importlib.import_module(module)
+    return FUNCTIONS
+
+
+_send_progress: Callable[[Progress], None] | None = None
+
+
+def report_progress(done: float, total: float, message: str = "") -> None:
+    """Say how far the running job is; whoever looks at its status sees it. Outside of a job it does nothing.
+
+    Cheap enough for a loop of a few hundred steps: only the latest of several reports in quick succession is kept.
+
+    Args:
+        done: how much is done, in the unit of `total`.
+        total: how much there is to do.
+        message: a few words for people.
+    """
+    if _send_progress:
+        _send_progress(Progress(done=done, total=total, message=message))
+
+
+@contextmanager
+def progress_goes_to(send: Callable[[Progress], None]) -> Iterator[None]:
+    """Hand the reports of the job that runs inside to `send`, from whichever thread they come."""
+    global _send_progress
+    _send_progress = send
+    try:
+        yield
+    finally:
+        _send_progress = None

@@ -1,0 +1,45 @@
+"""Job ids that prove themselves: whether an id was ever given out can be told without keeping anything for it.
+
+A job's hash is gone once its TTL has passed, and then `/get_result` answers `410` for a job that existed but `404` for
+an id that never did. A mark in Redis for each job would cost some 130 bytes for as long as that is to hold. Instead, an
+id is 10 random bytes and a 6-byte tag, the keyed hash (RFC 2104) of these bytes and the job's owner, under a secret
+that Redis keeps: no bytes per job, and it holds for as long as Redis does.
+"""
+
+import hashlib
+import hmac
+import os
+import uuid
+
+from redis import Redis
+
+from app.transitions import SECRET_KEY
+
+
+class JobIds:
+    """Makes job ids, and knows its own again. Reads the secret at first use."""
+
+    def __init__(self, connection: Redis) -> None:
+        self._connection = connection
+        self._secret: bytes | None = None
+
+    def _tag(self, body: bytes, owner: str) -> bytes:
+        if self._secret is None:
+            with self._connection.pipeline() as pipeline:
+                pipeline.setnx(SECRET_KEY, os.urandom(32))
+                pipeline.get(SECRET_KEY)
+                self._secret = pipeline.execute()[1]
+        return hmac.digest(self._secret, body + owner.encode(), hashlib.sha256)[:6]
+
+    def new(self, owner: str = "") -> str:
+        """A new job id for this owner, in the form of a UUID."""
+        body = os.urandom(10)
+        return str(uuid.UUID(bytes=body + self._tag(body, owner)))
+
+    def is_ours(self, job_id: str, owner: str = "") -> bool:
+        """Whether `new` once gave this id to this owner."""
+        try:
+            raw = uuid.UUID(job_id).bytes
+        except ValueError:
+            return False
+        return str(uuid.UUID(bytes=raw)) == job_id and hmac.compare_digest(raw[10:], self._tag(raw[:10], owner))

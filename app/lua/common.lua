@@ -1,0 +1,106 @@
+-- What the transitions share. transitions.py puts this text in front of each script and RQ's key prefix in place of
+-- {RQ}. Keys are built here from ids: one Redis, not a cluster, as with RQ itself.
+
+local RQ = '{RQ}'
+local EVENTS = RQ .. ':api:events'     -- the event log: what happened to which job, bounded
+local DOORBELL = RQ .. ':api:doorbell' -- a stream of length 1: "some queue has a job"
+local EVENTS_KEPT = 10000
+
+-- RQ's cleaners fail a job once its score in the started registry has passed. Ours is this many seconds later than the
+-- lease, so that `recover` always comes first, also when `rq info` or a stock worker runs RQ's cleanup.
+local GRACE = 60
+
+local function job_key(id) return RQ .. ':job:' .. id end
+local function queue_key(queue) return RQ .. ':queue:' .. queue end
+local function registry(name, queue) return RQ .. ':' .. name .. ':' .. queue end
+local function worker_key(worker) return RQ .. ':worker:' .. worker end
+
+-- Redis' clock, in seconds. Scripts use no other.
+local function clock()
+  local time = redis.call('TIME')
+  return tonumber(time[1]) + tonumber(time[2]) / 1e6
+end
+
+-- Seconds since 1970 as RQ writes a time: 2026-11-23T10:00:00.123456Z. The sandbox has no os.date; the calendar
+-- arithmetic is that of H. Hinnant, "chrono-Compatible Low-Level Date Algorithms", civil_from_days.
+local function timestamp(seconds)
+  local whole = math.floor(seconds)
+  local days = math.floor(whole / 86400)
+  local rest = whole - days * 86400
+  days = days + 719468
+  local era = math.floor(days / 146097)
+  local doe = days - era * 146097
+  local yoe = math.floor((doe - math.floor(doe / 1460) + math.floor(doe / 36524) - math.floor(doe / 146096)) / 365)
+  local doy = doe - (365 * yoe + math.floor(yoe / 4) - math.floor(yoe / 100))
+  local mp = math.floor((5 * doy + 2) / 153)
+  local month = mp < 10 and mp + 3 or mp - 9
+  local year = yoe + era * 400 + (month <= 2 and 1 or 0)
+  return string.format('%04d-%02d-%02dT%02d:%02d:%02d.%06dZ', year, month, doy - math.floor((153 * mp + 2) / 5) + 1,
+    math.floor(rest / 3600), math.floor(rest / 60) % 60, rest % 60, math.floor((seconds - whole) * 1e6))
+end
+
+-- A number of seconds with its microseconds (Lua's own tostring keeps 14 digits only).
+local function exact(seconds) return string.format('%.6f', seconds) end
+
+local function tell(id, status, ...)
+  redis.call('XADD', EVENTS, 'MAXLEN', '~', EVENTS_KEPT, '*', 'job_id', id, 'status', status, ...)
+end
+
+local function ring()
+  redis.call('XADD', DOORBELL, 'MAXLEN', 1, '*', 'rung', 1)
+end
+
+-- The job waits in its queue from now on.
+local function make_waiting(id, queue, at_front, now)
+  redis.call('HSET', job_key(id), 'status', 'queued', 'enqueued_at', timestamp(now), 'started_at', '', 'ended_at', '',
+    'worker_name', '')
+  redis.call('HDEL', job_key(id), 'progress', 'error')
+  redis.call('SADD', RQ .. ':queues', queue_key(queue))
+  redis.call(at_front and 'LPUSH' or 'RPUSH', queue_key(queue), id)
+  tell(id, 'queued')
+  ring()
+end
+
+local function execution_key(id, execution) return RQ .. ':execution:' .. id .. ':' .. execution end
+
+-- Whether this execution still has the job. It is the fence in front of all that a worker writes: `recover`, a cancel
+-- and RQ's own cleanup take the entry away, and a status that is not `started` means that somebody else decided.
+local function holds(id, execution, queue)
+  return redis.call('ZSCORE', registry('wip', queue), id .. ':' .. execution)
+    and redis.call('HGET', job_key(id), 'status') == 'started'
+end
+
+local function extend_lease(id, execution, queue, worker, lease, now)
+  local ttl = math.ceil(lease) + GRACE
+  redis.call('HSET', execution_key(id, execution), 'last_heartbeat', exact(now), 'lease_until', exact(now + lease))
+  redis.call('EXPIRE', execution_key(id, execution), ttl)
+  redis.call('ZADD', registry('wip', queue), exact(now + ttl), id .. ':' .. execution)
+  redis.call('ZADD', registry('executions', id), exact(now + ttl + 60), execution)
+  redis.call('EXPIRE', registry('executions', id), ttl + 60)
+  redis.call('EXPIRE', worker_key(worker) .. ':executions', ttl + 60)
+  redis.call('HSET', worker_key(worker), 'last_heartbeat', timestamp(now))
+  redis.call('EXPIRE', worker_key(worker), ttl)
+end
+
+-- Add to one of the worker's own counters; a worker that is gone is not brought back by it.
+local function count(worker, command, field, amount)
+  if redis.call('EXISTS', worker_key(worker)) == 1 then redis.call(command, worker_key(worker), field, amount) end
+end
+
+local function end_execution(id, execution, queue, worker)
+  redis.call('DEL', execution_key(id, execution))
+  redis.call('ZREM', registry('wip', queue), id .. ':' .. execution)
+  redis.call('ZREM', registry('executions', id), execution)
+  redis.call('SREM', worker_key(worker) .. ':executions', id .. ':' .. execution)
+end
+
+-- A job that ended without success: `failed`, or `stopped`, which RQ keeps in the same registry.
+local function end_badly(id, queue, status, failure_ttl, result, error, now)
+  local key = job_key(id)
+  redis.call('HSET', key, 'status', status, 'ended_at', timestamp(now), 'last_heartbeat', timestamp(now), 'error', error)
+  redis.call('XADD', registry('results', id), 'MAXLEN', 10, '*', 'type', 2, unpack(result))
+  redis.call('EXPIRE', registry('results', id), failure_ttl)
+  redis.call('EXPIRE', key, failure_ttl)
+  redis.call('ZADD', registry('failed', queue), math.floor(now) + failure_ttl, id)
+  tell(id, status)
+end

@@ -1,0 +1,67 @@
+-- The end of a run: finished, stopped, failed, or tried again after an exception.
+-- ARGV: job id, execution id, queue, worker, outcome (finished, failed, stopped), return value (base64 of JSON, '' for
+-- null), exception (base64 of zlib), error (JSON), default result TTL, default failure TTL, progress as JSON or ''.
+-- Answers the job's new status, 'lost', or 'rq': the job has what only RQ's own code handles, and nothing was written.
+local id, execution, queue, worker, outcome, value, exception, error, result_ttl, failure_ttl, progress = unpack(ARGV)
+if not holds(id, execution, queue) then
+  end_execution(id, execution, queue, worker)
+  return 'lost'
+end
+
+local key, now = job_key(id), clock()
+local job = redis.call('HMGET', key, 'result_ttl', 'failure_ttl', 'retries_left', 'retry_intervals',
+  'enqueue_at_front_on_retry', 'repeats_left', 'rate_limit_key', 'webhooks')
+if redis.call('EXISTS', key .. ':dependents') == 1 or job[6] or job[7] or job[8] then return 'rq' end
+
+local started = tonumber(redis.call('HGET', execution_key(id, execution), 'created_at')) or now
+local result = {'worker_name', worker, 'execution_id', execution, 'execution_started_at', exact(started),
+  'execution_ended_at', exact(now)}
+end_execution(id, execution, queue, worker)
+count(worker, 'HINCRBY', outcome == 'finished' and 'successful_job_count' or 'failed_job_count', 1)
+count(worker, 'HINCRBYFLOAT', 'total_working_time', exact(now - started))
+if progress ~= '' then redis.call('HSET', key, 'progress', progress) end
+
+if outcome == 'finished' then
+  local ttl = tonumber(job[1] or result_ttl)
+  if ttl == 0 then
+    redis.call('DEL', key, registry('results', id), registry('executions', id))
+    tell(id, 'finished')
+    return 'finished'
+  end
+  if value ~= '' then
+    result[#result + 1] = 'return_value'
+    result[#result + 1] = value
+  end
+  redis.call('HSET', key, 'status', 'finished', 'ended_at', timestamp(now), 'last_heartbeat', timestamp(now))
+  redis.call('XADD', registry('results', id), 'MAXLEN', 10, '*', 'type', 1, unpack(result))
+  if ttl > 0 then
+    redis.call('EXPIRE', registry('results', id), ttl)
+    redis.call('EXPIRE', key, ttl)
+  else -- RQ's -1: for ever
+    redis.call('PERSIST', registry('results', id))
+  end
+  redis.call('ZADD', registry('finished', queue), ttl > 0 and math.floor(now) + ttl or '+inf', id)
+  tell(id, 'finished')
+  return 'finished'
+end
+
+local retries_left = tonumber(job[3] or 0)
+if outcome == 'failed' and retries_left > 0 then
+  redis.call('HSET', key, 'retries_left', retries_left - 1)
+  local intervals = job[4] and cjson.decode(job[4]) or {0}
+  local pause = intervals[math.max(#intervals - retries_left, 0) + 1] or 0
+  if pause > 0 then
+    redis.call('HSET', key, 'status', 'scheduled', 'started_at', '', 'worker_name', '')
+    redis.call('HDEL', key, 'progress')
+    redis.call('ZADD', registry('scheduled', queue), math.floor(now + pause), id)
+    tell(id, 'scheduled')
+    return 'scheduled'
+  end
+  make_waiting(id, queue, job[5] == '1', now)
+  return 'queued'
+end
+
+result[#result + 1] = 'exc_string'
+result[#result + 1] = exception
+end_badly(id, queue, outcome, tonumber(job[2] or failure_ttl), result, error, now)
+return outcome

@@ -1,0 +1,37 @@
+-- What dead workers left behind. The jobs whose lease ran out are only named: the worker releases each, with the fence
+-- of its execution. A job that a stock worker left in its intermediate list, popped but never started (rq#2236), goes
+-- back to its queue once it has been seen there for a minute, as RQ counts it.
+-- ARGV: queues.
+-- Answers a list of {queue, job id, execution id, worker, crashes so far}.
+local now, expired = clock(), {}
+for _, queue in ipairs(ARGV) do
+  for _, member in ipairs(redis.call('ZRANGEBYSCORE', registry('wip', queue), '-inf', now + GRACE, 'LIMIT', 0, 100)) do
+    local id, execution = string.match(member, '^(.*):(.*)$')
+    if not id then
+      redis.call('ZREM', registry('wip', queue), member)
+    else
+      local run = redis.call('HMGET', execution_key(id, execution), 'lease_until', 'worker_name')
+      -- A stock worker's execution has no lease of ours; its score is when RQ would give it up.
+      local ends = tonumber(run[1] or redis.call('ZSCORE', registry('wip', queue), member))
+      if ends < now then
+        expired[#expired + 1] = {queue, id, execution, run[2] or '', redis.call('HGET', job_key(id), 'crashes') or '0'}
+      end
+    end
+  end
+
+  local intermediate = queue_key(queue) .. ':intermediate'
+  for _, id in ipairs(redis.call('LRANGE', intermediate, 0, 99)) do
+    local seen = intermediate .. ':first_seen:' .. id
+    local status = redis.call('HGET', job_key(id), 'status')
+    if status ~= 'queued' then
+      -- Started: a stock worker takes it out as it starts. Anything else: the entry is stale.
+      if status ~= 'started' then redis.call('LREM', intermediate, 1, id) end
+    elseif not redis.call('SET', seen, exact(now), 'NX', 'EX', 86400)
+      and now - tonumber(redis.call('GET', seen)) > 60 then
+      redis.call('LREM', intermediate, 1, id)
+      redis.call('DEL', seen)
+      make_waiting(id, queue, true, now)
+    end
+  end
+end
+return expired

@@ -1,0 +1,14 @@
+-- Extend the lease of a running job, and pass its progress on.
+-- ARGV: job id, execution id, queue, worker, lease in seconds, progress as JSON or ''.
+-- Answers 'held' or 'lost'; after 'lost' the worker stops the run.
+local id, execution, queue, worker, lease, progress = unpack(ARGV)
+if not holds(id, execution, queue) then return 'lost' end
+
+local now = clock()
+extend_lease(id, execution, queue, worker, tonumber(lease), now)
+redis.call('HSET', job_key(id), 'last_heartbeat', timestamp(now))
+if progress ~= '' then
+  redis.call('HSET', job_key(id), 'progress', progress)
+  tell(id, 'started', 'progress', progress)
+end
+return 'held'

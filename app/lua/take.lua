@@ -1,0 +1,54 @@
+-- The first waiting job of the worker's queues, in their order, under a lease.
+-- ARGV: worker, id for the new execution, lease in seconds, queues.
+-- Answers {'taken', queue, job id, start of the run, hash of the job as it was}, {'nothing', last id of the doorbell},
+-- {'skipped', queue, job id, reason} for what cannot be a job, or {'suspended'}.
+local worker, execution, lease = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local now = clock()
+
+-- The same call again, because its answer was lost: the same answer.
+for _, member in ipairs(redis.call('SMEMBERS', worker_key(worker) .. ':executions')) do
+  local id, found = string.match(member, '^(.*):(.*)$')
+  if found == execution then
+    local queue = redis.call('HGET', job_key(id), 'origin')
+    if queue and holds(id, execution, queue) then
+      return {'taken', queue, id, redis.call('HGET', job_key(id), 'started_at'), redis.call('HGETALL', job_key(id))}
+    end
+  end
+end
+
+if redis.call('EXISTS', RQ .. ':suspended') == 1 then return {'suspended'} end
+
+-- What a job in the list may be and still has to be run. Anything that is not a status at all is taken too: the worker
+-- cannot read such a job, and fails it with a message. The rest (canceled meanwhile, pushed twice, …) is skipped.
+local settled = {started = 1, finished = 1, failed = 1, stopped = 1, canceled = 1, scheduled = 1, deferred = 1}
+
+for position = 4, #ARGV do
+  local queue = ARGV[position]
+  local id = redis.call('LPOP', queue_key(queue))
+  while id do
+    local key = job_key(id)
+    local kind = redis.call('TYPE', key).ok
+    if kind == 'hash' then
+      if not settled[redis.call('HGET', key, 'status')] then
+        local job = redis.call('HGETALL', key)
+        redis.call('HSET', key, 'status', 'started', 'started_at', timestamp(now), 'last_heartbeat', timestamp(now),
+          'worker_name', worker, 'origin', queue)
+        redis.call('PERSIST', key)
+        redis.call('HSET', execution_key(id, execution), 'id', execution, 'job_id', id, 'created_at', exact(now),
+          'worker_name', worker)
+        redis.call('SADD', worker_key(worker) .. ':executions', id .. ':' .. execution)
+        redis.call('HSET', worker_key(worker), 'state', 'busy')
+        extend_lease(id, execution, queue, worker, lease, now)
+        tell(id, 'started')
+        return {'taken', queue, id, timestamp(now), job}
+      end
+    elseif kind ~= 'none' then
+      return {'skipped', queue, id, 'its key holds a ' .. kind .. ', not a hash'}
+    end
+    id = redis.call('LPOP', queue_key(queue))
+  end
+end
+
+redis.call('HSET', worker_key(worker), 'state', 'idle')
+local last = redis.call('XREVRANGE', DOORBELL, '+', '-', 'COUNT', 1)
+return {'nothing', last[1] and last[1][1] or '0-0'}

@@ -1,0 +1,251 @@
+"""The problems that clients are told about (RFC 9457): one exception class each, with its status and its page."""
+
+import re
+from typing import Any, ClassVar, TypedDict
+
+
+class ErrorItem(TypedDict):
+    """One place of a request that is wrong: where, as a path into query or body, and why."""
+
+    loc: list[str | int]
+    msg: str
+
+
+class Problem(Exception):
+    """Something that a client is told: `detail` says what happened, `members` are its own fields."""
+
+    status: ClassVar[int]
+    title: ClassVar[str]
+    #: For the problem's page: what it means, and what to do.
+    explanation: ClassVar[str]
+    #: An example of its own members, for the OpenAPI document.
+    example: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, detail: str, *, retry_after: int | None = None, **members: Any) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.retry_after = retry_after
+        self.members = members
+
+    @classmethod
+    def slug(cls) -> str:
+        """The last part of the problem's `type`: `JobNotFound` is `job-not-found`."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "-", cls.__name__).lower()
+
+    def body(self) -> dict[str, Any]:
+        """The problem as JSON data."""
+        return {
+            "type": f"/problems/{self.slug()}",
+            "title": self.title,
+            "status": self.status,
+            "detail": self.detail,
+            **self.members,
+        }
+
+
+class InvalidRequest(Problem):
+    """The payload does not fit the function, or an option is missing, unknown or out of range."""
+
+    status = 422
+    title = "Invalid request"
+    explanation = (
+        "The request was understood, but a value in it is not allowed. `errors` names each place: `query` for an "
+        "option, `body` for the payload. Correct them; the same request will be refused again. GET /functions shows "
+        "the schema of each function's payload."
+    )
+    example: ClassVar = {"errors": [{"loc": ["query", "timeout"], "msg": "Input should be greater than or equal to 1"}]}
+
+
+class InvalidJson(Problem):
+    """The body is not JSON."""
+
+    status = 400
+    title = "Invalid JSON"
+    explanation = (
+        "The body is not JSON as RFC 8259 has it, in UTF-8; or it holds what others could not read back: NaN, Infinity, "
+        "a number too big for a double, a lone surrogate, more than 100 levels. Correct the body at the line and column "
+        "that `detail` names."
+    )
+    example: ClassVar = {"line": 1, "column": 9}
+
+
+class BadRequest(Problem):
+    """The request is not valid HTTP."""
+
+    status = 400
+    title = "Bad request"
+    explanation = "The request itself is malformed, before any of its content was looked at. Check the client."
+
+
+class Unauthorized(Problem):
+    """No API key, or one that is not known."""
+
+    status = 401
+    title = "Unauthorized"
+    explanation = "This service wants an API key: send it as `Authorization: Bearer KEY`."
+
+
+class Forbidden(Problem):
+    """The API key may not do this."""
+
+    status = 403
+    title = "Forbidden"
+    explanation = "The API key is known, but it may not use this function or route. Ask for another key."
+
+
+class NotFound(Problem):
+    """There is no such route."""
+
+    status = 404
+    title = "Not found"
+    explanation = "There is no such route. GET /openapi.json lists all of them, /docs shows them."
+
+
+class JobNotFound(Problem):
+    """No job has this id."""
+
+    status = 404
+    title = "Job not found"
+    explanation = "No job has this id, or it belongs to somebody else. Check the id; /enqueue returns it as `job_id`."
+    example: ClassVar = {"job_id": "abc"}
+
+
+class FunctionNotFound(Problem):
+    """There is no job function of this name."""
+
+    status = 404
+    title = "Function not found"
+    explanation = (
+        "There is no job function of this name. `known` lists the names there are; GET /functions describes them."
+    )
+    example: ClassVar = {"known": ["count_words", "estimate_pi", "some_long_function"]}
+
+
+class MethodNotAllowed(Problem):
+    """The route has no such method."""
+
+    status = 405
+    title = "Method not allowed"
+    explanation = "The route exists, but not with this method. The header `Allow` lists its methods."
+
+
+class ResultNotReady(Problem):
+    """The job has not ended yet."""
+
+    status = 409
+    title = "Result not ready"
+    explanation = (
+        "The job waits or runs. Ask again after the seconds that `Retry-After` names, or add `wait=SECONDS` to be "
+        "answered as soon as it ends."
+    )
+    example: ClassVar = {"job_id": "abc", "job_status": "started"}
+
+
+class JobFailed(Problem):
+    """The job ended with an error; it has no result."""
+
+    status = 409
+    title = "Job failed"
+    explanation = "The job function raised, or its process died. `error` says how; the service's log has more."
+    example: ClassVar = {
+        "job_id": "abc",
+        "job_status": "failed",
+        "error": {"type": "ValueError", "message": "no such image"},
+    }
+
+
+class JobStopped(Problem):
+    """The job was stopped while it ran; it has no result."""
+
+    status = 409
+    title = "Job stopped"
+    explanation = "Somebody stopped the job while it ran, so there is no result. Enqueue it again if you need one."
+    example: ClassVar = {"job_id": "abc", "job_status": "stopped", "error": None}
+
+
+class JobCanceled(Problem):
+    """The job was canceled before it ran; it has no result."""
+
+    status = 409
+    title = "Job canceled"
+    explanation = "Somebody canceled the job before it ran, so there is no result. Enqueue it again if you need one."
+    example: ClassVar = {"job_id": "abc", "job_status": "canceled", "error": None}
+
+
+class ResultExpired(Problem):
+    """The job existed, but it is not kept any more."""
+
+    status = 410
+    title = "Result expired"
+    explanation = (
+        "The job existed, but it and its result were kept no longer than its TTL. Enqueue it again, with a longer "
+        "`result_ttl` if you need one."
+    )
+    example: ClassVar = {"job_id": "abc"}
+
+
+class PayloadTooLarge(Problem):
+    """The body is larger than this service takes."""
+
+    status = 413
+    title = "Payload too large"
+    explanation = "The body has more than `limit_bytes` bytes. Send less, for example a link to the data."
+    example: ClassVar = {"limit_bytes": 16777216}
+
+
+class UnsupportedMediaType(Problem):
+    """The body is not said to be JSON."""
+
+    status = 415
+    title = "Unsupported media type"
+    explanation = "Bodies are JSON: send `Content-Type: application/json` (curl: -H 'Content-Type: application/json')."
+
+
+class TooManyRequests(Problem):
+    """This API key sends more requests than it may."""
+
+    status = 429
+    title = "Too many requests"
+    explanation = "There were more requests in a short time than are allowed. Wait for the seconds of `Retry-After`."
+
+
+class InternalError(Problem):
+    """A bug of this service."""
+
+    status = 500
+    title = "Internal error"
+    explanation = "This is a bug of the service. Tell its operator the `request_id`; the log knows it."
+    example: ClassVar = {"request_id": "7f3c2a1e9b0d4c58"}
+
+
+class QueueFull(Problem):
+    """As many jobs wait in the queue as may."""
+
+    status = 503
+    title = "Queue full"
+    explanation = "As many jobs wait in this queue as may. Nothing was enqueued; try again after `Retry-After`."
+    example: ClassVar = {"queue": "default"}
+
+
+class RedisUnavailable(Problem):
+    """Redis did not do what it was asked."""
+
+    status = 503
+    title = "Redis unavailable"
+    explanation = (
+        "Redis is down, starting, full, read-only or too slow. A job may or may not have been enqueued. Try again "
+        "after `Retry-After`."
+    )
+
+
+class NotReady(Problem):
+    """The service is up, but jobs would not run."""
+
+    status = 503
+    title = "Not ready"
+    explanation = "`checks` says what is missing: Redis, its writes, or a live worker for a queue."
+    example: ClassVar = {"checks": {"redis": "ok", "queue default": "no live worker"}}
+
+
+#: All problems by the last part of their `type`.
+PROBLEMS: dict[str, type[Problem]] = {problem.slug(): problem for problem in Problem.__subclasses__()}

@@ -1,0 +1,182 @@
+"""The work-horse: the process that runs job functions, and nothing else.
+
+It gets a job over a socket pair, runs it if its function is one of `FUNCTIONS`, and sends back progress and the return
+value as strict JSON. It lives on between jobs, so what a function loaded once stays loaded. It speaks to Redis only if
+a function asks for it through `rq.get_current_job()`.
+"""
+
+import json
+import logging
+import math
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+from rq.job import Job, _current_job
+from rq.serializers import JSONSerializer
+from rq.timeouts import JobTimeoutException, UnixSignalDeathPenalty
+from rq.utils import str_to_date
+
+from app.config import get_settings
+from app.frames import Channel, Header
+from app.job_function import JobFunction, Progress, load_functions, progress_goes_to
+from app.redis_resc import redis_conn
+
+#: Characters of an exception's text that are kept.
+LONGEST_MESSAGE = 2000
+
+
+class UnknownFunction(Exception):
+    """The job names a function that is not one of the job functions. It was not imported."""
+
+
+class UnreadablePayload(Exception):
+    """The job's data are not what RQ's JSON serializer writes."""
+
+
+class ResultNotJSON(ValueError):
+    """The return value has something that JSON has not."""
+
+
+class ResultTooLarge(ValueError):
+    """The return value has more bytes as JSON than MAX_RESULT_BYTES."""
+
+
+class _RunLimit(UnixSignalDeathPenalty):
+    def handle_death_penalty(self, signum: Any, frame: Any) -> None:
+        raise self._exception(f"The job ran longer than its limit of {self._timeout} s.")
+
+
+def find_fault(value: Any, place: str = "$") -> str | None:
+    """Where and why a value is not strict JSON, in words; None if it is."""
+    if value is None or isinstance(value, int):
+        return None
+    if isinstance(value, float):
+        return None if math.isfinite(value) else f"{place} is {value}"
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return f"{place} has a lone surrogate"
+        return None
+    if isinstance(value, list | tuple):
+        faults = (find_fault(item, f"{place}[{index}]") for index, item in enumerate(value))
+        return next(filter(None, faults), None)
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                return f"{place} has the key {key!r}, which is not a string"
+            if fault := find_fault(key, f"a key of {place}") or find_fault(item, f"{place}.{key}"):
+                return fault
+        return None
+    return f"{place} is a {type(value).__qualname__}"
+
+
+def dump_result(value: Any, limit: int) -> bytes:
+    """The return value as JSON text, in UTF-8.
+
+    Raises:
+        ResultNotJSON: it has NaN, a datetime, bytes, a set, a key that is not a string, …; the message says where.
+        ResultTooLarge: it has more than `limit` bytes.
+    """
+    try:
+        fault = find_fault(value)
+        text = b"" if fault else json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    except RecursionError:
+        fault = "it is nested too deeply, or contains itself"
+    except ValueError as error:  # an integer of more digits than Python prints
+        fault = str(error)
+    if fault:
+        raise ResultNotJSON(f"The return value is not JSON: {fault}.")
+    if len(text) > limit:
+        raise ResultTooLarge(f"The return value has {len(text)} bytes as JSON; {limit} are allowed.")
+    return text
+
+
+def _describe(error: BaseException) -> dict[str, str]:
+    try:
+        message = str(error)
+    except Exception:  # noqa: BLE001  # a job's own exception class may do anything
+        message = "(its text cannot be had)"
+    message = message.encode(errors="backslashreplace").decode()[:LONGEST_MESSAGE]
+    return {"type": type(error).__qualname__, "message": message}
+
+
+def _make_job(header: Header) -> Job:
+    """The job as `rq.get_current_job()` shows it to the function."""
+    job = Job(header["job_id"], connection=redis_conn, serializer=JSONSerializer)
+    job.origin, job.timeout, job.worker_name = header["queue"], header["timeout"], header["worker"]
+    job.enqueued_at = str_to_date(header["enqueued_at"]) if header["enqueued_at"] else None
+    job.started_at = str_to_date(header["started_at"])
+    return job
+
+
+def _run(header: Header, data: bytes, functions: Mapping[str, JobFunction], channel: Channel) -> bytes:
+    def send(progress: Progress) -> None:
+        if not (math.isfinite(progress["done"]) and math.isfinite(progress["total"])):
+            raise ValueError(f"Progress is told in finite numbers, not {progress['done']} of {progress['total']}.")
+        channel.send({"progress": progress})
+
+    try:
+        path, _instance, args, kwargs = json.loads(data)
+    except (ValueError, TypeError) as error:
+        raise UnreadablePayload(f"The job's data cannot be read: {error}.") from None
+    if path not in functions:
+        raise UnknownFunction(f"{path!r} is not a job function here.")
+    job = _make_job(header)
+    job._func_name, job._args, job._kwargs = path, args, kwargs
+    token = _current_job.set(job)
+    try:
+        with progress_goes_to(send):
+            if header["timeout"] < 0:  # RQ's word for no limit
+                value = functions[path].run(args, kwargs)
+            else:
+                with _RunLimit(header["timeout"], JobTimeoutException):
+                    value = functions[path].run(args, kwargs)
+    finally:
+        _current_job.reset(token)
+    return dump_result(value, get_settings().max_result_bytes)
+
+
+def run_job(header: Header, data: bytes, functions: Mapping[str, JobFunction], channel: Channel) -> None:
+    """Run one job, and send its outcome: `finished` with the return value, or `failed` with error and traceback."""
+    try:
+        text = _run(header, data, functions, channel)
+    except BaseException as error:  # noqa: BLE001  # sys.exit() in a job ends the job, not the work-horse
+        trace = "".join(traceback.format_exception(error)).encode(errors="backslashreplace")
+        channel.send({"outcome": "failed", "error": _describe(error)}, trace)
+    else:
+        channel.send({"outcome": "finished"}, text)
+
+
+def _die_with_worker(channel: Channel) -> None:
+    """End this process when the worker's end of the socket is closed, also in the middle of a job."""
+    poll = select.poll()
+    poll.register(channel.fileno(), 0)  # hang-ups are reported always; data is none of this thread's business
+    poll.poll()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(file_descriptor: int) -> None:
+    """Load the job functions, say so, and run jobs until the worker closes the socket."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    channel = Channel(socket.socket(fileno=file_descriptor))
+    threading.Thread(target=_die_with_worker, args=(channel,), daemon=True).start()
+    # Ctrl-C in a terminal is the worker's to handle.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    functions = {function.path: function for function in load_functions(get_settings().function_modules).values()}
+    channel.send({"ready": sorted(functions)})
+    while True:
+        try:
+            frame = channel.receive()
+        except EOFError:
+            return
+        assert frame
+        run_job(*frame, functions, channel)
+        sys.stdout.flush()

@@ -1,0 +1,467 @@
+"""The worker that `rq worker` runs: takes jobs, has the work-horse run them, renews, finishes, releases, recovers.
+
+RQ's own `work()` loop, signals, registration, suspension and scheduler are around it; overridden is what loses jobs or
+costs round trips. Each override names the behaviour of RQ 3.0.0 that it answers.
+"""
+
+import base64
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+import zlib
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, Literal, TypeVar
+
+import rq
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
+from redis.retry import Retry
+from rq import worker_registration
+from rq.exceptions import StopRequested
+from rq.executions import Execution
+from rq.job import Job, JobStatus
+from rq.registry import FailedJobRegistry, FinishedJobRegistry, ReadyJobRegistry
+from rq.serializers import JSONSerializer
+from rq.utils import now as utc_now
+from rq.utils import utcformat
+from rq.worker import WorkerStatus
+
+from app import transitions
+from app.config import get_settings
+from app.frames import Channel, Header
+from app.redis_resc import Queue
+from app.transitions import DOORBELL_KEY, Failure, Run
+
+#: Seconds between two looks at what is due: leases, delayed jobs, its own heartbeat. Also the longest block.
+TICK = 1.0
+#: Seconds between two writes of a job's progress.
+PROGRESS_EVERY = 0.1
+#: Seconds that a function has to end after its timeout was raised inside it, before its process is killed.
+KILL_AFTER = 5.0
+#: Seconds after its last heartbeat at which a worker counts as dead in `/readyz` and `rq info`.
+ALIVE = 35
+#: Longest pause, in seconds, between two tries to reach Redis.
+LONGEST_PAUSE = 5.0
+
+Answer = TypeVar("Answer")
+
+
+class HorseDied(Exception):
+    """The work-horse's process ended; the text says how."""
+
+
+def describe_failure(kind: str, message: str, trace: str | None = None) -> Failure:
+    """A failure as it is stored: for RQ as a (compressed) traceback, for the API as `error`."""
+    text = trace if trace is not None else f"{kind}: {message}\n"
+    compressed = base64.b64encode(zlib.compress(text.encode(errors="backslashreplace"))).decode()
+    return Failure(compressed, json.dumps({"type": kind, "message": message}))
+
+
+class WorkHorse:
+    """The work-horse as the worker sees it: a process and a channel to it."""
+
+    def __init__(self) -> None:
+        """Start the process and wait until it has loaded the job functions.
+
+        Raises:
+            HorseDied: it could not load them; it printed why.
+        """
+        ours, its = socket.socketpair()
+        # A fresh interpreter: forking a process that has threads (RQ's pubsub) can deadlock the child.
+        code = f"import sys; sys.path[:] = {sys.path!r}; from app.work_horse import main; main({its.fileno()})"
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code], pass_fds=[its.fileno()], stdin=subprocess.DEVNULL, process_group=0
+        )
+        its.close()
+        self.pid = self._process.pid
+        self.channel = Channel(ours)
+        try:
+            self.channel.receive()
+        except EOFError:
+            raise HorseDied(self.bury()) from None
+
+    def bury(self) -> str:
+        """Make sure that the process is gone, and tell how it ended."""
+        self.channel.close()  # it kills itself on that; what it started may not
+        try:
+            code = self._process.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            code = self._process.wait()
+        return f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
+
+
+class Worker(rq.Worker):
+    """An RQ worker whose every change to a job is one atomic transition under a lease."""
+
+    def __init__(self, queues: Any, name: str | None = None, **kwargs: Any) -> None:
+        """Take what `rq worker` passes; JSON is forced, whatever serializer it names (RQ's default is pickle)."""
+        queues = [queues] if isinstance(queues, str | rq.Queue) else list(queues)
+        connection = kwargs.pop("connection", None) or queues[0].connection
+        self.settings = get_settings()
+        kwargs |= {"serializer": JSONSerializer, "queue_class": Queue, "default_result_ttl": self.settings.result_ttl}
+        own = [Queue(queue if isinstance(queue, str) else queue.name, connection=connection) for queue in queues]
+        super().__init__(own, name, connection=connection, **kwargs)
+        self._horse: WorkHorse | None = None
+        self._next_execution = uuid.uuid4().hex
+        self._taken = Run("", "", "", "")
+        self._started_at = ""
+        self._is_suspended = True  # until the first `take` knows
+        self._last_tick = self._last_beat = 0.0
+        self._stopping_since: float | None = None
+
+    # Around RQ's loop
+
+    def _set_connection(self, connection: Redis) -> Redis:
+        """RQ waits 415 s for an answer, and redis-py tries ten times. Nothing here blocks longer than a tick."""
+        connection.connection_pool.connection_kwargs["socket_timeout"] = TICK + 4
+        connection.set_retry(Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)))
+        return connection
+
+    def bootstrap(self, *args: Any, **kwargs: Any) -> None:
+        """As RQ's, once there is a work-horse: a worker that cannot load the functions takes no job."""
+        try:
+            self._ensure_horse()
+        except HorseDied as error:
+            raise SystemExit(f"The work-horse cannot load the job functions ({error}).") from None
+        super().bootstrap(*args, **kwargs)
+
+    def teardown(self) -> None:
+        """As RQ's; a Redis that is away does not keep the worker from ending."""
+        if self._horse:
+            self._horse.bury()
+        try:
+            super().teardown()
+        except RedisError as error:
+            self.log.warning("Worker %s: could not sign off: %s", self.name, error)
+
+    def check_for_suspension(self, burst: bool) -> None:
+        """RQ asks Redis before each job; here `take` says it with its answer."""
+        if self._is_suspended:
+            self._is_suspended = False
+            super().check_for_suspension(burst)
+
+    def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
+        """RQ sends three commands five times a job; here one round trip a tick.
+
+        A worker that Redis has forgotten (it was flushed, or lost its disk) signs on again.
+        """
+        if pipeline is not None:
+            super().heartbeat(timeout, pipeline)
+            return
+        if time.monotonic() - self._last_beat < TICK:
+            return
+        self._last_beat = time.monotonic()
+        self.last_heartbeat = utc_now()
+        with self.connection.pipeline() as beat:
+            beat.hexists(self.key, "birth")
+            beat.hset(self.key, "last_heartbeat", utcformat(self.last_heartbeat))
+            beat.expire(self.key, ALIVE)
+            known = beat.execute()[0]
+            if not known and self.birth_date:
+                beat.hset(self.key, mapping=self.serialize())
+                worker_registration.register(self, beat)
+                beat.execute()
+
+    def clean_registries(self) -> None:
+        """As RQ's, without what would fail the jobs of dead workers: `recover` runs them again."""
+        for queue in self.queues:
+            if queue.acquire_maintenance_lock():
+                for registry in (FinishedJobRegistry, FailedJobRegistry, ReadyJobRegistry):
+                    registry(queue=queue).cleanup()
+                worker_registration.clean_worker_registry(queue)
+                queue.release_maintenance_lock()
+        self.last_cleaned_at = utc_now()  # type: ignore[assignment]  # RQ's own annotation is None
+
+    def run_maintenance_tasks(self) -> None:
+        """As RQ's; an outage in the middle of it does not end the worker."""
+        try:
+            super().run_maintenance_tasks()
+        except RedisError as error:
+            self.log.warning("Worker %s: maintenance put off: %s", self.name, error)
+            self.last_cleaned_at = utc_now()  # type: ignore[assignment]  # RQ's own annotation is None
+
+    def request_stop(self, signum: Any, frame: Any) -> None:
+        """As RQ's; the running job's time is bounded from now on (WORKER_SHUTDOWN_SECONDS)."""
+        self._stopping_since = time.monotonic()
+        super().request_stop(signum, frame)
+
+    def _is_out_of_time(self) -> bool:
+        since = self._stopping_since
+        return since is not None and time.monotonic() - since > self.settings.worker_shutdown_seconds
+
+    def set_shutdown_requested_date(self) -> None:
+        """As RQ's, which runs inside the signal handler: an outage must not raise there."""
+        try:
+            super().set_shutdown_requested_date()
+        except RedisError:
+            self.log.debug("Worker %s: could not note the shutdown request", self.name)
+
+    # Idle
+
+    def dequeue_job_and_maintain_ttl(
+        self, timeout: int | None, max_idle_time: int | None = None
+    ) -> tuple[Job, rq.Queue] | None:
+        """Take a job under a lease; wait for one on the doorbell.
+
+        RQ pops first and writes down who has the job later, from another process: a worker killed between the two
+        loses it (queue.py:1783, rq#2236).
+        """
+        idle_since, pause = time.monotonic(), 0.5
+        while True:
+            # From here to the end of the job a signal only asks (RQ's `_shutdown`): it cannot raise between a `take`
+            # that Redis has carried out and the run.
+            self._state = WorkerStatus.BUSY
+            if self._stop_requested:
+                raise StopRequested
+            try:
+                self._tick()
+                self._ensure_horse()
+                taken = transitions.take(
+                    self.connection,
+                    self.name,
+                    self._next_execution,
+                    self.settings.worker_lease,
+                    [queue.name for queue in self._ordered_queues],
+                )
+                if isinstance(taken, transitions.Taken):
+                    if job := self._read_job(taken):
+                        return job
+                    continue
+                if isinstance(taken, transitions.Skipped):
+                    self.log.error("%s: job %s set aside: %s", taken.queue, taken.job_id, taken.reason)
+                    continue
+                self._state = WorkerStatus.IDLE
+                if isinstance(taken, transitions.Suspended):
+                    self._is_suspended = True
+                    self.check_for_suspension(burst=timeout is None)
+                    continue
+                idle = time.monotonic() - idle_since
+                if timeout is None or (max_idle_time is not None and idle >= max_idle_time):
+                    return None
+                self.connection.xread({DOORBELL_KEY: taken.rung}, block=int(TICK * 1000))
+                pause = 0.5
+            except (RedisError, HorseDied) as error:
+                self._state = WorkerStatus.IDLE
+                self.log.error("Worker %s: %s; trying again in %.1f s", self.name, error, pause)
+                time.sleep(pause)
+                pause = min(pause * 2, LONGEST_PAUSE)
+
+    def _ensure_horse(self) -> WorkHorse:
+        if self._horse is None:
+            self._horse = WorkHorse()
+            self._horse_pid = self._horse.pid
+        return self._horse
+
+    def _read_job(self, taken: transitions.Taken) -> tuple[Job, rq.Queue] | None:
+        """The job as RQ's object; None if it cannot be run, and was failed for that."""
+        queue = next(queue for queue in self.queues if queue.name == taken.queue)
+        run = self._taken = Run(taken.job_id, self._next_execution, taken.queue, self.name)
+        self._next_execution = uuid.uuid4().hex
+        try:
+            job = Job(taken.job_id, connection=self.connection, serializer=JSONSerializer)
+            job.restore(taken.fields)
+            if job._success_callback_name or job._failure_callback_name or job._stopped_callback_name:
+                raise ValueError("it names a callback, and only job functions may be run")
+        except Exception as error:  # noqa: BLE001  # whatever restore() raises: an unreadable job must not end the worker
+            self.log.error("%s: job %s set aside: %s", taken.queue, taken.job_id, error)
+            self._finish(run, "failed", failure=describe_failure("UnreadableJob", f"The job cannot be run: {error}."))
+            return None
+        self._started_at = taken.started_at
+        function = taken.fields.get(b"function", b"?").decode(errors="replace")
+        self.log.info("%s: %s (%s)", taken.queue, function, taken.job_id)
+        self.reorder_queues(reference_queue=queue)
+        return job, queue
+
+    def _tick(self) -> None:
+        """Once a tick: what dead workers left, what is due, and the own heartbeat."""
+        if time.monotonic() - self._last_tick < TICK:
+            return
+        self._last_tick = time.monotonic()
+        self.heartbeat()
+        names = [queue.name for queue in self.queues]
+        for run, crashes in transitions.recover(self.connection, names):
+            self._release(run, crashed=True, how="its worker died", crashes=crashes)
+        transitions.promote(self.connection, names)
+
+    # A job
+
+    def execute_job(self, job: Job, queue: rq.Queue) -> None:
+        """Have the work-horse run the job, and write down what came of it."""
+        run = self._taken
+        execution = Execution(run.execution, job.id, self.connection, self.name)
+        self.executions[execution.id] = execution  # what RQ's stop-job command looks at
+        job.started_at = execution.created_at
+        try:
+            self._run(job, run)
+        except SystemExit:  # a second signal (RQ's cold shutdown): the job is not to blame
+            self._release(run, crashed=False, how="its worker was told to end at once")
+            raise
+        finally:
+            self.executions.pop(execution.id, None)
+            self._stopped_job_id = None
+
+    def _run(self, job: Job, run: Run) -> None:
+        limit = int(job.timeout or self.settings.job_timeout)
+        header: Header = {
+            "job_id": job.id,
+            "queue": run.queue,
+            "worker": self.name,
+            "timeout": limit,
+            "enqueued_at": utcformat(job.enqueued_at) if job.enqueued_at else "",
+            "started_at": self._started_at,
+        }
+        horse = self._ensure_horse()
+        start = last_renewal = last_progress = time.monotonic()
+        progress = ""
+        try:
+            horse.channel.send(header, job.data)
+            while True:
+                frame = horse.channel.receive(PROGRESS_EVERY if progress else TICK)
+                if frame and "outcome" in frame[0]:
+                    self._end(job, run, *frame, progress)
+                    return
+                if frame:
+                    progress = json.dumps(frame[0]["progress"])
+                now = time.monotonic()
+                due = progress and now - last_progress >= PROGRESS_EVERY
+                if due or now - last_renewal >= self.settings.worker_lease / 3:
+                    if not self._renew(run, progress):
+                        self._kill_horse()
+                        self.log.warning("%s: job %s is lost to this worker; its run was ended", run.queue, job.id)
+                        return
+                    last_renewal = last_progress = now
+                    progress = ""
+                if limit > 0 and now - start > limit + KILL_AFTER:
+                    self._kill_horse()
+                    message = f"The job ran longer than its limit of {limit} s, and its process was killed."
+                    self._fail(run, "JobTimeoutException", message)
+                    return
+                if self._is_out_of_time():
+                    self._kill_horse()
+                    self._release(run, crashed=False, how="its worker was told to end")
+                    return
+                self._tick_quietly()
+        except (EOFError, OSError):  # OSError: the other end was closed as we sent
+            how = self._kill_horse()
+            if self._stopped_job_id == job.id:
+                failure = describe_failure("JobStopped", "The job was stopped on request.")
+                self.log.info("%s: job %s stopped on request", run.queue, job.id)
+                self._finish(run, "stopped", failure=failure)
+                return
+            self._release(run, crashed=True, how=how, crashes=self._crashes_of(job))
+
+    def _crashes_of(self, job: Job) -> int:
+        return int(self._insist(lambda: self.connection.hget(job.key, "crashes")) or 0)
+
+    def _end(self, job: Job, run: Run, header: Header, body: bytes, progress: str) -> None:
+        """The work-horse sent the outcome."""
+        if header["outcome"] == "finished":
+            value = "" if body == b"null" else base64.b64encode(body).decode()
+            status = self._finish(run, "finished", return_value=value, progress=progress)
+            if status == "rq":
+                self._finish_as_rq(job, run, json.loads(body), None)
+        else:
+            trace = body.decode()
+            error = header["error"]
+            self.log.error("%s: job %s raised %s\n%s", run.queue, job.id, error["type"], trace)
+            failure = describe_failure(error["type"], error["message"], trace)
+            status = self._finish(run, "failed", failure=failure, progress=progress)
+            if status == "rq":
+                self._finish_as_rq(job, run, None, trace)
+        self.log.info("%s: job %s %s", run.queue, job.id, status)
+
+    def _finish_as_rq(self, job: Job, run: Run, value: Any, trace: str | None) -> None:
+        """End a job that has dependents, repeats, a rate limit or RQ's webhooks: RQ's own code knows them."""
+        queue = next(queue for queue in self.queues if queue.name == run.queue)
+        execution = self.executions[run.execution]
+        job.ended_at = datetime.now(tz=execution.created_at.tzinfo)
+        if trace is None:
+            job._result = value
+            self.handle_job_success(job, queue, queue.started_job_registry, execution)
+            job.send_webhooks(JobStatus.FINISHED)
+        else:
+            self.handle_job_failure(job, queue, exc_string=trace, execution=execution)
+
+    def _fail(self, run: Run, kind: str, message: str) -> None:
+        self.log.error("%s: job %s failed: %s", run.queue, run.job_id, message)
+        self._finish(run, "failed", failure=describe_failure(kind, message))
+
+    def _kill_horse(self) -> str:
+        """End the work-horse and whatever it started; the next job gets a new one. Returns how it ended."""
+        assert self._horse
+        self.kill_horse()
+        how = self._horse.bury()
+        self._horse, self._horse_pid = None, 0
+        return how
+
+    # Redis, whether it is there or not
+
+    def _insist(self, call: Callable[[], Answer]) -> Answer:
+        """Do it as soon as Redis lets us: what a job computed during an outage is not thrown away."""
+        pause = 0.1
+        while True:
+            try:
+                return call()
+            except RedisError as error:
+                if self._is_out_of_time():
+                    raise
+                self.log.error("Worker %s: %s; trying again in %.1f s", self.name, error, pause)
+                time.sleep(pause)
+                pause = min(pause * 2, LONGEST_PAUSE)
+
+    def _renew(self, run: Run, progress: str) -> bool:
+        try:
+            return transitions.renew(self.connection, run, self.settings.worker_lease, progress)
+        except RedisError as error:  # the lease may yet hold; whether it did, `finish` will learn
+            self.log.error("Worker %s: could not renew the lease of job %s: %s", self.name, run.job_id, error)
+            return True
+
+    def _tick_quietly(self) -> None:
+        try:
+            self._tick()
+        except RedisError as error:
+            self.log.error("Worker %s: %s", self.name, error)
+
+    def _finish(
+        self,
+        run: Run,
+        outcome: Literal["finished", "failed", "stopped"],
+        *,
+        return_value: str = "",
+        failure: Failure | None = None,
+        progress: str = "",
+    ) -> str:
+        return self._insist(
+            lambda: transitions.finish(
+                self.connection,
+                run,
+                outcome,
+                return_value=return_value,
+                failure=failure,
+                progress=progress,
+                result_ttl=self.settings.result_ttl,
+                failure_ttl=self.settings.failure_ttl,
+            )
+        )
+
+    def _release(self, run: Run, *, crashed: bool, how: str, crashes: int = 0) -> None:
+        message = f"The job's process died {crashes + 1} times, more often than it may; the last time: {how}."
+        status = self._insist(
+            lambda: transitions.release(
+                self.connection,
+                run,
+                crashed=crashed,
+                limit=self.settings.max_crashes,
+                failure=describe_failure("WorkHorseDied", message),
+                failure_ttl=self.settings.failure_ttl,
+            )
+        )
+        self.log.warning("%s: job %s is %s: %s", run.queue, run.job_id, status, how)
