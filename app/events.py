@@ -92,7 +92,8 @@ class EventLog:
                 time.sleep(BLOCK)
                 continue
             for _, entries in answer:
-                for position, fields in entries:
+                for entry_id, fields in entries:
+                    position = entry_id
                     self._ring(fields[b"job_id"].decode(), fields[b"status"].decode())
         connection.close()
 

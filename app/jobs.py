@@ -322,6 +322,10 @@ class Jobs:
         problem = {"failed": problems.JobFailed, "stopped": problems.JobStopped, "canceled": problems.JobCanceled}
         raise problem[status or ""](f"The job was {status}." if status != "failed" else "The job failed.", **members)
 
+    def read_result_value(self, job_id: str, owner: str = "") -> Any:
+        """The job's return value, as JSON data; raises as `read_result`."""
+        return json.loads(self.read_result(job_id, owner))
+
     def _result_text(self, job_id: str, entry: Mapping[bytes, bytes]) -> bytes:
         """The value as it was stored. Our worker stores strict JSON only; what a stock worker stored is checked."""
         encoded = entry.get(b"return_value")

@@ -62,9 +62,9 @@ class InvalidJson(Problem):
     status = 400
     title = "Invalid JSON"
     explanation = (
-        "The body is not JSON as RFC 8259 has it, in UTF-8; or it holds what others could not read back: NaN, Infinity, "
-        "a number too big for a double, a lone surrogate, more than 100 levels. Correct the body at the line and column "
-        "that `detail` names."
+        "The body is not JSON as RFC 8259 has it, in UTF-8; or it holds what others could not read back: NaN, "
+        "Infinity, a number too big for a double, a lone surrogate, more than 100 levels. Correct the body at the "
+        "line and column that `detail` names."
     )
     example: ClassVar = {"line": 1, "column": 9}
 
@@ -202,7 +202,7 @@ class UnsupportedMediaType(Problem):
 
 
 class TooManyRequests(Problem):
-    """This API key sends more requests than it may."""
+    """The API key sends more requests than it may."""
 
     status = 429
     title = "Too many requests"

@@ -1,0 +1,102 @@
+"""How the service answers: JSON, and each error, the framework's own included, as a problem (RFC 9457)."""
+
+import json
+import logging
+import re
+import uuid
+from typing import Any
+
+from apiflask import APIFlask, HTTPError
+from flask import Response, request
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
+
+from app import problems
+from app.jobs import TRY_AGAIN
+from app.openapi import PROBLEM_JSON
+
+logger = logging.getLogger(__name__)
+
+#: Redis' words for "not now": https://redis.io/docs/latest/develop/reference/protocol-spec/#simple-errors
+#: A script's error has the word in its middle.
+_NOT_NOW = re.compile(r"\b(OOM|READONLY|MISCONF|LOADING|BUSY|MASTERDOWN|NOREPLICAS|CLUSTERDOWN|NOAUTH|NOPERM)\b")
+#: redis-py has classes for some of them, and takes the word off their text.
+_NOT_NOW_CLASSES = {"OutOfMemoryError", "ReadOnlyError", "BusyLoadingError", "NoPermissionError", "AuthenticationError"}
+
+
+def json_answer(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """An answer of JSON, its members in the order they were given."""
+    text = json.dumps(data, separators=(",", ":"))
+    return Response(text, status, headers, mimetype="application/json")
+
+
+def _problem_answer(problem: problems.Problem) -> Response:
+    answer = json_answer(problem.body(), problem.status)
+    answer.mimetype = PROBLEM_JSON
+    if problem.retry_after is not None:
+        answer.headers["Retry-After"] = str(problem.retry_after)
+    return answer
+
+
+def _is_outage(error: RedisError) -> bool:
+    return (
+        isinstance(error, RedisConnectionError | RedisTimeoutError)
+        or type(error).__name__ in _NOT_NOW_CLASSES
+        or _NOT_NOW.search(str(error)) is not None
+    )
+
+
+def _redis_answer(error: RedisError) -> Response:
+    if not _is_outage(error):
+        return _bug_answer(error)
+    logger.error("%s %s: Redis: %s", request.method, request.path, error)
+    detail = "Redis did not do what it was asked."
+    return _problem_answer(problems.RedisUnavailable(detail, retry_after=TRY_AGAIN))
+
+
+def _bug_answer(error: Exception) -> Response:
+    request_id = uuid.uuid4().hex[:16]
+    logger.error("request %s: %s %s", request_id, request.method, request.path, exc_info=error)
+    return _problem_answer(problems.InternalError("Something went wrong on our side.", request_id=request_id))
+
+
+def _http_answer(error: HTTPException) -> Response:
+    """What Flask and werkzeug refuse by themselves."""
+    problem: problems.Problem
+    match error:
+        case NotFound():
+            problem = problems.NotFound(f"There is no route {request.path!r}.")
+        case MethodNotAllowed():
+            problem = problems.MethodNotAllowed(f"{request.path} has no method {request.method}.")
+        case RequestEntityTooLarge():
+            limit = request.max_content_length
+            problem = problems.PayloadTooLarge(f"The body has more than {limit} bytes.", limit_bytes=limit)
+        case _:
+            problem = problems.BadRequest(f"{error.description or error.name}")
+    answer = _problem_answer(problem)
+    if isinstance(error, MethodNotAllowed):
+        answer.headers["Allow"] = ", ".join(sorted(error.valid_methods or ()))
+    return answer
+
+
+def _validation_answer(error: HTTPError) -> tuple[bytes, int, dict[str, str]]:
+    """What APIFlask found wrong with the query."""
+    errors = [
+        {"loc": [location, *field.split(".")[:1]], "msg": message}
+        for location, fields in error.detail.items()
+        for field, messages in fields.items()
+        for message in messages
+    ]
+    answer = _problem_answer(problems.InvalidRequest("The query has a value that is not allowed.", errors=errors))
+    return answer.get_data(), answer.status_code, dict(answer.headers)
+
+
+def answer_errors(app: APIFlask) -> None:
+    """Let the app answer each error as a problem."""
+    app.error_processor(_validation_answer)  # first: it puts a handler for HTTPException, too
+    app.register_error_handler(problems.Problem, _problem_answer)
+    app.register_error_handler(RedisError, _redis_answer)
+    app.register_error_handler(HTTPException, _http_answer)
+    app.register_error_handler(Exception, _bug_answer)

@@ -1,0 +1,178 @@
+"""The Flask app: `create_app`, and the core routes, each of which parses, calls `jobs` and answers."""
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any, cast
+
+import flask_swagger_ui
+from apiflask import APIFlask
+from flask import Response, request, send_from_directory
+from redis import Redis
+
+from app import openapi, problems
+from app.answers import answer_errors, json_answer
+from app.config import Settings, get_settings
+from app.events import BLOCK, EventLog
+from app.job_function import load_functions
+from app.jobs import POLL_AGAIN, Jobs, StatusObject, parse_json
+from app.ops import ops
+from app.redis_resc import connect, redis_conn
+from app.schemas import JobQuery, enqueue_query
+from app.transitions import TERMINAL
+
+#: What `POST /enqueue` without a name runs.
+DEFAULT_FUNCTION = "some_long_function"
+
+_SWAGGER_UI = Path(flask_swagger_ui.__file__).parent / "dist"
+
+
+def _preferred_wait() -> float | None:
+    """The seconds of `Prefer: wait=SECONDS` (RFC 7240); a preference that is not understood is ignored."""
+    for preference in ",".join(request.headers.getlist("Prefer")).split(","):
+        if match := re.fullmatch(r'wait="?(\d{1,9})"?', preference.partition(";")[0].replace(" ", ""), re.IGNORECASE):
+            return float(match[1])
+    return None
+
+
+def _wait_seconds(asked: float | None, settings: Settings) -> tuple[float, dict[str, str]]:
+    """How long to wait, and the header that says so if it was a preference. The option wins over the header."""
+    preferred = _preferred_wait() if asked is None else None
+    seconds = min(asked if asked is not None else preferred or 0, settings.max_wait)
+    return seconds, {} if preferred is None else {"Preference-Applied": f"wait={seconds:.0f}"}
+
+
+def _read_payload() -> Any:
+    if not request.is_json:
+        given = request.mimetype or "none"
+        raise problems.UnsupportedMediaType(f"The body must be JSON, with Content-Type application/json, not {given}.")
+    try:
+        body = request.get_data(cache=False)
+    except OSError as error:  # gunicorn's word for a body that ends too early or is chunked wrongly
+        raise problems.BadRequest("The body could not be read to its end.") from error
+    return parse_json(body)
+
+
+def _ask_again(status: StatusObject) -> dict[str, str]:
+    return {} if status["job_status"] in TERMINAL else {"Retry-After": str(POLL_AGAIN)}
+
+
+def create_app(settings: Settings | None = None, connection: Redis | None = None) -> APIFlask:
+    """Put the service together: the one place where settings, Redis, functions and routes meet.
+
+    Args:
+        settings: instead of those of the environment.
+        connection: instead of the one to the Redis of the settings.
+
+    Raises:
+        SystemExit: a job function's default queue is not one of the configured ones.
+    """
+    settings = settings or get_settings()
+    functions = load_functions(settings.function_modules)
+    for function in functions.values():
+        queue = function.defaults.get("queue", settings.queues[0])
+        if queue not in settings.queues:
+            raise SystemExit(f"The job function {function.name} wants the queue {queue!r}, which QUEUES does not name.")
+
+    # The event log's reads block for a while, on a client of their own.
+    events = EventLog(lambda: connection or connect(settings, socket_timeout=BLOCK + 4))
+    jobs = Jobs(settings, connection or redis_conn, functions, events)
+
+    app = APIFlask(__name__, title="Background jobs", version="0.1.0", docs_ui="swagger-ui", json_errors=False)
+    app.extensions["jobs"] = jobs
+    app.config.update(
+        MAX_CONTENT_LENGTH=settings.max_payload_bytes,
+        # The answers of each route are in app/openapi.py.
+        **{f"AUTO_{part}_RESPONSE": False for part in ("200", "404", "VALIDATION_ERROR", "AUTH_ERROR")},
+        AUTO_SERVERS=False,
+        AUTO_OPERATION_ID=True,
+        SWAGGER_UI_CSS="/docs/swagger-ui.css",
+        SWAGGER_UI_BUNDLE_JS="/docs/swagger-ui-bundle.js",
+        SWAGGER_UI_STANDALONE_PRESET_JS="/docs/swagger-ui-standalone-preset.js",
+        DOCS_FAVICON="/docs/favicon-32x32.png",
+    )
+    app.spec_processor(lambda spec: openapi.complete(cast("dict[str, Any]", spec), functions))
+    answer_errors(app)
+    app.register_blueprint(ops)
+
+    @app.get("/")
+    @app.doc(tags=["Jobs"])
+    def index() -> Response:
+        """Tell that the app is up."""
+        return Response("Running!", mimetype="text/plain")
+
+    @app.post("/enqueue")
+    @app.post("/enqueue/<function>")
+    @app.input(enqueue_query(settings), location="query", arg_name="options")
+    @app.doc(tags=["Jobs"])
+    def enqueue(options: Any, function: str = DEFAULT_FUNCTION) -> Response:
+        """Enqueue a job: the body is its payload."""
+        found = jobs.find_function(function)
+        payload = _read_payload()
+        chosen = options.model_dump(exclude_none=True)
+        wait, headers = _wait_seconds(chosen.pop("wait", None), settings)
+        status = jobs.enqueue(found, payload, chosen, wait=wait)
+        headers |= {"Location": status["links"]["check_status"], **_ask_again(status)}
+        if status["job_status"] not in TERMINAL:
+            return json_answer(status, 202, headers)
+        if status["job_status"] == "finished":
+            status["result"] = jobs.read_result_value(status["job_id"])
+        return json_answer(status, 200, headers)
+
+    @app.get("/check_status")
+    @app.input(JobQuery, location="query", arg_name="query")
+    @app.doc(tags=["Jobs"])
+    def check_status(query: JobQuery) -> Response:
+        """Tell where a job is."""
+        wait, headers = _wait_seconds(query.wait, settings)
+        status = jobs.wait(query.job_id, wait)
+        answer = json_answer(status, headers={**headers, **_ask_again(status), "Cache-Control": "private, no-cache"})
+        answer.set_etag(hashlib.blake2b(answer.get_data(), digest_size=12).hexdigest())
+        answer.make_conditional(request)
+        return answer
+
+    @app.get("/get_result")
+    @app.input(JobQuery, location="query", arg_name="query")
+    @app.doc(tags=["Jobs"])
+    def get_result(query: JobQuery) -> Response:
+        """Return what a job returned, as JSON, with nothing around it."""
+        wait, headers = _wait_seconds(query.wait, settings)
+        if wait:
+            jobs.wait(query.job_id, wait)
+        text = jobs.read_result(query.job_id)
+        return Response(text, 200, {**headers, "Cache-Control": "private, no-cache"}, mimetype="application/json")
+
+    @app.get("/functions")
+    @app.doc(tags=["Jobs"])
+    def list_functions() -> Response:
+        """List the job functions, with the schema of each one's payload."""
+        listed = [
+            {
+                "name": function.name,
+                "description": function.description,
+                "payload_schema": function.payload_schema,
+                "defaults": function.defaults,
+            }
+            for function in sorted(functions.values(), key=lambda function: function.name)
+        ]
+        return json_answer({"functions": listed})
+
+    @app.get("/problems/<name>")
+    @app.doc(tags=["Problems"])
+    def explain_problem(name: str) -> Response:
+        """Explain a problem, and what to do about it."""
+        if name not in problems.PROBLEMS:
+            raise problems.NotFound(f"There is no problem {name!r}.")
+        problem = problems.PROBLEMS[name]
+        return Response(f"{problem.title} ({problem.status})\n\n{problem.explanation}\n", mimetype="text/plain")
+
+    @app.get("/docs/<path:name>")
+    @app.doc(hide=True)
+    def docs_file(name: str) -> Response:
+        """Serve Swagger UI's files from the installed package: no CDN."""
+        return send_from_directory(_SWAGGER_UI, name)
+
+    return app
+
+
+app = create_app()

@@ -1,0 +1,198 @@
+"""The OpenAPI document: what APIFlask derives from the views, completed with every answer and every job function."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+from app import problems, schemas
+from app.job_function import JobFunction
+from app.problems import Problem
+
+Spec = dict[str, Any]
+
+PROBLEM_JSON = "application/problem+json"
+
+_EXAMPLE_ID = "0b5f2f7e-3c1d-4a9b-8e57-1f6f3c9d2a10"
+_EXAMPLE_STATUS = {
+    "job_id": _EXAMPLE_ID,
+    "job_status": "started",
+    "function": "some_long_function",
+    "queue": "default",
+    "enqueued_at": "2026-11-23T10:00:00.123456Z",
+    "started_at": "2026-11-23T10:00:00.125000Z",
+    "ended_at": None,
+    "progress": {"done": 3, "total": 10, "message": "step 3"},
+    "retries_left": None,
+    "error": None,
+    "links": {
+        "check_status": f"/check_status?job_id={_EXAMPLE_ID}",
+        "get_result": f"/get_result?job_id={_EXAMPLE_ID}",
+    },
+}
+
+_HEADERS = {
+    "Retry-After": {"description": "seconds after which to ask again", "schema": {"type": "integer"}},
+    "Location": {"description": "where to ask for the job's status", "schema": {"type": "string"}},
+    "ETag": {"description": "changes with the status", "schema": {"type": "string"}},
+    "Preference-Applied": {"description": "the wait that was granted", "schema": {"type": "string"}},
+}
+
+_PREFER = {
+    "name": "Prefer",
+    "in": "header",
+    "required": False,
+    "description": "`wait=SECONDS` (RFC 7240) means the same as the option `wait`",
+    # A preference that is not understood is ignored; only texts that HTTP allows in a header can be sent.
+    "schema": {"type": "string", "pattern": "^[!-~]{0,200}$", "examples": ["wait=10"]},
+}
+_IF_NONE_MATCH = {
+    "name": "If-None-Match",
+    "in": "header",
+    "required": False,
+    "description": "an `ETag` that was received: answers 304 while the status is the same",
+    "schema": {"type": "string", "pattern": "^[!-~]{0,200}$"},
+}
+
+
+def _json(model: type[BaseModel], example: Any = None) -> Spec:
+    content: Spec = {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}
+    if example is not None:
+        content["example"] = example
+    return {"application/json": content}
+
+
+def _answer(description: str, content: Spec | None = None, *headers: str) -> Spec:
+    answer: Spec = {"description": description}
+    if content:
+        answer["content"] = content
+    if headers:
+        answer["headers"] = {name: _HEADERS[name] for name in headers}
+    return answer
+
+
+_READS_JOB: tuple[type[Problem], ...] = (
+    problems.InvalidRequest,
+    problems.JobNotFound,
+    problems.ResultExpired,
+    problems.RedisUnavailable,
+)
+_TEXT = {"text/plain": {"schema": {"type": "string"}}}
+
+#: What each endpoint answers: its good answers by status, the problems it may have, its header parameters.
+ANSWERS: dict[str, tuple[dict[str, Spec], tuple[type[Problem], ...], tuple[Spec, ...]]] = {
+    "GET /": ({"200": _answer("the app is up: `Running!`", _TEXT)}, (), ()),
+    "POST /enqueue": (
+        {
+            "202": _answer(
+                "enqueued", _json(schemas.StatusObject, {**_EXAMPLE_STATUS, "job_status": "queued", "started_at": None,
+                                                         "progress": None}),
+                "Location", "Retry-After", "Preference-Applied",
+            ),
+            "200": _answer(
+                "waited for, and ended in time", _json(schemas.StatusWithResult), "Location", "Preference-Applied"
+            ),
+        },
+        (
+            problems.InvalidJson, problems.InvalidRequest, problems.FunctionNotFound, problems.PayloadTooLarge,
+            problems.UnsupportedMediaType, problems.QueueFull, problems.RedisUnavailable,
+        ),
+        (_PREFER,),
+    ),
+    "GET /check_status": (
+        {
+            "200": _answer(
+                "where the job is", _json(schemas.StatusObject, _EXAMPLE_STATUS), "ETag", "Retry-After",
+                "Preference-Applied",
+            ),
+            "304": _answer("still the status that `If-None-Match` names", None, "ETag"),
+        },
+        _READS_JOB,
+        (_PREFER, _IF_NONE_MATCH),
+    ),
+    "GET /get_result": (
+        {"200": _answer("what the function returned", {"application/json": {"schema": {}}}, "Preference-Applied")},
+        (*_READS_JOB, problems.ResultNotReady, problems.JobFailed, problems.JobStopped, problems.JobCanceled),
+        (_PREFER,),
+    ),
+    "GET /functions": ({"200": _answer("all job functions", _json(schemas.FunctionList))}, (), ()),
+    "GET /problems/{name}": ({"200": _answer("what it means, and what to do", _TEXT)}, (problems.NotFound,), ()),
+    "GET /healthz": ({"200": _answer("the process serves", _json(schemas.Health, {"status": "ok"}))}, (), ()),
+    "GET /readyz": (
+        {"200": _answer("Redis takes writes and every queue has a live worker", _json(schemas.Readiness))},
+        (problems.NotReady,),
+        (),
+    ),
+}  # fmt: skip
+
+#: What any request may be answered with.
+_ALWAYS = (problems.BadRequest, problems.InternalError)
+
+_MODELS = (
+    schemas.StatusObject,
+    schemas.StatusWithResult,
+    schemas.FunctionList,
+    schemas.Health,
+    schemas.Readiness,
+    schemas.ProblemObject,
+)
+
+
+def _problem_answers(kinds: tuple[type[Problem], ...]) -> dict[str, Spec]:
+    """The problems by status; several of one status are several examples of one answer."""
+    answers: dict[str, Spec] = {}
+    for kind in kinds:
+        answer = answers.setdefault(
+            str(kind.status),
+            {
+                "description": "",
+                "content": {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/ProblemObject"}, "examples": {}}},
+            },
+        )
+        answer["description"] += ("; " if answer["description"] else "") + kind.title
+        example = kind(kind.explanation.partition(". ")[0].rstrip(".") + ".", **kind.example).body()
+        answer["content"][PROBLEM_JSON]["examples"][kind.slug()] = {"value": example}
+        if kind.status in (429, 503) or kind is problems.ResultNotReady:
+            answer["headers"] = {"Retry-After": _HEADERS["Retry-After"]}
+    return answers
+
+
+def complete(spec: Spec, functions: Mapping[str, JobFunction]) -> Spec:
+    """Add to APIFlask's document what it cannot know: answers, problems, and a path for each job function."""
+    components = spec.setdefault("components", {}).setdefault("schemas", {})
+    for model in _MODELS:
+        schema = model.model_json_schema(ref_template="#/components/schemas/{model}", mode="serialization")
+        components.update(schema.pop("$defs", {}))
+        components[model.__name__] = schema
+
+    generic = spec["paths"].pop("/enqueue/{function}")["post"]
+    generic["parameters"] = [parameter for parameter in generic["parameters"] if parameter["in"] != "path"]
+    operations = {
+        f"{method.upper()} {path}": operation
+        for path, methods in spec["paths"].items()
+        for method, operation in methods.items()
+    }
+    for route, operation in {**operations, "POST /enqueue": generic}.items():
+        answers, kinds, headers = ANSWERS[route]
+        operation["responses"] = {**answers, **_problem_answers((*kinds, *_ALWAYS))}
+        operation["parameters"] = [*operation["parameters"], *headers]
+
+    for name, function in functions.items():
+        spec["paths"][f"/enqueue/{name}"] = {"post": _function_operation(generic, function)}
+    default = functions.get("some_long_function")
+    if default:
+        spec["paths"]["/enqueue"]["post"] = {**_function_operation(generic, default), "operationId": "enqueue"}
+    return spec
+
+
+def _function_operation(generic: Spec, function: JobFunction) -> Spec:
+    schema = function.payload_schema
+    # A schema of its own: "#/$defs/…" in it would point to the document's root.
+    schema = {**schema, "$id": f"urn:job-function:{function.name}"} if "$defs" in schema else schema
+    return {
+        **generic,
+        "operationId": f"enqueue_{function.name}",
+        "summary": f"Enqueue a job of {function.name}",
+        "description": function.description,
+        "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
+    }

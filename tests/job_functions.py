@@ -1,0 +1,163 @@
+"""Job functions that only tests run: FUNCTION_MODULES names this module beside app.functions."""
+
+import datetime
+import math
+import os
+import signal
+import time
+from functools import cache
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field
+from rq import get_current_job
+
+from app.job_function import job_function, report_progress
+
+
+@job_function()
+def echo(payload: Any) -> Any:
+    """Return the payload."""
+    return payload
+
+
+@job_function()
+def sleep_for(seconds: Annotated[float, Field(ge=0, le=60)]) -> float:
+    """Sleep so many seconds, in small steps, and return them."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(min(0.02, seconds))
+    return seconds
+
+
+@job_function()
+def append_line(payload: dict[str, str]) -> None:
+    """Append a line to a file: what ran, and how often, can be seen there."""
+    with open(payload["path"], "a") as file:  # noqa: PTH123  # appends
+        file.write(payload["line"] + "\n")
+    time.sleep(float(payload.get("seconds", "0")))
+
+
+@job_function()
+def fail(message: str) -> None:
+    """Raise."""
+    raise ValueError(message)
+
+
+@job_function(retries=2)
+def fail_with_retries(message: str) -> None:
+    """Raise; it is tried again."""
+    raise ValueError(message)
+
+
+@job_function()
+def die(payload: dict[str, Any]) -> None:
+    """End the process in the way that `how` names."""
+    how = payload["how"]
+    if "path" in payload:
+        append_line({"path": payload["path"], "line": how})
+    match how:
+        case "exit":
+            os._exit(0)
+        case "sys.exit":
+            raise SystemExit(3)
+        case "segfault":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@job_function()
+def swallow_timeout(seconds: float) -> str:
+    """Catch whatever is raised inside, the timeout too, and go on."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            time.sleep(0.05)
+        except Exception:  # noqa: BLE001  # this is the bad habit that is tested
+            continue
+    return "done"
+
+
+_UNJSONABLE: dict[str, Any] = {
+    "nan": {"a": [1, math.nan]},
+    "infinity": math.inf,
+    "datetime": {"when": datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)},
+    "bytes": b"x",
+    "set": {"a": {1}},
+    "int key": {"a": {1: 2}},
+    "surrogate": ["\ud800"],
+    "surrogate key": {"\ud800": 1},
+    "object": object(),
+    "huge integer": 10**5000,
+}
+
+
+@job_function()
+def return_unjsonable(kind: str) -> Any:
+    """Return something that JSON has not."""
+    if kind == "cycle":
+        cycle: list[Any] = []
+        cycle.append(cycle)
+        return cycle
+    return _UNJSONABLE[kind]
+
+
+@job_function()
+def return_bytes_of(size: int) -> str:
+    """Return a string of so many characters."""
+    return "x" * size
+
+
+@job_function()
+def report(payload: dict[str, Any]) -> str:
+    """Report the progress that the payload says, then wait a while."""
+    report_progress(payload["done"], payload["total"], payload.get("message", ""))
+    time.sleep(payload.get("seconds", 0))
+    return "reported"
+
+
+@cache
+def _load_model() -> int:
+    time.sleep(0.1)
+    return os.getpid()
+
+
+@job_function()
+def use_model(payload: Any) -> dict[str, Any]:
+    """Use what was loaded once; tell which process did."""
+    return {"loaded_in": _load_model(), "pid": os.getpid(), "loads": _load_model.cache_info().misses}
+
+
+@job_function()
+async def sleep_async(payload: Any) -> Any:
+    """Return the payload, from a coroutine."""
+    return payload
+
+
+@job_function()
+def current_job(payload: Any) -> dict[str, Any]:
+    """Tell what rq.get_current_job() knows."""
+    job = get_current_job()
+    assert job
+    return {"id": job.id, "origin": job.origin, "timeout": job.timeout, "args": list(job.args), "func": job.func_name}
+
+
+@job_function()
+def current_job_reads_redis(payload: Any) -> bool:
+    """Ask Redis for the own job, over the connection that is opened for it."""
+    job = get_current_job()
+    assert job
+    return job.is_started
+
+
+class StrictPayload(BaseModel, strict=True):
+    """A strict model: JSON has no dates, so a string must do."""
+
+    day: datetime.date
+    tags: frozenset[str] = frozenset()
+
+
+@job_function()
+def use_types(payload: StrictPayload) -> dict[str, Any]:
+    """Show that the function gets what its hint says."""
+    return {"type": type(payload.day).__name__, "year": payload.day.year, "tags": sorted(payload.tags)}
