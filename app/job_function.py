@@ -4,12 +4,14 @@ import asyncio
 import importlib
 import inspect
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypedDict, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 AnyCallable = TypeVar("AnyCallable", bound=Callable[..., Any])
 
@@ -40,6 +42,7 @@ class JobFunction:
     #: None where any JSON is welcome (no type hint, `dict` or `Any`).
     payload: TypeAdapter[Any] | None
     defaults: Defaults
+    signature: inspect.Signature
 
     @property
     def path(self) -> str:
@@ -66,17 +69,15 @@ class JobFunction:
         """
         return self.payload.validate_json(json.dumps(payload)) if self.payload else payload
 
-    def run(self, args: Iterable[Any], kwargs: dict[str, Any]) -> Any:
+    def run(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Call the function as RQ would, with the payload validated; an async function is run to its end.
 
         Raises:
             pydantic.ValidationError: the payload does not fit the type hint.
             TypeError: the job has other arguments than the one payload.
         """
-        bound = inspect.signature(self.call).bind(*args, **kwargs)
-        for name, payload in list(bound.arguments.items())[:1]:
-            bound.arguments[name] = self.validate(payload)
-        value = self.call(*bound.args, **bound.kwargs)
+        payloads = args if len(args) == 1 and not kwargs else self.signature.bind(*args, **kwargs).args
+        value = self.call(*map(self.validate, payloads))
         return asyncio.run(value) if inspect.iscoroutine(value) else value
 
 
@@ -108,12 +109,13 @@ def job_function(
 
     def register(call: AnyCallable) -> AnyCallable:
         name = call.__name__
-        parameters = list(inspect.signature(call).parameters)
-        if len(parameters) != 1:
+        signature = inspect.signature(call)
+        parameters = list(signature.parameters)
+        if len(parameters) != 1 or signature.parameters[parameters[0]].kind not in _POSITIONAL:
             raise TypeError(f"The job function {name} must take one argument, the payload; it takes {len(parameters)}.")
         hint = get_type_hints(call, include_extras=True).get(parameters[0], Any)
         payload = None if hint in (Any, object, dict) else TypeAdapter(hint)
-        function = JobFunction(name, call, payload, defaults)
+        function = JobFunction(name, call, payload, defaults, signature)
         if name in FUNCTIONS and FUNCTIONS[name].path != function.path:
             raise ValueError(f"Two job functions are named {name}: {FUNCTIONS[name].path} and {function.path}.")
         FUNCTIONS[name] = function

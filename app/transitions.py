@@ -26,6 +26,14 @@ TERMINAL = frozenset({"finished", "failed", "stopped", "canceled"})
 _LUA = Path(__file__).parent / "lua"
 _COMMON = (_LUA / "common.lua").read_text().replace("{RQ}", RQ_KEY_PREFIX)
 _SCRIPTS = {path.stem: _COMMON + path.read_text() for path in _LUA.glob("*.lua") if path.stem != "common"}
+# One trip to Redis instead of two at the end of each job: `finish`, then `take`, each as it is. The first argument
+# says how many of the rest are for `finish`.
+_SCRIPTS["finish_and_take"] = f"""{_COMMON}
+local function finish(ARGV) {(_LUA / "finish.lua").read_text()} end
+local function take(ARGV) {(_LUA / "take.lua").read_text()} end
+local split = ARGV[1] + 1
+return {{finish({{unpack(ARGV, 2, split)}}), take({{unpack(ARGV, split + 1)}})}}
+"""
 _DIGESTS = {name: hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest() for name, text in _SCRIPTS.items()}
 
 Argument = str | bytes | int | float
@@ -90,13 +98,26 @@ def enqueue(
     return Enqueued(*map(_text, answer))  # type: ignore[arg-type]  # the script answers with these words
 
 
+class Fields(NamedTuple):
+    """What a worker needs of a job's hash, as it was before the take; None where there is no such field."""
+
+    status: bytes | None
+    data: bytes | None
+    timeout: bytes | None
+    enqueued_at: bytes | None
+    crashes: bytes | None
+    function: bytes | None
+    #: Names of RQ's in-process hooks: success, failure, stopped.
+    callbacks: tuple[bytes | None, ...]
+
+
 class Taken(NamedTuple):
-    """A job that is this worker's to run, with its hash as it was."""
+    """A job that is this worker's to run."""
 
     queue: str
     job_id: str
     started_at: str
-    fields: dict[bytes, bytes]
+    fields: Fields
 
 
 class Skipped(NamedTuple):
@@ -117,16 +138,20 @@ class Suspended(NamedTuple):
     """Somebody ran `rq suspend`."""
 
 
-def take(
-    connection: Redis, worker: str, execution: str, lease: int, queues: Iterable[str]
-) -> Taken | Skipped | Nothing | Suspended:
+TakeAnswer = Taken | Skipped | Nothing | Suspended
+
+
+def take(connection: Redis, worker: str, execution: str, lease: int, queues: Iterable[str]) -> TakeAnswer:
     """Take the first waiting job of the queues, in their order, under a lease of so many seconds."""
-    word, *rest = _run(connection, "take", worker, execution, lease, *queues)
+    return _read_taken(_run(connection, "take", worker, execution, lease, *queues))
+
+
+def _read_taken(answer: list[Any]) -> TakeAnswer:
+    word, *rest = answer
     match _text(word):
         case "taken":
-            queue, job_id, started_at, flat = rest
-            fields = dict(zip(flat[::2], flat[1::2], strict=True))
-            return Taken(_text(queue), _text(job_id), _text(started_at), fields)
+            queue, job_id, started_at, fields = rest
+            return Taken(_text(queue), _text(job_id), _text(started_at), Fields(*fields[:6], tuple(fields[6:])))
         case "skipped":
             return Skipped(*map(_text, rest))
         case "suspended":
@@ -152,31 +177,46 @@ def renew(connection: Redis, run: Run, lease: int, progress: str = "") -> bool:
 class Failure(NamedTuple):
     """How a run ended badly: RQ's exception text (base64 of zlib) and our `error` (JSON)."""
 
-    exception: str
-    error: str
+    exception: str = ""
+    error: str = ""
 
 
-def finish(
-    connection: Redis,
-    run: Run,
-    outcome: Literal["finished", "failed", "stopped"],
-    *,
-    return_value: str = "",
-    failure: Failure | None = None,
-    progress: str = "",
-    result_ttl: int,
-    failure_ttl: int,
-) -> str:
+class Ending(NamedTuple):
+    """How a run ended, with the TTLs for a job that has none of its own."""
+
+    outcome: Literal["finished", "failed", "stopped"]
+    result_ttl: int
+    failure_ttl: int
+    #: base64 of JSON; empty for null
+    return_value: str = ""
+    failure: Failure = Failure()
+    progress: str = ""
+
+    def arguments(self, run: Run) -> tuple[Argument, ...]:
+        """What the script is called with."""
+        ttls = self.result_ttl, self.failure_ttl
+        return (*run, self.outcome, self.return_value, *self.failure, *ttls, self.progress)
+
+
+def finish(connection: Redis, run: Run, ending: Ending) -> str:
     """End the run.
 
     Returns:
         The job's new status; `lost` if the job is not this run's any more (nothing is written then); or `rq` if it
         has dependents, repeats, a rate limit or RQ's webhooks, which RQ's own code is to handle (nothing is written).
     """
-    exception, error = failure or ("", "")
-    return _text(
-        _run(connection, "finish", *run, outcome, return_value, exception, error, result_ttl, failure_ttl, progress)
+    return _text(_run(connection, "finish", *ending.arguments(run)))
+
+
+def finish_and_take(
+    connection: Redis, run: Run, ending: Ending, execution: str, lease: int, queues: Iterable[str]
+) -> tuple[str, TakeAnswer]:
+    """`finish`, then `take` for the same worker, in one round trip."""
+    arguments = ending.arguments(run)
+    status, taken = _run(
+        connection, "finish_and_take", len(arguments), *arguments, run.worker, execution, lease, *queues
     )
+    return _text(status), _read_taken(taken)
 
 
 def release(

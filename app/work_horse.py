@@ -5,6 +5,7 @@ value as strict JSON. It lives on between jobs, so what a function loaded once s
 a function asks for it through `rq.get_current_job()`.
 """
 
+import copy
 import json
 import logging
 import math
@@ -16,12 +17,12 @@ import sys
 import threading
 import traceback
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
 from rq.job import Job, _current_job
 from rq.serializers import JSONSerializer
 from rq.timeouts import JobTimeoutException, UnixSignalDeathPenalty
-from rq.utils import str_to_date
 
 from app.config import get_settings
 from app.frames import Channel, Header
@@ -30,6 +31,9 @@ from app.redis_resc import redis_conn
 
 #: Characters of an exception's text that are kept.
 LONGEST_MESSAGE = 2000
+
+
+_BLANK_JOB = Job("blank", connection=redis_conn, serializer=JSONSerializer)
 
 
 class UnknownFunction(Exception):
@@ -110,10 +114,12 @@ def _describe(error: BaseException) -> dict[str, str]:
 
 def _make_job(header: Header) -> Job:
     """The job as `rq.get_current_job()` shows it to the function."""
-    job = Job(header["job_id"], connection=redis_conn, serializer=JSONSerializer)
+    job = copy.copy(_BLANK_JOB)  # several times as fast as RQ's constructor
+    job.meta, job.webhooks = {}, []
+    job.id = header["job_id"]
     job.origin, job.timeout, job.worker_name = header["queue"], header["timeout"], header["worker"]
-    job.enqueued_at = str_to_date(header["enqueued_at"]) if header["enqueued_at"] else None
-    job.started_at = str_to_date(header["started_at"])
+    job.enqueued_at = datetime.fromisoformat(header["enqueued_at"]) if header["enqueued_at"] else None
+    job.started_at = datetime.fromisoformat(header["started_at"])
     return job
 
 

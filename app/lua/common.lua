@@ -50,15 +50,19 @@ local function ring()
   redis.call('XADD', DOORBELL, 'MAXLEN', 1, '*', 'rung', 1)
 end
 
--- The job waits in its queue from now on.
-local function make_waiting(id, queue, at_front, now)
-  redis.call('HSET', job_key(id), 'status', 'queued', 'enqueued_at', timestamp(now), 'started_at', '', 'ended_at', '',
-    'worker_name', '')
-  redis.call('HDEL', job_key(id), 'progress', 'error')
+local function push(id, queue, at_front)
   redis.call('SADD', RQ .. ':queues', queue_key(queue))
   redis.call(at_front and 'LPUSH' or 'RPUSH', queue_key(queue), id)
   tell(id, 'queued')
   ring()
+end
+
+-- A job that was elsewhere waits in its queue again.
+local function make_waiting(id, queue, at_front, now)
+  redis.call('HSET', job_key(id), 'status', 'queued', 'enqueued_at', timestamp(now), 'started_at', '', 'ended_at', '',
+    'worker_name', '')
+  redis.call('HDEL', job_key(id), 'progress', 'error')
+  push(id, queue, at_front)
 end
 
 local function execution_key(id, execution) return RQ .. ':execution:' .. id .. ':' .. execution end
@@ -70,21 +74,22 @@ local function holds(id, execution, queue)
     and redis.call('HGET', job_key(id), 'status') == 'started'
 end
 
-local function extend_lease(id, execution, queue, worker, lease, now)
+local function extend_lease(id, execution, queue, worker, lease, now, ...)
   local ttl = math.ceil(lease) + GRACE
-  redis.call('HSET', execution_key(id, execution), 'last_heartbeat', exact(now), 'lease_until', exact(now + lease))
+  redis.call('HSET', execution_key(id, execution), 'last_heartbeat', exact(now), 'lease_until', exact(now + lease), ...)
   redis.call('EXPIRE', execution_key(id, execution), ttl)
   redis.call('ZADD', registry('wip', queue), exact(now + ttl), id .. ':' .. execution)
   redis.call('ZADD', registry('executions', id), exact(now + ttl + 60), execution)
   redis.call('EXPIRE', registry('executions', id), ttl + 60)
   redis.call('EXPIRE', worker_key(worker) .. ':executions', ttl + 60)
-  redis.call('HSET', worker_key(worker), 'last_heartbeat', timestamp(now))
-  redis.call('EXPIRE', worker_key(worker), ttl)
 end
 
--- Add to one of the worker's own counters; a worker that is gone is not brought back by it.
-local function count(worker, command, field, amount)
-  if redis.call('EXISTS', worker_key(worker)) == 1 then redis.call(command, worker_key(worker), field, amount) end
+-- Count a run among the worker's own; a worker that is gone is not brought back by it.
+local function count(worker, field, seconds)
+  if redis.call('EXISTS', worker_key(worker)) == 1 then
+    redis.call('HINCRBY', worker_key(worker), field, 1)
+    redis.call('HINCRBYFLOAT', worker_key(worker), 'total_working_time', exact(seconds))
+  end
 end
 
 local function end_execution(id, execution, queue, worker)
@@ -96,8 +101,8 @@ end
 
 -- A job that ended without success: `failed`, or `stopped`, which RQ keeps in the same registry.
 local function end_badly(id, queue, status, failure_ttl, result, error, now)
-  local key = job_key(id)
-  redis.call('HSET', key, 'status', status, 'ended_at', timestamp(now), 'last_heartbeat', timestamp(now), 'error', error)
+  local key, stamp = job_key(id), timestamp(now)
+  redis.call('HSET', key, 'status', status, 'ended_at', stamp, 'last_heartbeat', stamp, 'error', error)
   redis.call('XADD', registry('results', id), 'MAXLEN', 10, '*', 'type', 2, unpack(result))
   redis.call('EXPIRE', registry('results', id), failure_ttl)
   redis.call('EXPIRE', key, failure_ttl)

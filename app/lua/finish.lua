@@ -17,8 +17,7 @@ local started = tonumber(redis.call('HGET', execution_key(id, execution), 'creat
 local result = {'worker_name', worker, 'execution_id', execution, 'execution_started_at', exact(started),
   'execution_ended_at', exact(now)}
 end_execution(id, execution, queue, worker)
-count(worker, 'HINCRBY', outcome == 'finished' and 'successful_job_count' or 'failed_job_count', 1)
-count(worker, 'HINCRBYFLOAT', 'total_working_time', exact(now - started))
+count(worker, outcome == 'finished' and 'successful_job_count' or 'failed_job_count', now - started)
 if progress ~= '' then redis.call('HSET', key, 'progress', progress) end
 
 if outcome == 'finished' then
@@ -32,7 +31,8 @@ if outcome == 'finished' then
     result[#result + 1] = 'return_value'
     result[#result + 1] = value
   end
-  redis.call('HSET', key, 'status', 'finished', 'ended_at', timestamp(now), 'last_heartbeat', timestamp(now))
+  local stamp = timestamp(now)
+  redis.call('HSET', key, 'status', 'finished', 'ended_at', stamp, 'last_heartbeat', stamp)
   redis.call('XADD', registry('results', id), 'MAXLEN', 10, '*', 'type', 1, unpack(result))
   if ttl > 0 then
     redis.call('EXPIRE', registry('results', id), ttl)

@@ -10,7 +10,7 @@ if not held then return 'lost' end
 
 local now = clock()
 if crashed == '1' and redis.call('HINCRBY', job_key(id), 'crashes', 1) > tonumber(limit) then
-  count(worker, 'HINCRBY', 'failed_job_count', 1)
+  count(worker, 'failed_job_count', 0)
   local ttl = tonumber(redis.call('HGET', job_key(id), 'failure_ttl') or failure_ttl)
   end_badly(id, queue, 'failed', ttl, {'worker_name', worker, 'execution_id', execution, 'exc_string', exception},
     error, now)

@@ -1,7 +1,9 @@
 -- The first waiting job of the worker's queues, in their order, under a lease.
 -- ARGV: worker, id for the new execution, lease in seconds, queues.
--- Answers {'taken', queue, job id, start of the run, hash of the job as it was}, {'nothing', last id of the doorbell},
+-- Answers {'taken', queue, job id, start of the run, FIELDS of the job as they were}, {'nothing', last id of the doorbell},
 -- {'skipped', queue, job id, reason} for what cannot be a job, or {'suspended'}.
+local FIELDS = {'status', 'data', 'timeout', 'enqueued_at', 'crashes', 'function', 'success_callback_name',
+  'failure_callback_name', 'stopped_callback_name'}
 local worker, execution, lease = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local now = clock()
 
@@ -11,7 +13,7 @@ for _, member in ipairs(redis.call('SMEMBERS', worker_key(worker) .. ':execution
   if found == execution then
     local queue = redis.call('HGET', job_key(id), 'origin')
     if queue and holds(id, execution, queue) then
-      return {'taken', queue, id, redis.call('HGET', job_key(id), 'started_at'), redis.call('HGETALL', job_key(id))}
+      return {'taken', queue, id, redis.call('HGET', job_key(id), 'started_at'), redis.call('HMGET', job_key(id), unpack(FIELDS))}
     end
   end
 end
@@ -27,23 +29,19 @@ for position = 4, #ARGV do
   local id = redis.call('LPOP', queue_key(queue))
   while id do
     local key = job_key(id)
-    local kind = redis.call('TYPE', key).ok
-    if kind == 'hash' then
-      if not settled[redis.call('HGET', key, 'status')] then
-        local job = redis.call('HGETALL', key)
-        redis.call('HSET', key, 'status', 'started', 'started_at', timestamp(now), 'last_heartbeat', timestamp(now),
-          'worker_name', worker, 'origin', queue)
-        redis.call('PERSIST', key)
-        redis.call('HSET', execution_key(id, execution), 'id', execution, 'job_id', id, 'created_at', exact(now),
-          'worker_name', worker)
-        redis.call('SADD', worker_key(worker) .. ':executions', id .. ':' .. execution)
-        redis.call('HSET', worker_key(worker), 'state', 'busy')
-        extend_lease(id, execution, queue, worker, lease, now)
-        tell(id, 'started')
-        return {'taken', queue, id, timestamp(now), job}
-      end
-    elseif kind ~= 'none' then
-      return {'skipped', queue, id, 'its key holds a ' .. kind .. ', not a hash'}
+    local job = redis.pcall('HMGET', key, unpack(FIELDS))
+    if job.err then return {'skipped', queue, id, job.err} end
+    if (job[1] or job[2]) and not settled[job[1]] then
+      local stamp = timestamp(now)
+      redis.call('HSET', key, 'status', 'started', 'started_at', stamp, 'last_heartbeat', stamp, 'worker_name', worker,
+        'origin', queue)
+      redis.call('PERSIST', key)
+      redis.call('SADD', worker_key(worker) .. ':executions', id .. ':' .. execution)
+      extend_lease(id, execution, queue, worker, lease, now,
+        'id', execution, 'job_id', id, 'created_at', exact(now), 'worker_name', worker)
+      redis.call('HSET', worker_key(worker), 'state', 'busy')
+      tell(id, 'started')
+      return {'taken', queue, id, stamp, job}
     end
     id = redis.call('LPOP', queue_key(queue))
   end
