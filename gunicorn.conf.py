@@ -9,7 +9,7 @@ from app.config import get_settings  # noqa: E402  # see above
 
 _settings = get_settings()
 
-bind = f"{_settings.host}:{_settings.port}"
+bind = _settings.address
 workers = _settings.web_concurrency
 worker_class = "gevent"
 # Room for all that may wait, and for those who do not.

@@ -83,6 +83,11 @@ class Settings(BaseSettings):
         return names
 
     @property
+    def address(self) -> str:
+        """Where the web server listens, as `host:port`."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
     def redis_is_configured(self) -> bool:
         """Whether the user said where Redis is, in any of the ways there are."""
         return not self.model_fields_set.isdisjoint({"redis_url", "redis_host", "redis_port"})

