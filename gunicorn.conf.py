@@ -5,7 +5,9 @@ from gevent import monkey
 # Before anything else is imported: many clients wait in one process, each in a greenlet.
 monkey.patch_all()
 
-from app.config import get_settings  # noqa: E402  # see above
+from typing import Any  # noqa: E402  # see above
+
+from app.config import get_settings, is_loopback  # noqa: E402
 
 _settings = get_settings()
 
@@ -19,3 +21,11 @@ graceful_timeout = _settings.max_wait + 5
 keepalive = 5
 # gunicorn 25's control socket is one file per user: a second instance on the machine would take it from the first.
 control_socket_disable = True
+
+
+def on_starting(server: Any) -> None:
+    """Refuse to be open to everybody by accident, with `--bind` too."""
+    for address in server.cfg.address:
+        is_open = isinstance(address, tuple) and not is_loopback(address[0])
+        if is_open and not (_settings.api_keys or _settings.allow_anonymous):
+            raise SystemExit(f"Listening on {address[0]} wants API_KEYS, or ALLOW_ANONYMOUS=true.")

@@ -37,6 +37,8 @@ def _problem_answer(problem: problems.Problem) -> Response:
     answer.mimetype = PROBLEM_JSON
     if problem.retry_after is not None:
         answer.headers["Retry-After"] = str(problem.retry_after)
+    if isinstance(problem, problems.Unauthorized):
+        answer.headers["WWW-Authenticate"] = "Bearer"
     return answer
 
 

@@ -1,19 +1,72 @@
 """Every setting of the service: its environment variable, default, bounds and meaning, read in this one place."""
 
+import hashlib
 from functools import cache
-from typing import Annotated
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Any, Self
 from urllib.parse import quote
 
-from pydantic import AliasChoices, Field, StringConstraints, ValidationError, field_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FilePath,
+    SecretStr,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 #: The longest any TTL or timeout may be: 30 days, in seconds.
 MAX_SECONDS = 30 * 24 * 3600
 
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that listens on this address."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 QueueName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_.]*$")]
 #: Redis keeps TTLs as whole seconds in RQ's fields.
 Seconds = Annotated[int, Field(ge=1, le=MAX_SECONDS)]
+
+
+class ApiKey(BaseModel):
+    """A key that clients may use, and what it lets them do. It is given as it is, or as its SHA-256."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    #: Owner of the jobs that are made with it.
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.@-]{1,64}$")]
+    key: Annotated[SecretStr, Field(min_length=16)] | None = None
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
+    #: The job functions that it may enqueue; None for all.
+    functions: frozenset[str] | None = None
+    #: Sees and controls every owner's jobs.
+    admin: bool = False
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        """Want the key itself or its hash."""
+        if (self.key is None) == (self.sha256 is None):
+            raise ValueError("each key has either `key` or `sha256`")
+        return self
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the key."""
+        if self.key is None:
+            return bytes.fromhex(self.sha256 or "")
+        return hashlib.sha256(self.key.get_secret_value().encode()).digest()
 
 
 class Settings(BaseSettings):
@@ -36,6 +89,19 @@ class Settings(BaseSettings):
     host: str = Field(default="127.0.0.1", description="Address that `pipenv run start` and gunicorn listen on")
     port: int = Field(default=8000, ge=1, le=65535, description="Port that `pipenv run start` and gunicorn listen on")
     web_concurrency: int = Field(default=1, ge=1, le=64, description="Number of gunicorn processes")
+
+    api_keys: Annotated[tuple[ApiKey, ...], NoDecode] = Field(
+        default=(), repr=False, description="JSON list of the keys that clients may use; without any, no key is wanted"
+    )
+    api_keys_file: FilePath | None = Field(default=None, description="A file that holds API_KEYS")
+    allow_anonymous: bool = Field(
+        default=False, description="Listen on other addresses than loopback although no key is wanted"
+    )
+    rate_limit: str | None = Field(
+        default=None,
+        pattern=r"^[1-9][0-9]{0,8}/(second|minute|hour|day)$",
+        description="Requests that one key (without keys: one address) may send, as `100/minute`; unset: any number",
+    )
 
     queues: Annotated[tuple[QueueName, ...], NoDecode] = Field(
         default=("default",),
@@ -82,6 +148,36 @@ class Settings(BaseSettings):
             raise ValueError("each name may stand there once")
         return names
 
+    @model_validator(mode="before")
+    @classmethod
+    def read_api_keys(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Take the keys from their file."""
+        if file := values.get("api_keys_file"):
+            if values.get("api_keys"):
+                raise ValueError("API_KEYS and API_KEYS_FILE are both set, one is wanted")
+            try:
+                values["api_keys"] = Path(file).read_text()
+            except OSError as error:
+                raise ValueError(f"API_KEYS_FILE cannot be read: {error.strerror}") from None
+        if isinstance(keys := values.get("api_keys"), str):
+            try:
+                values["api_keys"] = TypeAdapter(tuple[ApiKey, ...]).validate_json(keys)
+            except ValidationError as error:  # said here, since its own text shows what it was given
+                first = error.errors()[0]
+                place = ".".join(map(str, first["loc"]))
+                raise ValueError(f"API_KEYS is not right{place and f' at {place}'}: {first['msg']}") from None
+        return values
+
+    @model_validator(mode="after")
+    def check_keys(self) -> Self:
+        """Refuse two owners of one name, and a service that is open to everybody by accident."""
+        names = [key.name for key in self.api_keys]
+        if len(set(names)) < len(names):
+            raise ValueError("two API_KEYS have the same name")
+        if not (self.api_keys or self.allow_anonymous or is_loopback(self.host)):
+            raise ValueError(f"HOST={self.host} is no loopback address: set API_KEYS, or ALLOW_ANONYMOUS=true")
+        return self
+
     @property
     def address(self) -> str:
         """Where the web server listens, as `host:port`."""
@@ -113,7 +209,11 @@ def get_settings() -> Settings:
         return Settings()
     except ValidationError as error:
         first = error.errors()[0]
+        message = first["msg"].removeprefix("Value error, ")
         # With an alias, pydantic's location is the alias; a field of a list has its index behind it.
-        name = str(first["loc"][0]).upper()
-        shown = "(hidden)" if "PASSWORD" in name or "URL" in name else repr(first["input"])
-        raise SystemExit(f"Bad setting {name}={shown}: {first['msg']}.") from None
+        name = str(first["loc"][0]).upper() if first["loc"] else ""
+        if not name:  # several settings that do not go together; the message names them
+            raise SystemExit(f"Bad settings: {message}.") from None
+        is_secret = any(word in name for word in ("PASSWORD", "URL", "KEYS"))
+        shown = "(hidden)" if is_secret else repr(first["input"])
+        raise SystemExit(f"Bad setting {name}={shown}: {message}.") from None

@@ -192,8 +192,12 @@ class Jobs:
 
     # Status
 
-    def read_status(self, job_id: str, owner: str = "") -> StatusObject:
+    def read_status(self, job_id: str, owner: str | None = "") -> StatusObject:
         """Where the job is. One round trip, whatever the size of its payload and result.
+
+        Args:
+            job_id: what `enqueue` returned.
+            owner: whose job it must be; None for anybody's.
 
         Raises:
             JobNotFound: there is no such job, or it is somebody else's.
@@ -202,16 +206,17 @@ class Jobs:
         values: Any = self.connection.hmget(transitions.job_key(job_id), _STATUS_FIELDS)
         return self._status_object(job_id, self._decode(job_id, owner, values))
 
-    def _decode(self, job_id: str, owner: str, values: list[bytes | None]) -> dict[str, str | None]:
+    def _decode(self, job_id: str, owner: str | None, values: list[bytes | None]) -> dict[str, str | None]:
         fields = {
             name: value.decode(errors="replace") if value else None
             for name, value in zip(_STATUS_FIELDS, values, strict=True)
         }
         # A stock worker's late heartbeat can leave a hash with nothing else in it (rq#1450).
         exists = fields["status"] is not None and fields["created_at"] is not None
-        if exists and (fields["owner"] or "") == owner:
+        if exists and owner in (None, fields["owner"] or ""):
             return fields
-        if not exists and self.ids.is_ours(job_id, owner):
+        owners = ["", *(key.name for key in self.settings.api_keys)] if owner is None else [owner]
+        if not exists and any(self.ids.is_ours(job_id, name) for name in owners):
             raise problems.ResultExpired(f"The job {job_id} is not kept any more.", job_id=job_id)
         raise problems.JobNotFound(f"No job has the id {job_id!r}.", job_id=job_id)
 
@@ -262,14 +267,14 @@ class Jobs:
 
     # Wait
 
-    def wait(self, job_id: str, seconds: float, owner: str = "") -> StatusObject:
+    def wait(self, job_id: str, seconds: float, owner: str | None = "") -> StatusObject:
         """The status of the job once it is terminal, at the latest after so many seconds."""
         if seconds <= 0:
             return self.read_status(job_id, owner)
         with self.events.listen(job_id) as bell:
             return self._await_end(job_id, owner, bell, seconds)
 
-    def _await_end(self, job_id: str, owner: str, bell: Bell, seconds: float) -> StatusObject:
+    def _await_end(self, job_id: str, owner: str | None, bell: Bell, seconds: float) -> StatusObject:
         """Look at the job, and look again when its events say that it ended.
 
         The job itself is looked at now and then without an event too: a stock worker's jobs have none, and a `ttl`
@@ -297,7 +302,7 @@ class Jobs:
 
     # Result
 
-    def read_result(self, job_id: str, owner: str = "") -> bytes:
+    def read_result(self, job_id: str, owner: str | None = "") -> bytes:
         """The job's return value, as JSON text.
 
         Raises:
@@ -322,7 +327,7 @@ class Jobs:
         problem = {"failed": problems.JobFailed, "stopped": problems.JobStopped, "canceled": problems.JobCanceled}
         raise problem[status or ""](f"The job was {status}." if status != "failed" else "The job failed.", **members)
 
-    def read_result_value(self, job_id: str, owner: str = "") -> Any:
+    def read_result_value(self, job_id: str, owner: str | None = "") -> Any:
         """The job's return value, as JSON data; raises as `read_result`."""
         return json.loads(self.read_result(job_id, owner))
 

@@ -12,6 +12,7 @@ from redis import Redis
 
 from app import openapi, problems
 from app.answers import answer_errors, json_answer
+from app.auth import check_function, current_key, limit_rate, want_keys
 from app.config import Settings, get_settings
 from app.events import BLOCK, EventLog
 from app.job_function import load_functions
@@ -57,6 +58,12 @@ def _ask_again(status: StatusObject) -> dict[str, str]:
     return {} if status["job_status"] in TERMINAL else {"Retry-After": str(POLL_AGAIN)}
 
 
+def _reader() -> str | None:
+    """Whose jobs the present request may see: those of one owner, or (None) all."""
+    key = current_key()
+    return None if key.admin else key.name
+
+
 def create_app(settings: Settings | None = None, connection: Redis | None = None) -> APIFlask:
     """Put the service together: the one place where settings, Redis, functions and routes meet.
 
@@ -91,8 +98,14 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
         SWAGGER_UI_STANDALONE_PRESET_JS="/docs/swagger-ui-standalone-preset.js",
         DOCS_FAVICON="/docs/favicon-32x32.png",
     )
-    app.spec_processor(lambda spec: openapi.complete(cast("dict[str, Any]", spec), functions))
+    app.spec_processor(
+        lambda spec: openapi.complete(
+            cast("dict[str, Any]", spec), functions, DEFAULT_FUNCTION, with_keys=bool(settings.api_keys)
+        )
+    )
     answer_errors(app)
+    want_keys(app, settings.api_keys)
+    limit_rate(app, settings.rate_limit, jobs.connection)
     app.register_blueprint(ops)
 
     @app.get("/")
@@ -108,15 +121,16 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
     def enqueue(options: Any, function: str = DEFAULT_FUNCTION) -> Response:
         """Enqueue a job: the body is its payload."""
         found = jobs.find_function(function)
+        check_function(function)
         payload = _read_payload()
         chosen = options.model_dump(exclude_none=True)
         wait, headers = _wait_seconds(chosen.pop("wait", None), settings)
-        status = jobs.enqueue(found, payload, chosen, wait=wait)
+        status = jobs.enqueue(found, payload, chosen, owner=current_key().name, wait=wait)
         headers |= {"Location": status["links"]["check_status"], **_ask_again(status)}
         if status["job_status"] not in TERMINAL:
             return json_answer(status, 202, headers)
         if status["job_status"] == "finished":
-            status["result"] = jobs.read_result_value(status["job_id"])
+            status["result"] = jobs.read_result_value(status["job_id"], _reader())
         return json_answer(status, 200, headers)
 
     @app.get("/check_status")
@@ -125,7 +139,7 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
     def check_status(query: JobQuery) -> Response:
         """Tell where a job is."""
         wait, headers = _wait_seconds(query.wait, settings)
-        status = jobs.wait(query.job_id, wait)
+        status = jobs.wait(query.job_id, wait, _reader())
         answer = json_answer(status, headers={**headers, **_ask_again(status), "Cache-Control": "private, no-cache"})
         answer.set_etag(hashlib.blake2b(answer.get_data(), digest_size=12).hexdigest())
         answer.make_conditional(request)
@@ -138,8 +152,8 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
         """Return what a job returned, as JSON, with nothing around it."""
         wait, headers = _wait_seconds(query.wait, settings)
         if wait:
-            jobs.wait(query.job_id, wait)
-        text = jobs.read_result(query.job_id)
+            jobs.wait(query.job_id, wait, _reader())
+        text = jobs.read_result(query.job_id, _reader())
         return Response(text, 200, {**headers, "Cache-Control": "private, no-cache"}, mimetype="application/json")
 
     @app.get("/functions")

