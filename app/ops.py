@@ -11,16 +11,18 @@ from app.answers import json_answer
 from app.jobs import TRY_AGAIN, Jobs
 from app.transitions import PROBE_KEY, workers_key
 
-ops = APIBlueprint("ops", __name__, tag="Operating")
+ops = APIBlueprint("ops", __name__)
 
 
 @ops.get("/healthz")
+@ops.doc(tags=["Operating"])
 def healthz() -> Response:
     """Tell that the process serves, whatever Redis does."""
     return json_answer({"status": "ok"})
 
 
 @ops.get("/readyz")
+@ops.doc(tags=["Operating"])
 def readyz() -> Response:
     """Tell whether a job that is enqueued now would run.
 

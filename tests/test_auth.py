@@ -1,0 +1,157 @@
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import fakeredis
+import pytest
+from flask.testing import FlaskClient
+from pydantic import ValidationError
+
+from app.auth import PUBLIC
+from app.config import Settings
+from app.main import create_app
+
+ALICE, BOB, OPS = ("alice's long key", "bob's own long key", "the operator's key")
+KEYS: list[dict[str, Any]] = [
+    {"name": "alice", "key": ALICE},
+    {"name": "bob", "sha256": hashlib.sha256(BOB.encode()).hexdigest(), "functions": ["count_words"]},
+    {"name": "ops", "key": OPS, "admin": True},
+]
+
+
+def _bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def _make_client(redis: fakeredis.FakeRedis, **settings: Any) -> FlaskClient:
+    return create_app(Settings(api_keys=json.dumps(KEYS), **settings), redis).test_client()
+
+
+@pytest.fixture
+def client(redis: fakeredis.FakeRedis) -> FlaskClient:
+    return _make_client(redis)
+
+
+@pytest.mark.parametrize("route", ["/check_status?job_id=x", "/get_result?job_id=x", "/functions", "/no/such/route"])
+@pytest.mark.parametrize(
+    "header",
+    [
+        None,
+        "Bearer",
+        "Bearer wrong",
+        f"Basic {ALICE}",
+        f"bearer  {ALICE}x",
+        "Bearer \udcff",
+        f"Bearer {KEYS[1]['sha256']}",
+    ],
+)
+def test_auth_refuses_whoever_has_no_known_key(client: FlaskClient, route: str, header: str | None) -> None:
+    answer = client.get(route, headers={"Authorization": header} if header else {})
+    assert answer.status_code == 401
+    assert answer.json
+    assert answer.json["type"] == "/problems/unauthorized"
+    assert answer.headers["WWW-Authenticate"] == "Bearer"
+
+
+def test_auth_refuses_an_enqueue_before_it_looks_at_the_body(client: FlaskClient, redis: fakeredis.FakeRedis) -> None:
+    assert client.post("/enqueue", data=b"not json").status_code == 401
+    assert redis.llen("rq:queue:default") == 0
+
+
+@pytest.mark.parametrize("route", [*sorted(PUBLIC - {"/readyz"}), "/problems/job-not-found", "/docs/swagger-ui.css"])
+def test_auth_wants_no_key_for_public_routes(client: FlaskClient, route: str) -> None:
+    with client.get(route) as answer:
+        assert answer.status_code == 200
+
+
+def test_auth_lets_a_key_given_as_hash_in(client: FlaskClient) -> None:
+    assert client.get("/functions", headers=_bearer(BOB)).status_code == 200
+
+
+def test_auth_forbids_functions_that_the_key_does_not_name(client: FlaskClient) -> None:
+    answer = client.post("/enqueue/some_long_function", json=1, headers=_bearer(BOB))
+    assert answer.status_code == 403
+    assert answer.json
+    assert answer.json["type"] == "/problems/forbidden"
+    assert client.post("/enqueue/count_words", json={"text": "a"}, headers=_bearer(BOB)).status_code == 202
+
+
+@pytest.mark.parametrize("route", ["/check_status", "/get_result"])
+def test_auth_hides_the_jobs_of_others_even_after_they_expired(
+    client: FlaskClient, redis: fakeredis.FakeRedis, route: str
+) -> None:
+    enqueued = client.post("/enqueue/echo", json=1, headers=_bearer(ALICE)).json
+    assert enqueued
+    path = f"{route}?job_id={enqueued['job_id']}"
+    seen = {"/check_status": 200, "/get_result": 409}[route]
+    statuses = [client.get(path, headers=_bearer(key)).status_code for key in (ALICE, BOB, OPS)]
+    assert statuses == [seen, 404, seen]
+    redis.delete(f"rq:job:{enqueued['job_id']}")
+    statuses = [client.get(path, headers=_bearer(key)).status_code for key in (ALICE, BOB, OPS)]
+    assert statuses == [410, 404, 410]
+
+
+def test_auth_shows_up_in_the_openapi_document(client: FlaskClient) -> None:
+    spec = client.get("/openapi.json").json
+    assert spec
+    assert spec["components"]["securitySchemes"] == {"ApiKey": {"type": "http", "scheme": "bearer"}}
+    assert spec["paths"]["/enqueue/count_words"]["post"]["security"] == [{"ApiKey": []}]
+    assert "security" not in spec["paths"]["/healthz"]["get"]
+
+
+def test_auth_reads_keys_from_a_file(tmp_path: Path, redis: fakeredis.FakeRedis) -> None:
+    file = tmp_path / "keys.json"
+    file.write_text(json.dumps(KEYS))
+    client = create_app(Settings(api_keys_file=file), redis).test_client()
+    assert client.get("/functions").status_code == 401
+    assert client.get("/functions", headers=_bearer(ALICE)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("nonsense", "API_KEYS is not right: Invalid JSON"),
+        ('{"name": "a"}', "API_KEYS is not right"),
+        ('[{"name": "a"}]', "either `key` or `sha256`"),
+        ('[{"name": "a", "key": "0123456789abcdef", "sha256": "%s"}]' % ("0" * 64), "either `key` or `sha256`"),
+        ('[{"name": "a", "key": "short"}]', "at least 16"),
+        ('[{"name": "a b", "key": "0123456789abcdef"}]', "pattern"),
+        ('[{"name": "a", "sha256": "xyz"}]', "pattern"),
+        ('[{"name": "a", "key": "0123456789abcdef", "adm": true}]', "Extra inputs"),
+        (json.dumps([KEYS[0], KEYS[0]]), "same name"),
+    ],
+)
+def test_auth_refuses_bad_keys_without_showing_them(keys: str, message: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Settings(api_keys=keys)
+    text = caught.value.errors()[0]["msg"]
+    assert message in text
+    assert "0123456789abcdef" not in text
+
+
+@pytest.mark.parametrize(("host", "is_refused"), [("0.0.0.0", True), ("10.0.0.1", True), ("::", True), ("::1", False)])
+def test_without_keys_the_server_listens_on_loopback_only(host: str, is_refused: bool) -> None:
+    if is_refused:
+        with pytest.raises(ValidationError, match="ALLOW_ANONYMOUS"):
+            Settings(host=host)
+    assert Settings(host=host, allow_anonymous=True).host == host
+    assert Settings(host=host, api_keys=json.dumps(KEYS)).host == host
+
+
+def test_rate_limit_is_counted_for_each_key_and_not_for_public_routes(redis: fakeredis.FakeRedis) -> None:
+    client = _make_client(redis, rate_limit="3/hour")
+    statuses = [client.get("/functions", headers=_bearer(ALICE)).status_code for _ in range(4)]
+    assert statuses == [200, 200, 200, 429]
+    refused = client.get("/functions", headers=_bearer(ALICE))
+    assert refused.json
+    assert refused.json["type"] == "/problems/too-many-requests"
+    assert 1 <= int(refused.headers["Retry-After"]) <= 3601
+    assert client.get("/functions", headers=_bearer(OPS)).status_code == 200
+    assert {client.get("/").status_code for _ in range(5)} == {200}
+
+
+def test_rate_limit_counts_addresses_where_there_are_no_keys(redis: fakeredis.FakeRedis) -> None:
+    client = create_app(Settings(rate_limit="1/day"), redis).test_client()
+    assert [client.get("/functions").status_code for _ in range(2)] == [200, 429]
+    assert client.get("/functions", environ_base={"REMOTE_ADDR": "127.0.0.9"}).status_code == 200
