@@ -15,6 +15,15 @@ local function queue_key(queue) return RQ .. ':queue:' .. queue end
 local function registry(name, queue) return RQ .. ':' .. name .. ':' .. queue end
 local function worker_key(worker) return RQ .. ':worker:' .. worker end
 
+-- Fields of a job's hash. Anybody may have written to Redis: what is no hash has no fields, and what is no number is
+-- the default. A script must not raise half-way, since what it did before stays done.
+local function read(id, ...)
+  local values = redis.pcall('HMGET', job_key(id), ...)
+  return values.err and {} or values
+end
+
+local function number(value, default) return tonumber(value or '') or default end
+
 -- Redis' clock, in seconds. Scripts use no other.
 local function clock()
   local time = redis.call('TIME')
@@ -71,7 +80,7 @@ local function execution_key(id, execution) return RQ .. ':execution:' .. id .. 
 -- and RQ's own cleanup take the entry away, and a status that is not `started` means that somebody else decided.
 local function holds(id, execution, queue)
   return redis.call('ZSCORE', registry('wip', queue), id .. ':' .. execution)
-    and redis.call('HGET', job_key(id), 'status') == 'started'
+    and read(id, 'status')[1] == 'started'
 end
 
 local function extend_lease(id, execution, queue, worker, lease, now, ...)
@@ -99,13 +108,19 @@ local function end_execution(id, execution, queue, worker)
   redis.call('SREM', worker_key(worker) .. ':executions', id .. ':' .. execution)
 end
 
+-- An ended job, its results and its entry in a registry are kept for so many seconds; for ever with RQ's -1.
+local function keep(id, queue, name, ttl, now)
+  for _, key in ipairs({job_key(id), registry('results', id)}) do
+    if ttl < 0 then redis.call('PERSIST', key) else redis.call('EXPIRE', key, ttl) end
+  end
+  redis.call('ZADD', registry(name, queue), ttl < 0 and '+inf' or math.floor(now) + ttl, id)
+end
+
 -- A job that ended without success: `failed`, or `stopped`, which RQ keeps in the same registry.
 local function end_badly(id, queue, status, failure_ttl, result, error, now)
   local key, stamp = job_key(id), timestamp(now)
   redis.call('HSET', key, 'status', status, 'ended_at', stamp, 'last_heartbeat', stamp, 'error', error)
   redis.call('XADD', registry('results', id), 'MAXLEN', 10, '*', 'type', 2, unpack(result))
-  redis.call('EXPIRE', registry('results', id), failure_ttl)
-  redis.call('EXPIRE', key, failure_ttl)
-  redis.call('ZADD', registry('failed', queue), math.floor(now) + failure_ttl, id)
+  keep(id, queue, 'failed', failure_ttl, now)
   tell(id, status)
 end

@@ -21,7 +21,7 @@ count(worker, outcome == 'finished' and 'successful_job_count' or 'failed_job_co
 if progress ~= '' then redis.call('HSET', key, 'progress', progress) end
 
 if outcome == 'finished' then
-  local ttl = tonumber(job[1] or result_ttl)
+  local ttl = number(job[1], tonumber(result_ttl))
   if ttl == 0 then
     redis.call('DEL', key, registry('results', id), registry('executions', id))
     tell(id, 'finished')
@@ -34,22 +34,17 @@ if outcome == 'finished' then
   local stamp = timestamp(now)
   redis.call('HSET', key, 'status', 'finished', 'ended_at', stamp, 'last_heartbeat', stamp)
   redis.call('XADD', registry('results', id), 'MAXLEN', 10, '*', 'type', 1, unpack(result))
-  if ttl > 0 then
-    redis.call('EXPIRE', registry('results', id), ttl)
-    redis.call('EXPIRE', key, ttl)
-  else -- RQ's -1: for ever
-    redis.call('PERSIST', registry('results', id))
-  end
-  redis.call('ZADD', registry('finished', queue), ttl > 0 and math.floor(now) + ttl or '+inf', id)
+  keep(id, queue, 'finished', ttl, now)
   tell(id, 'finished')
   return 'finished'
 end
 
-local retries_left = tonumber(job[3] or 0)
+local retries_left = number(job[3], 0)
 if outcome == 'failed' and retries_left > 0 then
   redis.call('HSET', key, 'retries_left', retries_left - 1)
-  local intervals = job[4] and cjson.decode(job[4]) or {0}
-  local pause = intervals[math.max(#intervals - retries_left, 0) + 1] or 0
+  local is_json, intervals = pcall(cjson.decode, job[4] or '[]')
+  if not is_json or type(intervals) ~= 'table' then intervals = {} end
+  local pause = number(intervals[math.max(#intervals - retries_left, 0) + 1], 0)
   if pause > 0 then
     redis.call('HSET', key, 'status', 'scheduled', 'started_at', '', 'worker_name', '')
     redis.call('HDEL', key, 'progress')
@@ -63,5 +58,5 @@ end
 
 result[#result + 1] = 'exc_string'
 result[#result + 1] = exception
-end_badly(id, queue, outcome, tonumber(job[2] or failure_ttl), result, error, now)
+end_badly(id, queue, outcome, number(job[2], tonumber(failure_ttl)), result, error, now)
 return outcome

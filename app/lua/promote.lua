@@ -5,7 +5,7 @@ local now, promoted = clock(), 0
 for _, queue in ipairs(ARGV) do
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', registry('scheduled', queue), '-inf', now, 'LIMIT', 0, 1000)) do
     redis.call('ZREM', registry('scheduled', queue), id)
-    local job = redis.call('HMGET', job_key(id), 'status', 'enqueue_at_front', 'enqueue_at_front_on_retry')
+    local job = read(id, 'status', 'enqueue_at_front', 'enqueue_at_front_on_retry')
     if job[1] == 'scheduled' then
       make_waiting(id, queue, job[2] == '1' or job[3] == '1', now)
       promoted = promoted + 1

@@ -10,11 +10,12 @@ for _, queue in ipairs(ARGV) do
     if not id then
       redis.call('ZREM', registry('wip', queue), member)
     else
-      local run = redis.call('HMGET', execution_key(id, execution), 'lease_until', 'worker_name')
+      local run = redis.pcall('HMGET', execution_key(id, execution), 'lease_until', 'worker_name')
+      if run.err then run = {} end
       -- A stock worker's execution has no lease of ours; its score is when RQ would give it up.
-      local ends = tonumber(run[1] or redis.call('ZSCORE', registry('wip', queue), member))
+      local ends = number(run[1], tonumber(redis.call('ZSCORE', registry('wip', queue), member)))
       if ends < now then
-        expired[#expired + 1] = {queue, id, execution, run[2] or '', redis.call('HGET', job_key(id), 'crashes') or '0'}
+        expired[#expired + 1] = {queue, id, execution, run[2] or '', tostring(number(read(id, 'crashes')[1], 0))}
       end
     end
   end
@@ -22,12 +23,12 @@ for _, queue in ipairs(ARGV) do
   local intermediate = queue_key(queue) .. ':intermediate'
   for _, id in ipairs(redis.call('LRANGE', intermediate, 0, 99)) do
     local seen = intermediate .. ':first_seen:' .. id
-    local status = redis.call('HGET', job_key(id), 'status')
+    local status = read(id, 'status')[1]
     if status ~= 'queued' then
       -- Started: a stock worker takes it out as it starts. Anything else: the entry is stale.
       if status ~= 'started' then redis.call('LREM', intermediate, 1, id) end
     elseif not redis.call('SET', seen, exact(now), 'NX', 'EX', 86400)
-      and now - tonumber(redis.call('GET', seen)) > 60 then
+      and now - number(redis.call('GET', seen), 0) > 60 then
       redis.call('LREM', intermediate, 1, id)
       redis.call('DEL', seen)
       make_waiting(id, queue, true, now)

@@ -9,10 +9,12 @@ end_execution(id, execution, queue, worker)
 if not held then return 'lost' end
 
 local now = clock()
-if crashed == '1' and redis.call('HINCRBY', job_key(id), 'crashes', 1) > tonumber(limit) then
+local job = read(id, 'crashes', 'failure_ttl')
+local crashes = number(job[1], 0) + tonumber(crashed)
+if crashed == '1' then redis.call('HSET', job_key(id), 'crashes', crashes) end
+if crashed == '1' and crashes > tonumber(limit) then
   count(worker, 'failed_job_count', 0)
-  local ttl = tonumber(redis.call('HGET', job_key(id), 'failure_ttl') or failure_ttl)
-  end_badly(id, queue, 'failed', ttl, {'worker_name', worker, 'execution_id', execution, 'exc_string', exception},
+  end_badly(id, queue, 'failed', number(job[2], tonumber(failure_ttl)), {'worker_name', worker, 'execution_id', execution, 'exc_string', exception},
     error, now)
   return 'failed'
 end
