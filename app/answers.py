@@ -7,7 +7,7 @@ import uuid
 from typing import Any
 
 from apiflask import APIFlask, HTTPError
-from flask import Response, request
+from flask import Response, current_app, request
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -23,7 +23,9 @@ logger = logging.getLogger(__name__)
 #: A script's error has the word in its middle.
 _NOT_NOW = re.compile(r"\b(OOM|READONLY|MISCONF|LOADING|BUSY|MASTERDOWN|NOREPLICAS|CLUSTERDOWN|NOAUTH|NOPERM)\b")
 #: redis-py has classes for some of them, and takes the word off their text.
-_NOT_NOW_CLASSES = {"OutOfMemoryError", "ReadOnlyError", "BusyLoadingError", "NoPermissionError", "AuthenticationError"}
+_NOT_NOW_CLASSES = {
+    "OutOfMemoryError", "ReadOnlyError", "NoPermissionError", "ClusterDownError", "MasterDownError", "TryAgainError",
+}  # fmt: skip
 
 
 def json_answer(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -73,7 +75,7 @@ def _http_answer(error: HTTPException) -> Response:
         case MethodNotAllowed():
             problem = problems.MethodNotAllowed(f"{request.path} has no method {request.method}.")
         case RequestEntityTooLarge():
-            limit = request.max_content_length
+            limit = current_app.extensions["jobs"].settings.max_payload_bytes
             problem = problems.PayloadTooLarge(f"The body has more than {limit} bytes.", limit_bytes=limit)
         case _:
             problem = problems.BadRequest(f"{error.description or error.name}")
@@ -86,7 +88,7 @@ def _http_answer(error: HTTPException) -> Response:
 def _validation_answer(error: HTTPError) -> tuple[bytes, int, dict[str, str]]:
     """What APIFlask found wrong with the query."""
     errors = [
-        {"loc": [location, *field.split(".")[:1]], "msg": message}
+        {"loc": [location, field], "msg": message}
         for location, fields in error.detail.items()
         for field, messages in fields.items()
         for message in messages

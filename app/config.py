@@ -1,6 +1,7 @@
 """Every setting of the service: its environment variable, default, bounds and meaning, read in this one place."""
 
 import hashlib
+import os
 from functools import cache
 from ipaddress import ip_address
 from pathlib import Path
@@ -21,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from redis.connection import parse_url
 
 #: The longest any TTL or timeout may be: 30 days, in seconds.
 MAX_SECONDS = 30 * 24 * 3600
@@ -139,6 +141,17 @@ class Settings(BaseSettings):
         default=20, ge=0, le=3600, description="How long a running job may go on after SIGTERM, before it is put back"
     )
 
+    @field_validator("redis_url")
+    @classmethod
+    def check_url(cls, url: str | None) -> str | None:
+        """Let redis-py read the URL now: it would raise at the first command."""
+        if url is not None:
+            try:
+                parse_url(url)
+            except ValueError as error:
+                raise ValueError(f"it is no URL of a Redis ({error})") from None
+        return url
+
     @field_validator("queues", "function_modules", mode="before")
     @classmethod
     def split_names(cls, value: object) -> object:
@@ -210,8 +223,10 @@ def get_settings() -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         message = first["msg"].removeprefix("Value error, ")
-        # With an alias, pydantic's location is the alias; a field of a list has its index behind it.
+        # Of two aliases pydantic names the first, whichever was set; a field of a list has its index behind it.
         name = str(first["loc"][0]).upper() if first["loc"] else ""
+        if name == "RQ_REDIS_URL" and name not in os.environ:
+            name = "REDIS_URL"
         if not name:  # several settings that do not go together; the message names them
             raise SystemExit(f"Bad settings: {message}.") from None
         is_secret = any(word in name for word in ("PASSWORD", "URL", "KEYS"))

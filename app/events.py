@@ -94,7 +94,7 @@ class EventLog:
             for _, entries in answer:
                 for entry_id, fields in entries:
                     position = entry_id
-                    self._ring(fields[b"job_id"].decode(), fields[b"status"].decode())
+                    self._ring(fields.get(b"job_id", b"").decode(), fields.get(b"status", b"").decode())
         connection.close()
 
     def _ring(self, job_id: str, status: str) -> None:

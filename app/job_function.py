@@ -125,9 +125,18 @@ def job_function(
 
 
 def load_functions(modules: Iterable[str]) -> dict[str, JobFunction]:
-    """Import the modules that hold job functions; the result is `FUNCTIONS`."""
+    """Import the modules that hold job functions; the result is `FUNCTIONS`.
+
+    Raises:
+        SystemExit: there is no such module.
+    """
     for module in modules:
-        importlib.import_module(module)
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+                raise  # something that the module itself imports
+            raise SystemExit(f"Bad setting FUNCTION_MODULES: there is no module {module!r}.") from None
     return FUNCTIONS
 
 

@@ -7,8 +7,9 @@ from typing import Any, cast
 
 import flask_swagger_ui
 from apiflask import APIFlask
-from flask import Response, request, send_from_directory
+from flask import Response, after_this_request, request, send_from_directory
 from redis import Redis
+from werkzeug.exceptions import RequestEntityTooLarge
 
 from app import openapi, problems
 from app.answers import answer_errors, json_answer
@@ -36,14 +37,21 @@ def _preferred_wait() -> float | None:
     return None
 
 
-def _wait_seconds(asked: float | None, settings: Settings) -> tuple[float, dict[str, str]]:
-    """How long to wait, and the header that says so if it was a preference. The option wins over the header."""
+def _wait_seconds(asked: float | None, settings: Settings) -> float:
+    """How long to wait: the option wins over the preference, and the answer says if it was the latter."""
     preferred = _preferred_wait() if asked is None else None
     seconds = min(asked if asked is not None else preferred or 0, settings.max_wait)
-    return seconds, {} if preferred is None else {"Preference-Applied": f"wait={seconds:.0f}"}
+    if preferred is not None:
+
+        @after_this_request
+        def tell(answer: Response) -> Response:
+            answer.headers["Preference-Applied"] = f"wait={seconds:.0f}"
+            return answer
+
+    return seconds
 
 
-def _read_payload() -> Any:
+def _read_payload(limit: int) -> Any:
     if not request.is_json:
         given = request.mimetype or "none"
         raise problems.UnsupportedMediaType(f"The body must be JSON, with Content-Type application/json, not {given}.")
@@ -51,6 +59,8 @@ def _read_payload() -> Any:
         body = request.get_data(cache=False)
     except OSError as error:  # gunicorn's word for a body that ends too early or is chunked wrongly
         raise problems.BadRequest("The body could not be read to its end.") from error
+    if len(body) > limit:
+        raise RequestEntityTooLarge
     return parse_json(body)
 
 
@@ -88,7 +98,8 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
     app = APIFlask(__name__, title="Background jobs", version="0.1.0", docs_ui="swagger-ui", json_errors=False)
     app.extensions["jobs"] = jobs
     app.config.update(
-        MAX_CONTENT_LENGTH=settings.max_payload_bytes,
+        # Of a chunked body werkzeug reads so many bytes and no word of the rest: one more, to see that there is more.
+        MAX_CONTENT_LENGTH=settings.max_payload_bytes + 1,
         # The answers of each route are in app/openapi.py.
         **{f"AUTO_{part}_RESPONSE": False for part in ("200", "404", "VALIDATION_ERROR", "AUTH_ERROR")},
         AUTO_SERVERS=False,
@@ -122,11 +133,11 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
         """Enqueue a job: the body is its payload."""
         found = jobs.find_function(function)
         check_function(function)
-        payload = _read_payload()
+        payload = _read_payload(settings.max_payload_bytes)
         chosen = options.model_dump(exclude_none=True)
-        wait, headers = _wait_seconds(chosen.pop("wait", None), settings)
+        wait = _wait_seconds(chosen.pop("wait", None), settings)
         status = jobs.enqueue(found, payload, chosen, owner=current_key().name, wait=wait)
-        headers |= {"Location": status["links"]["check_status"], **_ask_again(status)}
+        headers = {"Location": status["links"]["check_status"], **_ask_again(status)}
         if status["job_status"] not in TERMINAL:
             return json_answer(status, 202, headers)
         if status["job_status"] == "finished":
@@ -138,9 +149,8 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
     @app.doc(tags=["Jobs"])
     def check_status(query: JobQuery) -> Response:
         """Tell where a job is."""
-        wait, headers = _wait_seconds(query.wait, settings)
-        status = jobs.wait(query.job_id, wait, _reader())
-        answer = json_answer(status, headers={**headers, **_ask_again(status), "Cache-Control": "private, no-cache"})
+        status = jobs.wait(query.job_id, _wait_seconds(query.wait, settings), _reader())
+        answer = json_answer(status, headers={**_ask_again(status), "Cache-Control": "private, no-cache"})
         answer.set_etag(hashlib.blake2b(answer.get_data(), digest_size=12).hexdigest())
         answer.make_conditional(request)
         return answer
@@ -150,11 +160,10 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
     @app.doc(tags=["Jobs"])
     def get_result(query: JobQuery) -> Response:
         """Return what a job returned, as JSON, with nothing around it."""
-        wait, headers = _wait_seconds(query.wait, settings)
-        if wait:
+        if wait := _wait_seconds(query.wait, settings):
             jobs.wait(query.job_id, wait, _reader())
         text = jobs.read_result(query.job_id, _reader())
-        return Response(text, 200, {**headers, "Cache-Control": "private, no-cache"}, mimetype="application/json")
+        return Response(text, 200, {"Cache-Control": "private, no-cache"}, mimetype="application/json")
 
     @app.get("/functions")
     @app.doc(tags=["Jobs"])

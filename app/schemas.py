@@ -22,7 +22,7 @@ Wait = Annotated[
 class JobQuery(Query):
     """Which job, and how long to wait for its end."""
 
-    job_id: Annotated[str, Field(min_length=1, max_length=255, description="the id that /enqueue returned")]
+    job_id: Annotated[str, Field(min_length=1, description="the id that /enqueue returned")]
     wait: Wait | None = None
 
 

@@ -27,6 +27,9 @@ if outcome == 'finished' then
     tell(id, 'finished')
     return 'finished'
   end
+  -- Our word for it that the value is strict JSON: who reads it need not look again.
+  result[#result + 1] = 'is_json'
+  result[#result + 1] = 1
   if value ~= '' then
     result[#result + 1] = 'return_value'
     result[#result + 1] = value

