@@ -189,7 +189,8 @@ def complete(spec: Spec, functions: Mapping[str, JobFunction], default: str, wit
             operation["security"] = [{"ApiKey": []}] if with_keys else []
         operation["responses"] = {**answers, **_problem_answers((*kinds, *_ALWAYS))}
         operation["parameters"] = [*operation["parameters"], *headers]
-    spec["components"]["securitySchemes"] = {"ApiKey": {"type": "http", "scheme": "bearer"}}
+    if with_keys:
+        spec["components"]["securitySchemes"] = {"ApiKey": {"type": "http", "scheme": "bearer"}}
 
     for name, function in functions.items():
         spec["paths"][f"/enqueue/{name}"] = {"post": _function_operation(generic, function)}
