@@ -182,11 +182,14 @@ class Settings(BaseSettings):
         return values
 
     @model_validator(mode="after")
-    def check_keys(self) -> Self:
-        """Refuse two owners of one name, and a service that is open to everybody by accident."""
+    def check_together(self) -> Self:
+        """Refuse what does not go together, such as a service that is open to everybody by accident."""
         names = [key.name for key in self.api_keys]
         if len(set(names)) < len(names):
             raise ValueError("two API_KEYS have the same name")
+        for name, most in (("job_timeout", "max_job_timeout"), ("result_ttl", "max_ttl"), ("failure_ttl", "max_ttl")):
+            if getattr(self, name) > getattr(self, most):
+                raise ValueError(f"{name.upper()} is more than {most.upper()}")
         if not (self.api_keys or self.allow_anonymous or is_loopback(self.host)):
             raise ValueError(f"HOST={self.host} is no loopback address: set API_KEYS, or ALLOW_ANONYMOUS=true")
         return self

@@ -26,6 +26,8 @@ BLOCK = 1.0
 #: Seconds that the reader stays without listeners, so that the next one need not start it again.
 LINGER = 10.0
 
+FIELDS = (b"job_id", b"status")
+
 #: What listeners get: the job's new status.
 Bell = queue.SimpleQueue[str]
 
@@ -33,8 +35,9 @@ Bell = queue.SimpleQueue[str]
 class EventLog:
     """Hands the events of jobs to those who listen for them."""
 
-    def __init__(self, connect: Callable[[], Redis]) -> None:
-        """Take what makes the reader's own client: its reads block, so it must not share its connection."""
+    def __init__(self, connection: Redis, connect: Callable[[], Redis]) -> None:
+        """Take a client for quick commands, and what makes the reader's own, whose reads block."""
+        self._connection = connection
         self._connect = connect
         self._bells: defaultdict[str, set[Bell]] = defaultdict(set)
         self._lock = threading.Lock()
@@ -65,37 +68,43 @@ class EventLog:
                 return
             self._reading = True
         try:
-            connection = self._connect()
             # Where the log ends now, so that nothing that happens from here on is missed.
-            newest: list[Any] = connection.xrevrange(EVENTS_KEY, count=1)  # type: ignore[assignment]  # not awaitable
+            newest: list[Any] = self._connection.xrevrange(EVENTS_KEY, count=1)  # type: ignore[assignment]  # not awaitable
             position = newest[0][0] if newest else "0-0"
-            threading.Thread(target=self._read, args=(connection, position), name="events", daemon=True).start()
+            threading.Thread(target=self._read, args=(position,), name="events", daemon=True).start()
         except BaseException:
             self._reading = False
             raise
 
-    def _read(self, connection: Redis, position: bytes | str) -> None:
+    def _read(self, position: bytes | str) -> None:
+        connection = self._connect()
         last_heard = time.monotonic()
-        while True:
-            with self._lock:
-                if self._bells:
-                    last_heard = time.monotonic()
-                elif time.monotonic() - last_heard > LINGER:
-                    self._reading = False
-                    break
-            try:
-                answer: Any = connection.xread({EVENTS_KEY: position}, count=1000, block=int(BLOCK * 1000))
-            except RedisError as error:
-                # Those who wait look at their job themselves now and then, and answer that Redis is unavailable.
-                level = logging.WARNING if isinstance(error, RedisConnectionError) else logging.ERROR
-                logger.log(level, "cannot read the event log, trying again: %s", error)
-                time.sleep(BLOCK)
-                continue
-            for _, entries in answer:
-                for entry_id, fields in entries:
-                    position = entry_id
-                    self._ring(fields.get(b"job_id", b"").decode(), fields.get(b"status", b"").decode())
-        connection.close()
+        try:
+            while True:
+                with self._lock:
+                    if self._bells:
+                        last_heard = time.monotonic()
+                    elif time.monotonic() - last_heard > LINGER:
+                        self._reading = False
+                        return
+                try:
+                    answer: Any = connection.xread({EVENTS_KEY: position}, count=1000, block=int(BLOCK * 1000))
+                except RedisError as error:
+                    # Those who wait look at their job themselves now and then, and answer that Redis is unavailable.
+                    level = logging.WARNING if isinstance(error, RedisConnectionError) else logging.ERROR
+                    logger.log(level, "cannot read the event log, trying again: %s", error)
+                    time.sleep(BLOCK)
+                    continue
+                for _, entries in answer:
+                    for entry_id, fields in entries:
+                        position = entry_id
+                        job_id, status = (fields.get(name, b"").decode(errors="replace") for name in FIELDS)
+                        self._ring(job_id, status)
+        except BaseException:
+            self._reading = False  # the next listener starts another
+            raise
+        finally:
+            connection.close()
 
     def _ring(self, job_id: str, status: str) -> None:
         with self._lock:

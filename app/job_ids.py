@@ -23,12 +23,16 @@ class JobIds:
         self._connection = connection
         self._secret: bytes | None = None
 
+    def _load(self) -> None:
+        with self._connection.pipeline() as pipeline:
+            pipeline.setnx(SECRET_KEY, self._secret or os.urandom(32))
+            pipeline.get(SECRET_KEY)
+            self._secret = pipeline.execute()[1]
+
     def _tag(self, body: bytes, owner: str) -> bytes:
         if self._secret is None:
-            with self._connection.pipeline() as pipeline:
-                pipeline.setnx(SECRET_KEY, os.urandom(32))
-                pipeline.get(SECRET_KEY)
-                self._secret = pipeline.execute()[1]
+            self._load()
+        assert self._secret
         return hmac.digest(self._secret, body + owner.encode(), hashlib.sha256)[:6]
 
     def new(self, owner: str = "") -> str:
@@ -42,4 +46,5 @@ class JobIds:
             raw = uuid.UUID(job_id).bytes
         except ValueError:
             return False
+        self._load()  # a Redis that lost its data has another secret now, and all processes are to agree
         return str(uuid.UUID(bytes=raw)) == job_id and hmac.compare_digest(raw[10:], self._tag(raw[:10], owner))

@@ -8,6 +8,7 @@ from typing import Any, cast
 import flask_swagger_ui
 from apiflask import APIFlask
 from flask import Response, after_this_request, request, send_from_directory
+from gunicorn.http.errors import ParseException
 from redis import Redis
 from werkzeug.exceptions import RequestEntityTooLarge
 
@@ -57,10 +58,12 @@ def _read_payload(limit: int) -> Any:
         raise problems.UnsupportedMediaType(f"The body must be JSON, with Content-Type application/json, not {given}.")
     try:
         body = request.get_data(cache=False)
-    except OSError as error:  # gunicorn's word for a body that ends too early or is chunked wrongly
+    except (OSError, ParseException) as error:  # gunicorn's words for chunks that are none, or have no end
         raise problems.BadRequest("The body could not be read to its end.") from error
     if len(body) > limit:
         raise RequestEntityTooLarge
+    if request.content_length not in (None, len(body)):  # cut short, which gunicorn does not say
+        raise problems.BadRequest("The body is shorter than its Content-Length.")
     return parse_json(body)
 
 
@@ -92,10 +95,17 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
             raise SystemExit(f"The job function {function.name} wants the queue {queue!r}, which QUEUES does not name.")
 
     # The event log's reads block for a while, on a client of their own.
-    events = EventLog(lambda: connection or connect(settings, socket_timeout=BLOCK + 4))
+    events = EventLog(connection or redis_conn, lambda: connection or connect(settings, socket_timeout=BLOCK + 4))
     jobs = Jobs(settings, connection or redis_conn, functions, events)
 
-    app = APIFlask(__name__, title="Background jobs", version="0.1.0", docs_ui="swagger-ui", json_errors=False)
+    app = APIFlask(
+        __name__,
+        title="Background jobs",
+        version="0.1.0",
+        docs_ui="swagger-ui",
+        json_errors=False,
+        static_folder=None,  # type: ignore[arg-type]  # APIFlask's annotation is narrower than Flask's
+    )
     app.extensions["jobs"] = jobs
     app.config.update(
         # Of a chunked body werkzeug reads so many bytes and no word of the rest: one more, to see that there is more.
@@ -119,6 +129,17 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
     want_keys(app, settings.api_keys)
     limit_rate(app, settings.rate_limit, jobs.connection)
     app.register_blueprint(ops)
+
+    @app.before_request
+    def refuse_doubled_options() -> None:
+        """Refuse `?queue=a&queue=b`: which of them would win is anybody's guess."""
+        errors = [
+            {"loc": ["query", name], "msg": "It is there more than once."}
+            for name, values in request.args.lists()
+            if len(values) > 1
+        ]
+        if errors:
+            raise problems.InvalidRequest("The query has an option more than once.", errors=errors)
 
     @app.get("/")
     @app.doc(tags=["Jobs"])

@@ -96,7 +96,8 @@ ANSWERS: dict[str, tuple[dict[str, Spec], tuple[type[Problem], ...], tuple[Spec,
         },
         (
             problems.InvalidJson, problems.InvalidRequest, problems.FunctionNotFound, problems.Forbidden,
-            problems.PayloadTooLarge, problems.UnsupportedMediaType, problems.ResultExpired, problems.QueueFull,
+            problems.PayloadTooLarge, problems.UnsupportedMediaType, problems.ResultExpired, problems.JobFailed,
+            problems.QueueFull,
             problems.RedisUnavailable,
         ),
         (_PREFER,),
@@ -188,7 +189,7 @@ def complete(spec: Spec, functions: Mapping[str, JobFunction], default: str, wit
             kinds = (*kinds, problems.Unauthorized, problems.TooManyRequests)
             operation["security"] = [{"ApiKey": []}] if with_keys else []
         operation["responses"] = {**answers, **_problem_answers((*kinds, *_ALWAYS))}
-        operation["parameters"] = [*operation["parameters"], *headers]
+        operation["parameters"] = [*map(_without_null, operation["parameters"]), *headers]
     if with_keys:
         spec["components"]["securitySchemes"] = {"ApiKey": {"type": "http", "scheme": "bearer"}}
 
@@ -200,6 +201,15 @@ def complete(spec: Spec, functions: Mapping[str, JobFunction], default: str, wit
     else:
         del spec["paths"]["/enqueue"]
     return spec
+
+
+def _without_null(parameter: Spec) -> Spec:
+    """A query parameter that may be left out, as it is when it is there: pydantic's schema is "this, or null"."""
+    options = [option for option in parameter["schema"].get("anyOf", []) if option != {"type": "null"}]
+    if len(options) != 1:
+        return parameter
+    schema = dict(options[0])
+    return {**parameter, "description": schema.pop("description", ""), "schema": schema}
 
 
 def _function_operation(generic: Spec, function: JobFunction) -> Spec:

@@ -4,6 +4,7 @@ import sys
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from redis import Redis
 from redis.connection import SSLConnection, UnixDomainSocketConnection
 
@@ -96,7 +97,7 @@ def test_config_tests_every_number() -> None:
         ({"QUEUES": "high, low"}, "queues", ("high", "low")),
         ({"QUEUES": "x" * 64}, "queues", ("x" * 64,)),
         ({"QUEUES": ""}, "queues", ("default",)),
-        ({"JOB_TIMEOUT": "2592000"}, "job_timeout", 2592000),
+        ({"MAX_JOB_TIMEOUT": "2592000"}, "max_job_timeout", 2592000),
         ({"MAX_WAIT": "0"}, "max_wait", 0),
         ({"MAX_WAITING": "0"}, "max_waiting", 0),
         ({"MAX_CRASHES": "0"}, "max_crashes", 0),
@@ -207,3 +208,13 @@ def test_config_stops_the_start_with_one_sentence(variables: dict[str, str], sen
     assert "Traceback" not in done.stderr
     assert "secret" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("variable", "most"),
+    [("JOB_TIMEOUT", "MAX_JOB_TIMEOUT"), ("RESULT_TTL", "MAX_TTL"), ("FAILURE_TTL", "MAX_TTL")],
+)
+def test_config_refuses_a_default_beyond_its_own_limit(variable: str, most: str) -> None:
+    small = {"MAX_JOB_TIMEOUT": {"job_timeout": 11}, "MAX_TTL": {"result_ttl": 10, "failure_ttl": 10}}[most]
+    with pytest.raises(ValidationError, match=f"{variable} is more than {most}"):
+        Settings.model_validate({**small, most.lower(): 10, variable.lower(): 11})

@@ -76,7 +76,9 @@ def test_openapi_has_the_schema_of_each_payload(document: Any, client: FlaskClie
 
 
 def test_openapi_has_the_options_with_their_configured_bounds() -> None:
-    app = create_app(Settings(queues=("a", "b"), max_job_timeout=77, max_ttl=88))
+    app = create_app(
+        Settings(queues=("a", "b"), job_timeout=7, max_job_timeout=77, result_ttl=8, failure_ttl=8, max_ttl=88)
+    )
     document = json_of(app.test_client().get("/openapi.json"))
     parameters = {found["name"]: found for found in document["paths"]["/enqueue"]["post"]["parameters"]}
     assert set(parameters) == {

@@ -42,9 +42,7 @@ def test_problems_refuses_other_methods(client: FlaskClient) -> None:
     assert answer.headers["Allow"] == "GET, HEAD, OPTIONS"
 
 
-@pytest.mark.parametrize(
-    "path", ["/nope", "/problems", "/problems/", "/check_status/", "/Enqueue", "/%00"]
-)
+@pytest.mark.parametrize("path", ["/nope", "/problems", "/problems/", "/check_status/", "/Enqueue", "/%00"])
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
 def test_unknown_route_is_a_problem(client: FlaskClient, path: str, method: str) -> None:
     problem_of(client.open(path, method=method), 404, "not-found")

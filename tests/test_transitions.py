@@ -6,14 +6,27 @@ import re
 import time
 import uuid
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Literal
 
+import fakeredis
 import pytest
 from redis import Redis
 
 from app import transitions
-from app.transitions import DOORBELL_KEY, EVENTS_KEY, Abandoned, Ending, Enqueued, Failure, Fields, Nothing, Run, Skipped, Taken
+from app.transitions import (
+    DOORBELL_KEY,
+    EVENTS_KEY,
+    Abandoned,
+    Ending,
+    Enqueued,
+    Failure,
+    Fields,
+    Nothing,
+    Run,
+    Skipped,
+    Taken,
+)
 from app.worker import describe_failure
 
 BOOM = describe_failure("ValueError", "boom")
@@ -29,8 +42,6 @@ def redis(server: str, request: pytest.FixtureRequest) -> "Redis":
     if server == "real":
         real: Redis = request.getfixturevalue("real_redis")
         return real
-    import fakeredis
-
     return fakeredis.FakeRedis(server=fakeredis.FakeServer())
 
 
@@ -65,7 +76,9 @@ def take_again(redis: "Redis", lease: int = 30, worker: str = "w") -> Run:
     return Run(taken.job_id, execution, taken.queue, worker)
 
 
-def ending(outcome: Literal["finished", "failed", "stopped"] = "finished", value: str = "", progress: str = "") -> Ending:
+def ending(
+    outcome: Literal["finished", "failed", "stopped"] = "finished", value: str = "", progress: str = ""
+) -> Ending:
     failure = Failure() if outcome == "finished" else BOOM
     return Ending(outcome, 100, 200, base64.b64encode(value.encode()).decode(), failure, progress)
 
@@ -111,7 +124,7 @@ def dump(redis: "Redis") -> dict[bytes, Any]:
         b"stream": redis.xrange,
         b"string": redis.get,
     }
-    return {key: read[redis.type(key)](key) for key in redis.keys()}
+    return {key: read[redis.type(key)](key) for key in redis.scan_iter()}
 
 
 def seconds_of(timestamp: str) -> float:
@@ -121,9 +134,17 @@ def seconds_of(timestamp: str) -> float:
 
 @pytest.mark.parametrize(
     "moment",
-    ["1970-01-01T00:00:00.000000Z", "2000-02-29T23:59:59.999999Z", "2024-02-29T12:00:00.500000Z"]
-    + ["2026-11-23T10:00:00.123456Z", "2026-12-31T23:59:59.000001Z", "2027-01-01T00:00:00.000000Z"]
-    + ["2028-03-01T00:00:00.000000Z", "2100-02-28T23:59:59.000000Z", "2100-03-01T00:00:00.000000Z"],
+    [
+        "1970-01-01T00:00:00.000000Z",
+        "2000-02-29T23:59:59.999999Z",
+        "2024-02-29T12:00:00.500000Z",
+        "2026-11-23T10:00:00.123456Z",
+        "2026-12-31T23:59:59.000001Z",
+        "2027-01-01T00:00:00.000000Z",
+        "2028-03-01T00:00:00.000000Z",
+        "2100-02-28T23:59:59.000000Z",
+        "2100-03-01T00:00:00.000000Z",
+    ],
 )
 def test_timestamp_is_the_calendars(redis: "Redis", moment: str) -> None:
     microseconds = round(seconds_of(moment) * 1e6)
@@ -490,7 +511,8 @@ def test_finish_with_a_ttl_of_minus_1_keeps_the_job_for_ever(
     assert finish(redis, start(redis, **own), outcome) == outcome
     assert job_of(redis)["status"] == outcome
     assert redis.ttl("rq:job:j") == redis.ttl("rq:results:j") == -1
-    assert redis.zscore(f"rq:{registry}:default", "j") == float("inf")
+    # RQ writes -1 for a failure; its cleanup passes over both.
+    assert redis.zscore(f"rq:{registry}:default", "j") in (float("inf"), -1)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,163 @@
+import base64
+import json
+import socket
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import fakeredis
+import hypothesis
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given
+from hypothesis import strategies as st
+from redis import Redis
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from app import transitions
+from app.config import Settings
+from app.frames import Channel
+from app.job_function import FUNCTIONS
+from app.main import create_app
+from app.work_horse import run_job
+from tests.processes import STATES, job_in_state, json_of, take_job
+
+# The OpenAPI document against the app
+
+
+app_redis = fakeredis.FakeRedis(server=fakeredis.FakeServer())
+app_redis.hset("rq:worker:w", "birth", "now")
+app_redis.sadd("rq:workers:default", "rq:worker:w")
+# No waits: a wait of 60 s for a job that nobody runs would be right, but long.
+schema = schemathesis.openapi.from_wsgi("/openapi.json", create_app(Settings(max_wait=0), app_redis))
+
+
+@pytest.fixture(scope="module")
+def job_ids() -> list[str]:
+    """Jobs in every state, and one that expired: what schemathesis cannot make up."""
+    app_redis.delete("rq:queue:default")
+    client = create_app(Settings(), app_redis).test_client()
+    made = []
+    for state in STATES:
+        made.append(job_in_state(client, app_redis, state, {"a": 1}))
+        app_redis.delete("rq:queue:default")
+    expired = job_in_state(client, app_redis, "finished", 1)
+    app_redis.delete(f"rq:job:{expired}", f"rq:results:{expired}")
+    return [*made, expired]
+
+
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+]
+
+
+# The functions that only tests have would double the time and show nothing new, but the one with a strict model.
+@schema.exclude(path_regex="^/enqueue/(?!count_words|estimate_pi|use_types)").parametrize()
+@hypothesis.settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_openapi_documents_what_is_answered(case: Any) -> None:
+    case.call_and_validate(checks=CHECKS)
+
+
+@schema.include(path=["/check_status", "/get_result"]).parametrize()
+@hypothesis.settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_openapi_documents_what_is_answered_for_jobs(case: Any, job_ids: list[str]) -> None:
+    for job_id in job_ids:
+        case.query = {**(case.query or {}), "job_id": job_id}
+        case.call_and_validate(checks=CHECKS)
+
+
+# A payload's way through the house
+
+texts = st.text(st.characters(exclude_categories=["Cs"]))
+numbers = st.integers(-(10**308), 10**308) | st.floats(allow_nan=False, allow_infinity=False) | st.integers()
+values = st.recursive(
+    st.none() | st.booleans() | numbers | texts,
+    lambda children: st.lists(children, max_size=5) | st.dictionaries(texts, children, max_size=5),
+    max_leaves=20,
+)
+
+
+@pytest.fixture(scope="module")
+def house() -> Iterator[tuple[Any, "Redis", Channel, Channel]]:
+    redis = fakeredis.FakeRedis(server=fakeredis.FakeServer())
+    worker_end, horse_end = map(Channel, socket.socketpair())
+    yield create_app(Settings(), redis).test_client(), redis, worker_end, horse_end
+    worker_end.close()
+    horse_end.close()
+
+
+def run_through(house: tuple[Any, "Redis", Channel, Channel], body: bytes) -> bytes:
+    """Enqueue the body for `echo`, run it as worker and work-horse do, and fetch the result."""
+    client, redis, worker_end, horse_end = house
+    enqueued = client.post("/enqueue/echo", data=body, content_type="application/json")
+    assert enqueued.status_code == 202, enqueued.text
+    run = take_job(redis)
+    header = {
+        "job_id": run.job_id,
+        "queue": run.queue,
+        "worker": run.worker,
+        "timeout": -1,
+        "enqueued_at": "",
+        "started_at": json_of(enqueued)["enqueued_at"],
+    }
+    data = redis.hget(f"rq:job:{run.job_id}", "data")
+    assert isinstance(data, bytes)
+    run_job(header, _unpacked(data), {function.path: function for function in FUNCTIONS.values()}, horse_end)
+    frame = worker_end.receive(5)
+    assert frame
+    assert frame[0]["outcome"] == "finished", frame
+    ending = transitions.Ending("finished", 100, 100, return_value=_packed(frame[1]))
+    assert transitions.finish(redis, run, ending) == "finished"
+    found = client.get("/get_result", query_string={"job_id": run.job_id})
+    assert found.status_code == 200
+    text: bytes = found.data
+    return text
+
+
+def _unpacked(data: bytes) -> bytes:
+    return zlib.decompress(data)
+
+
+def _packed(text: bytes) -> str:
+    return "" if text == b"null" else base64.b64encode(text).decode()
+
+
+def canonical(value: Any) -> Any:
+    """Exact down to the type of each number: 1 is not 1.0, nor True."""
+    return json.dumps(value, sort_keys=True)
+
+
+@hypothesis.settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@given(value=values)
+@hypothesis.example(value="\x00")
+@hypothesis.example(value="\U0001d518\u2028\ufeff\ufffe")
+@hypothesis.example(value={"": {"\x00": []}, "__proto__": None})
+@hypothesis.example(value=[0.1, -0.0, 5e-324, 1.7976931348623157e308, 2**53 + 1, 2**64, -(10**308)])
+@hypothesis.example(value=[True, 1, 1.0, "1", None, False, 0, "", [], {}])
+@hypothesis.example(value="NaN Infinity")
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_get_result_of_echo_is_what_was_enqueued(
+    house: tuple[Any, "Redis", Channel, Channel], ascii_only: bool, value: Any
+) -> None:
+    body = json.dumps(value, ensure_ascii=ascii_only).encode()
+    found = run_through(house, body)
+    assert canonical(json.loads(found)) == canonical(value)
+    assert found.decode()  # UTF-8
+
+
+@pytest.mark.parametrize(("depth", "opening", "closing"), [(100, "[", "]"), (100, '{"a":', "}")])
+def test_get_result_of_echo_at_the_deepest(
+    house: tuple[Any, "Redis", Channel, Channel], depth: int, opening: str, closing: str
+) -> None:
+    body = (opening * depth + ("1" if opening != "[" else "") + closing * depth).encode()
+    assert run_through(house, body) == body

