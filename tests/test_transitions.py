@@ -46,7 +46,7 @@ def redis(server: str, request: pytest.FixtureRequest) -> "Redis":
 
 
 def add(
-    redis: "Redis",
+    redis: Any,
     job_id: str = "j",
     queue: str = "default",
     *,
@@ -59,17 +59,17 @@ def add(
     return transitions.enqueue(redis, queue, job_id, fields, at_front=at_front, ttl=ttl, limit=limit)
 
 
-def take(redis: "Redis", *queues: str, lease: int = 30, worker: str = "w", execution: str = "") -> Any:
+def take(redis: Any, *queues: str, lease: int = 30, worker: str = "w", execution: str = "") -> Any:
     return transitions.take(redis, worker, execution or uuid.uuid4().hex, lease, queues or ["default"])
 
 
-def start(redis: "Redis", job_id: str = "j", lease: int = 30, worker: str = "w", **fields: Any) -> Run:
+def start(redis: Any, job_id: str = "j", lease: int = 30, worker: str = "w", **fields: Any) -> Run:
     """A job that runs."""
     add(redis, job_id, **fields)
     return take_again(redis, lease=lease, worker=worker)
 
 
-def take_again(redis: "Redis", lease: int = 30, worker: str = "w") -> Run:
+def take_again(redis: Any, lease: int = 30, worker: str = "w") -> Run:
     execution = uuid.uuid4().hex
     taken = take(redis, lease=lease, worker=worker, execution=execution)
     assert isinstance(taken, Taken), taken
@@ -84,7 +84,7 @@ def ending(
 
 
 def finish(
-    redis: "Redis",
+    redis: Any,
     run: Run,
     outcome: Literal["finished", "failed", "stopped"] = "finished",
     value: str = "",
@@ -93,28 +93,28 @@ def finish(
     return transitions.finish(redis, run, ending(outcome, value, progress))
 
 
-def release(redis: "Redis", run: Run, *, crashed: bool = False, limit: int = 3, failure: Failure = BOOM) -> str:
+def release(redis: Any, run: Run, *, crashed: bool = False, limit: int = 3, failure: Failure = BOOM) -> str:
     return transitions.release(redis, run, crashed=crashed, limit=limit, failure=failure, failure_ttl=200)
 
 
-def job_of(redis: "Redis", job_id: str = "j") -> dict[str, str]:
+def job_of(redis: Any, job_id: str = "j") -> dict[str, str]:
     return {name.decode(): value.decode() for name, value in redis.hgetall(f"rq:job:{job_id}").items()}
 
 
-def waiting(redis: "Redis", queue: str = "default") -> list[str]:
+def waiting(redis: Any, queue: str = "default") -> list[str]:
     return [job_id.decode() for job_id in redis.lrange(f"rq:queue:{queue}", 0, -1)]
 
 
-def events(redis: "Redis") -> list[tuple[str, str]]:
+def events(redis: Any) -> list[tuple[str, str]]:
     return [(event[b"job_id"].decode(), event[b"status"].decode()) for _, event in redis.xrange(EVENTS_KEY)]
 
 
-def rung(redis: "Redis") -> bytes:
+def rung(redis: Any) -> bytes:
     (entry,) = redis.xrange(DOORBELL_KEY)
     return bytes(entry[0])
 
 
-def dump(redis: "Redis") -> dict[bytes, Any]:
+def dump(redis: Any) -> dict[bytes, Any]:
     """All that is stored; two equal dumps mean that nothing was written between them."""
     read: dict[bytes, Callable[[bytes], Any]] = {
         b"hash": redis.hgetall,
@@ -146,7 +146,7 @@ def seconds_of(timestamp: str) -> float:
         "2100-03-01T00:00:00.000000Z",
     ],
 )
-def test_timestamp_is_the_calendars(redis: "Redis", moment: str) -> None:
+def test_timestamp_is_the_calendars(redis: Any, moment: str) -> None:
     microseconds = round(seconds_of(moment) * 1e6)
     script = transitions._COMMON + "return timestamp(tonumber(ARGV[1]) / 1e6)"
     text = redis.eval(script, 0, microseconds).decode()
@@ -157,7 +157,7 @@ def test_timestamp_is_the_calendars(redis: "Redis", moment: str) -> None:
 # enqueue
 
 
-def test_enqueue_makes_a_waiting_job_and_tells_of_it(redis: "Redis") -> None:
+def test_enqueue_makes_a_waiting_job_and_tells_of_it(redis: Any) -> None:
     before = time.time()
     enqueued = add(redis, "j", "high", function="echo", created_at="long ago")
     assert enqueued.outcome == "created"
@@ -174,7 +174,7 @@ def test_enqueue_makes_a_waiting_job_and_tells_of_it(redis: "Redis") -> None:
     assert redis.ttl("rq:job:j") == -1
 
 
-def test_enqueue_sent_twice_enqueues_once(redis: "Redis") -> None:
+def test_enqueue_sent_twice_enqueues_once(redis: Any) -> None:
     add(redis)
     before = dump(redis)
     assert add(redis, data="other") == Enqueued("exists")
@@ -182,7 +182,7 @@ def test_enqueue_sent_twice_enqueues_once(redis: "Redis") -> None:
 
 
 @pytest.mark.parametrize("waits", [2, 3])
-def test_enqueue_in_a_full_queue_writes_nothing(redis: "Redis", waits: int) -> None:
+def test_enqueue_in_a_full_queue_writes_nothing(redis: Any, waits: int) -> None:
     for number in range(waits):
         add(redis, str(number))
     before = dump(redis)
@@ -190,29 +190,29 @@ def test_enqueue_in_a_full_queue_writes_nothing(redis: "Redis", waits: int) -> N
     assert dump(redis) == before
 
 
-def test_enqueue_of_a_known_job_in_a_full_queue_says_exists(redis: "Redis") -> None:
+def test_enqueue_of_a_known_job_in_a_full_queue_says_exists(redis: Any) -> None:
     add(redis)
     assert add(redis, limit=1) == Enqueued("exists")
 
 
-def test_enqueue_limits_each_queue_by_itself(redis: "Redis") -> None:
+def test_enqueue_limits_each_queue_by_itself(redis: Any) -> None:
     add(redis, "a", "low")
     assert add(redis, "b", "high", limit=1).outcome == "created"
 
 
-def test_enqueue_carries_any_number_of_fields(redis: "Redis") -> None:
+def test_enqueue_carries_any_number_of_fields(redis: Any) -> None:
     fields = {f"field{number}": str(number) for number in range(1234)}
     add(redis, **fields)
     assert job_of(redis).items() >= fields.items()
 
 
-def test_enqueue_at_front_goes_ahead_of_what_waits(redis: "Redis") -> None:
+def test_enqueue_at_front_goes_ahead_of_what_waits(redis: Any) -> None:
     for job_id, at_front in [("1", False), ("2", False), ("3", True), ("4", True)]:
         add(redis, job_id, at_front=at_front)
     assert [take(redis).job_id for _ in range(4)] == ["4", "3", "1", "2"]
 
 
-def test_enqueue_with_a_ttl_lets_the_waiting_job_expire(redis: "Redis") -> None:
+def test_enqueue_with_a_ttl_lets_the_waiting_job_expire(redis: Any) -> None:
     add(redis, ttl=50)
     assert 0 < redis.ttl("rq:job:j") <= 50
 
@@ -220,7 +220,7 @@ def test_enqueue_with_a_ttl_lets_the_waiting_job_expire(redis: "Redis") -> None:
 # take
 
 
-def test_take_starts_the_job_under_a_lease(redis: "Redis") -> None:
+def test_take_starts_the_job_under_a_lease(redis: Any) -> None:
     add(redis, function="echo", ttl=50)
     redis.hset("rq:job:j", mapping={"timeout": 9, "crashes": 1, "failure_callback_name": "os.system"})
     enqueued_at = job_of(redis)["enqueued_at"].encode()
@@ -247,7 +247,7 @@ def test_take_starts_the_job_under_a_lease(redis: "Redis") -> None:
     assert events(redis) == [("j", "queued"), ("j", "started")]
 
 
-def test_take_looks_at_the_queues_in_the_workers_order(redis: "Redis") -> None:
+def test_take_looks_at_the_queues_in_the_workers_order(redis: Any) -> None:
     for job_id, queue in [("1", "low"), ("2", "high"), ("3", "low"), ("4", "high"), ("5", "other")]:
         add(redis, job_id, queue)
     taken = [take(redis, "high", "low") for _ in range(5)]
@@ -256,7 +256,7 @@ def test_take_looks_at_the_queues_in_the_workers_order(redis: "Redis") -> None:
     assert isinstance(taken[4], Nothing)
 
 
-def test_take_sent_twice_gives_the_same_job(redis: "Redis") -> None:
+def test_take_sent_twice_gives_the_same_job(redis: Any) -> None:
     add(redis, "1")
     add(redis, "2")
     first, again = (take(redis, execution="e") for _ in range(2))
@@ -266,14 +266,14 @@ def test_take_sent_twice_gives_the_same_job(redis: "Redis") -> None:
     assert redis.zcard("rq:wip:default") == 1
 
 
-def test_take_sent_again_after_the_job_was_lost_takes_the_next(redis: "Redis") -> None:
+def test_take_sent_again_after_the_job_was_lost_takes_the_next(redis: Any) -> None:
     run = start(redis, "1")
     finish(redis, run)
     add(redis, "2")
     assert take(redis, execution=run.execution).job_id == "2"
 
 
-def test_take_of_nothing_tells_from_where_to_listen(redis: "Redis") -> None:
+def test_take_of_nothing_tells_from_where_to_listen(redis: Any) -> None:
     assert take(redis) == Nothing("0-0")
     assert redis.hget("rq:worker:w", "state") == b"idle"
     add(redis)
@@ -281,14 +281,14 @@ def test_take_of_nothing_tells_from_where_to_listen(redis: "Redis") -> None:
     assert take(redis) == Nothing(rung(redis).decode())
 
 
-def test_take_of_nothing_misses_no_ring_after_it(redis: "Redis") -> None:
+def test_take_of_nothing_misses_no_ring_after_it(redis: Any) -> None:
     nothing = take(redis)
     add(redis)
     assert redis.xread({DOORBELL_KEY: nothing.rung})
     assert redis.xlen(DOORBELL_KEY) == 1
 
 
-def test_take_while_suspended_leaves_the_job(redis: "Redis") -> None:
+def test_take_while_suspended_leaves_the_job(redis: Any) -> None:
     add(redis)
     redis.set("rq:suspended", 1)
     assert take(redis) == transitions.Suspended()
@@ -298,7 +298,7 @@ def test_take_while_suspended_leaves_the_job(redis: "Redis") -> None:
 
 
 @pytest.mark.parametrize("status", ["started", "finished", "failed", "stopped", "canceled", "scheduled", "deferred"])
-def test_take_skips_what_does_not_wait(redis: "Redis", status: str) -> None:
+def test_take_skips_what_does_not_wait(redis: Any, status: str) -> None:
     add(redis, "settled")
     redis.hset("rq:job:settled", "status", status)
     add(redis, "good")
@@ -306,7 +306,7 @@ def test_take_skips_what_does_not_wait(redis: "Redis", status: str) -> None:
     assert job_of(redis, "settled")["status"] == status
 
 
-def test_take_skips_a_job_whose_hash_is_gone(redis: "Redis") -> None:
+def test_take_skips_a_job_whose_hash_is_gone(redis: Any) -> None:
     redis.rpush("rq:queue:default", "gone")
     add(redis, "good")
     assert take(redis).job_id == "good"
@@ -314,7 +314,7 @@ def test_take_skips_a_job_whose_hash_is_gone(redis: "Redis") -> None:
 
 
 @pytest.mark.parametrize("kind", ["string", "list", "set"])
-def test_take_sets_a_key_of_another_type_aside(redis: "Redis", kind: str) -> None:
+def test_take_sets_a_key_of_another_type_aside(redis: Any, kind: str) -> None:
     write: dict[str, Callable[[str, str], Any]] = {"string": redis.set, "list": redis.rpush, "set": redis.sadd}
     write[kind]("rq:job:bad", "x")
     redis.rpush("rq:queue:default", "bad")
@@ -327,14 +327,14 @@ def test_take_sets_a_key_of_another_type_aside(redis: "Redis", kind: str) -> Non
 
 
 @pytest.mark.parametrize("status", ["nonsense", "", "created"])
-def test_take_takes_a_status_that_is_none_so_that_the_worker_fails_it(redis: "Redis", status: str) -> None:
+def test_take_takes_a_status_that_is_none_so_that_the_worker_fails_it(redis: Any, status: str) -> None:
     add(redis)
     redis.hset("rq:job:j", "status", status)
     taken = take(redis)
     assert (taken.job_id, taken.fields.status) == ("j", status.encode())
 
 
-def test_take_corrects_the_origin_of_a_job_in_another_queue(redis: "Redis") -> None:
+def test_take_corrects_the_origin_of_a_job_in_another_queue(redis: Any) -> None:
     add(redis, queue="low", origin="elsewhere")
     run = Run("j", "e", "low", "w")
     take(redis, "low", execution="e")
@@ -346,7 +346,7 @@ def test_take_corrects_the_origin_of_a_job_in_another_queue(redis: "Redis") -> N
 # renew
 
 
-def test_renew_extends_the_lease(redis: "Redis") -> None:
+def test_renew_extends_the_lease(redis: Any) -> None:
     run = start(redis, lease=3)
     score = redis.zscore("rq:wip:default", f"j:{run.execution}")
     assert transitions.renew(redis, run, 500)
@@ -357,7 +357,7 @@ def test_renew_extends_the_lease(redis: "Redis") -> None:
     assert events(redis)[-1] == ("j", "started")
 
 
-def test_renew_passes_progress_on(redis: "Redis") -> None:
+def test_renew_passes_progress_on(redis: Any) -> None:
     run = start(redis)
     for progress in ('{"done": 1}', '{"done": 2}'):
         assert transitions.renew(redis, run, 30, progress)
@@ -366,28 +366,28 @@ def test_renew_passes_progress_on(redis: "Redis") -> None:
     assert told == [None, None, b'{"done": 1}', b'{"done": 2}']
 
 
-def lose_to_recover(redis: "Redis", run: Run) -> None:
+def lose_to_recover(redis: Any, run: Run) -> None:
     ((lost, _),) = transitions.recover(redis, ["default"])
     assert lost == run
     assert release(redis, lost, crashed=True) == "queued"
 
 
-def lose_to_another_worker(redis: "Redis", run: Run) -> None:
+def lose_to_another_worker(redis: Any, run: Run) -> None:
     lose_to_recover(redis, run)
     take_again(redis, worker="w2")
 
 
-def lose_to_cancel(redis: "Redis", run: Run) -> None:
+def lose_to_cancel(redis: Any, run: Run) -> None:
     # As rq.job.Job.cancel() does.
     redis.hset("rq:job:j", "status", "canceled")
     redis.zrem("rq:wip:default", f"j:{run.execution}")
 
 
-def lose_to_cancel_of_status_only(redis: "Redis", run: Run) -> None:
+def lose_to_cancel_of_status_only(redis: Any, run: Run) -> None:
     redis.hset("rq:job:j", "status", "canceled")
 
 
-def lose_to_delete(redis: "Redis", run: Run) -> None:
+def lose_to_delete(redis: Any, run: Run) -> None:
     redis.delete("rq:job:j")
 
 
@@ -407,7 +407,7 @@ LATE: list[Callable[["Redis", Run], Any]] = [
     [lose_to_recover, lose_to_another_worker, lose_to_cancel, lose_to_cancel_of_status_only, lose_to_delete],
 )
 def test_run_that_lost_its_job_changes_nothing(
-    redis: "Redis", lose: Callable[["Redis", Run], None], late: Callable[["Redis", Run], Any]
+    redis: Any, lose: Callable[["Redis", Run], None], late: Callable[["Redis", Run], Any]
 ) -> None:
     run = start(redis, lease=EXPIRED)
     lose(redis, run)
@@ -424,7 +424,7 @@ def test_run_that_lost_its_job_changes_nothing(
 # finish
 
 
-def test_finish_stores_the_result(redis: "Redis") -> None:
+def test_finish_stores_the_result(redis: Any) -> None:
     redis.hset("rq:worker:w", "birth", "now")
     run = start(redis)
     assert finish(redis, run, value='{"a": 1}', progress='{"done": 9}') == "finished"
@@ -446,14 +446,14 @@ def test_finish_stores_the_result(redis: "Redis") -> None:
     assert events(redis)[-1] == ("j", "finished")
 
 
-def test_finish_with_null_stores_a_result_without_a_value(redis: "Redis") -> None:
+def test_finish_with_null_stores_a_result_without_a_value(redis: Any) -> None:
     finish(redis, start(redis))
     ((_, result),) = redis.xrange("rq:results:j")
     assert b"return_value" not in result
 
 
 @pytest.mark.parametrize("outcome", ["failed", "stopped"])
-def test_finish_stores_a_failure(redis: "Redis", outcome: Literal["failed", "stopped"]) -> None:
+def test_finish_stores_a_failure(redis: Any, outcome: Literal["failed", "stopped"]) -> None:
     redis.hset("rq:worker:w", "birth", "now")
     run = start(redis)
     assert finish(redis, run, outcome) == outcome
@@ -470,7 +470,7 @@ def test_finish_stores_a_failure(redis: "Redis", outcome: Literal["failed", "sto
 
 
 @pytest.mark.parametrize("outcome", ["finished", "failed", "stopped"])
-def test_finish_sent_twice_writes_once(redis: "Redis", outcome: Literal["finished", "failed", "stopped"]) -> None:
+def test_finish_sent_twice_writes_once(redis: Any, outcome: Literal["finished", "failed", "stopped"]) -> None:
     run = start(redis)
     finish(redis, run, outcome, "1")
     before = dump(redis)
@@ -478,7 +478,7 @@ def test_finish_sent_twice_writes_once(redis: "Redis", outcome: Literal["finishe
     assert dump(redis) == before
 
 
-def test_finish_does_not_bring_a_forgotten_worker_back(redis: "Redis") -> None:
+def test_finish_does_not_bring_a_forgotten_worker_back(redis: Any) -> None:
     run = start(redis)
     redis.delete("rq:worker:w")
     assert finish(redis, run) == "finished"
@@ -489,13 +489,13 @@ def test_finish_does_not_bring_a_forgotten_worker_back(redis: "Redis") -> None:
     ("outcome", "own", "ttl"),
     [("finished", {"result_ttl": 7}, 7), ("failed", {"failure_ttl": 8}, 8), ("stopped", {"failure_ttl": 9}, 9)],
 )
-def test_finish_prefers_the_jobs_own_ttl(redis: "Redis", outcome: Any, own: dict[str, int], ttl: int) -> None:
+def test_finish_prefers_the_jobs_own_ttl(redis: Any, outcome: Any, own: dict[str, Any], ttl: int) -> None:
     finish(redis, start(redis, **own), outcome)
     assert 0 < redis.ttl("rq:job:j") <= ttl
     assert 0 < redis.ttl("rq:results:j") <= ttl
 
 
-def test_finish_with_result_ttl_0_keeps_nothing(redis: "Redis") -> None:
+def test_finish_with_result_ttl_0_keeps_nothing(redis: Any) -> None:
     assert finish(redis, start(redis, result_ttl=0), value="1") == "finished"
     assert set(redis.keys()) <= {EVENTS_KEY.encode(), DOORBELL_KEY.encode(), b"rq:queues", b"rq:worker:w"}
     assert events(redis)[-1] == ("j", "finished")
@@ -506,7 +506,7 @@ def test_finish_with_result_ttl_0_keeps_nothing(redis: "Redis") -> None:
     [("finished", {"result_ttl": -1}, "finished"), ("failed", {"failure_ttl": -1}, "failed")],
 )
 def test_finish_with_a_ttl_of_minus_1_keeps_the_job_for_ever(
-    redis: "Redis", outcome: Any, own: dict[str, int], registry: str
+    redis: Any, outcome: Any, own: dict[str, Any], registry: str
 ) -> None:
     assert finish(redis, start(redis, **own), outcome) == outcome
     assert job_of(redis)["status"] == outcome
@@ -521,14 +521,14 @@ def test_finish_with_a_ttl_of_minus_1_keeps_the_job_for_ever(
     ids=lambda fields: next(iter(fields)),
 )
 @pytest.mark.parametrize("outcome", ["finished", "failed"])
-def test_finish_leaves_what_only_rq_handles_to_rq(redis: "Redis", outcome: Any, fields: dict[str, str]) -> None:
+def test_finish_leaves_what_only_rq_handles_to_rq(redis: Any, outcome: Any, fields: dict[str, Any]) -> None:
     run = start(redis, **fields)
     before = dump(redis)
     assert finish(redis, run, outcome) == "rq"
     assert dump(redis) == before
 
 
-def test_finish_leaves_a_job_with_dependents_to_rq(redis: "Redis") -> None:
+def test_finish_leaves_a_job_with_dependents_to_rq(redis: Any) -> None:
     run = start(redis)
     redis.sadd("rq:job:j:dependents", "other")
     assert finish(redis, run) == "rq"
@@ -539,22 +539,22 @@ CORRUPT = [("retries_left", "many"), ("retry_intervals", "{"), ("retry_intervals
 
 
 @pytest.mark.parametrize(("field", "value"), [*CORRUPT, ("failure_ttl", "long"), ("failure_ttl", "")])
-def test_finish_fails_a_job_whose_hash_is_corrupt(redis: "Redis", field: str, value: str) -> None:
+def test_finish_fails_a_job_whose_hash_is_corrupt(redis: Any, field: str, value: str) -> None:
     """A script that raises half-way has ended the execution already: the job would stay started for ever."""
     fields = {"retries_left": "1" if field == "retry_intervals" else "0"}
-    run = start(redis, **{**fields, field: value})
+    run = start(redis, **dict[str, Any](fields | {field: value}))
     assert finish(redis, run, "failed") in ("failed", "queued")
     assert job_of(redis)["status"] in ("failed", "queued")
 
 
 @pytest.mark.parametrize("value", ["long", ""])
-def test_finish_ends_a_job_whose_result_ttl_is_corrupt(redis: "Redis", value: str) -> None:
+def test_finish_ends_a_job_whose_result_ttl_is_corrupt(redis: Any, value: str) -> None:
     run = start(redis, result_ttl=value)
     assert finish(redis, run, "finished", "1") == "finished"
     assert job_of(redis)["status"] == "finished"
 
 
-def test_finish_and_take_does_both_in_one_go(redis: "Redis") -> None:
+def test_finish_and_take_does_both_in_one_go(redis: Any) -> None:
     run = start(redis, "1", retries_left=1)
     add(redis, "2", "low")
     queues = ["default", "low"]
@@ -568,7 +568,7 @@ def test_finish_and_take_does_both_in_one_go(redis: "Redis") -> None:
     assert redis.smembers("rq:worker:w:executions") == {b"2:e"}
 
 
-def test_finish_and_take_takes_the_job_that_it_made_wait_again(redis: "Redis") -> None:
+def test_finish_and_take_takes_the_job_that_it_made_wait_again(redis: Any) -> None:
     status, taken = transitions.finish_and_take(
         redis, start(redis, retries_left=1), ending("failed"), "e", 30, ["default"]
     )
@@ -581,7 +581,7 @@ def test_finish_and_take_takes_the_job_that_it_made_wait_again(redis: "Redis") -
 # retries
 
 
-def test_finish_of_a_failed_run_with_retries_left_makes_the_job_wait_again(redis: "Redis") -> None:
+def test_finish_of_a_failed_run_with_retries_left_makes_the_job_wait_again(redis: Any) -> None:
     add(redis, "other")
     redis.lrem("rq:queue:default", 0, "other")
     run = start(redis, retries_left=2)
@@ -596,24 +596,24 @@ def test_finish_of_a_failed_run_with_retries_left_makes_the_job_wait_again(redis
     assert events(redis)[-1] == ("j", "queued")
 
 
-def test_finish_retries_at_the_front_if_the_job_says_so(redis: "Redis") -> None:
+def test_finish_retries_at_the_front_if_the_job_says_so(redis: Any) -> None:
     run = start(redis, retries_left=1, enqueue_at_front_on_retry=1)
     add(redis, "other")
     assert finish(redis, run, "failed") == "queued"
     assert waiting(redis) == ["j", "other"]
 
 
-def test_retries_come_to_an_end(redis: "Redis") -> None:
+def test_retries_come_to_an_end(redis: Any) -> None:
     add(redis, retries_left=2)
     assert [finish(redis, take_again(redis), "failed") for _ in range(3)] == ["queued", "queued", "failed"]
     assert job_of(redis)["retries_left"] == "0"
 
 
-def test_stopped_job_is_not_retried(redis: "Redis") -> None:
+def test_stopped_job_is_not_retried(redis: Any) -> None:
     assert finish(redis, start(redis, retries_left=2), "stopped") == "stopped"
 
 
-def test_retries_pause_in_between_as_their_intervals_say(redis: "Redis") -> None:
+def test_retries_pause_in_between_as_their_intervals_say(redis: Any) -> None:
     add(redis, retries_left=3, retry_intervals="[10, 20]")
     pauses = []
     # RQ takes the first interval more than once if there are more retries than intervals.
@@ -635,12 +635,12 @@ def test_retries_pause_in_between_as_their_intervals_say(redis: "Redis") -> None
 # promote
 
 
-def schedule(redis: "Redis", job_id: str, when: float, queue: str = "default", **fields: Any) -> None:
+def schedule(redis: Any, job_id: str, when: float, queue: str = "default", **fields: Any) -> None:
     redis.hset(f"rq:job:{job_id}", mapping={"status": "scheduled", "origin": queue, **fields})
     redis.zadd(f"rq:scheduled:{queue}", {job_id: when})
 
 
-def test_promote_makes_what_is_due_wait_in_order(redis: "Redis") -> None:
+def test_promote_makes_what_is_due_wait_in_order(redis: Any) -> None:
     now = time.time()
     for job_id, when in [("later", now + 60), ("2", now - 1), ("1", now - 2)]:
         schedule(redis, job_id, when)
@@ -656,15 +656,15 @@ def test_promote_makes_what_is_due_wait_in_order(redis: "Redis") -> None:
 
 
 @pytest.mark.parametrize("field", ["enqueue_at_front", "enqueue_at_front_on_retry"])
-def test_promote_puts_a_job_in_front_that_asked_for_it(redis: "Redis", field: str) -> None:
+def test_promote_puts_a_job_in_front_that_asked_for_it(redis: Any, field: str) -> None:
     add(redis, "other")
-    schedule(redis, "j", 1, **{field: 1})
+    schedule(redis, "j", 1, **dict[str, Any]({field: 1}))
     transitions.promote(redis, ["default"])
     assert waiting(redis) == ["j", "other"]
 
 
 @pytest.mark.parametrize("status", ["canceled", "finished", "queued"])
-def test_promote_drops_what_is_not_scheduled_any_more(redis: "Redis", status: str) -> None:
+def test_promote_drops_what_is_not_scheduled_any_more(redis: Any, status: str) -> None:
     schedule(redis, "j", 1, status=status)
     redis.zadd("rq:scheduled:default", {"gone": 1})
     assert transitions.promote(redis, ["default"]) == 0
@@ -673,7 +673,7 @@ def test_promote_drops_what_is_not_scheduled_any_more(redis: "Redis", status: st
     assert not redis.exists("rq:job:gone")
 
 
-def test_promote_is_not_held_up_by_poison(redis: "Redis") -> None:
+def test_promote_is_not_held_up_by_poison(redis: Any) -> None:
     redis.set("rq:job:bad", "x")
     redis.zadd("rq:scheduled:default", {"bad": 1})
     schedule(redis, "good", 2)
@@ -684,7 +684,7 @@ def test_promote_is_not_held_up_by_poison(redis: "Redis") -> None:
 # release
 
 
-def test_release_puts_the_job_in_front_of_its_queue(redis: "Redis") -> None:
+def test_release_puts_the_job_in_front_of_its_queue(redis: Any) -> None:
     run = start(redis)
     transitions.renew(redis, run, 30, '{"done": 1}')
     add(redis, "other")
@@ -697,13 +697,13 @@ def test_release_puts_the_job_in_front_of_its_queue(redis: "Redis") -> None:
     assert events(redis)[-1] == ("j", "queued")
 
 
-def test_release_sent_twice_puts_the_job_back_once(redis: "Redis") -> None:
+def test_release_sent_twice_puts_the_job_back_once(redis: Any) -> None:
     run = start(redis)
     assert [release(redis, run), release(redis, run)] == ["queued", "lost"]
     assert waiting(redis) == ["j"]
 
 
-def test_release_fails_a_job_that_crashed_too_often(redis: "Redis") -> None:
+def test_release_fails_a_job_that_crashed_too_often(redis: Any) -> None:
     redis.hset("rq:worker:w", "birth", "now")
     add(redis)
     statuses = [release(redis, take_again(redis), crashed=True, limit=2) for _ in range(3)]
@@ -718,22 +718,22 @@ def test_release_fails_a_job_that_crashed_too_often(redis: "Redis") -> None:
     assert waiting(redis) == []
 
 
-def test_release_without_a_crash_does_not_count(redis: "Redis") -> None:
+def test_release_without_a_crash_does_not_count(redis: Any) -> None:
     add(redis)
     for _ in range(5):
         assert release(redis, take_again(redis), crashed=False, limit=0) == "queued"
     assert "crashes" not in job_of(redis)
 
 
-def test_release_uses_no_retries(redis: "Redis") -> None:
+def test_release_uses_no_retries(redis: Any) -> None:
     run = start(redis, retries_left=1)
     release(redis, run, crashed=True)
     assert job_of(redis)["retries_left"] == "1"
 
 
 @pytest.mark.parametrize(("field", "value"), [("crashes", "few"), ("failure_ttl", "long")])
-def test_release_ends_a_job_whose_hash_is_corrupt(redis: "Redis", field: str, value: str) -> None:
-    run = start(redis, **{field: value})
+def test_release_ends_a_job_whose_hash_is_corrupt(redis: Any, field: str, value: str) -> None:
+    run = start(redis, **dict[str, Any]({field: value}))
     assert release(redis, run, crashed=True, limit=0) in ("failed", "queued")
     assert job_of(redis)["status"] in ("failed", "queued")
 
@@ -741,7 +741,7 @@ def test_release_ends_a_job_whose_hash_is_corrupt(redis: "Redis", field: str, va
 # recover
 
 
-def test_recover_names_the_runs_whose_lease_ran_out(redis: "Redis") -> None:
+def test_recover_names_the_runs_whose_lease_ran_out(redis: Any) -> None:
     dead = start(redis, "dead", lease=EXPIRED, worker="gone", crashes=2)
     start(redis, "alive", lease=30)
     assert transitions.recover(redis, ["other"]) == []
@@ -753,13 +753,13 @@ def test_recover_names_the_runs_whose_lease_ran_out(redis: "Redis") -> None:
     assert (waiting(redis), job_of(redis, "dead")["crashes"]) == (["dead"], "3")
 
 
-def test_recover_leaves_a_lease_that_was_renewed(redis: "Redis") -> None:
+def test_recover_leaves_a_lease_that_was_renewed(redis: Any) -> None:
     run = start(redis, lease=EXPIRED)
     transitions.renew(redis, run, 30)
     assert transitions.recover(redis, ["default"]) == []
 
 
-def test_recover_leaves_a_run_of_a_stock_worker_until_rq_gives_it_up(redis: "Redis") -> None:
+def test_recover_leaves_a_run_of_a_stock_worker_until_rq_gives_it_up(redis: Any) -> None:
     add(redis)
     redis.hset("rq:job:j", "status", "started")
     redis.hset("rq:execution:j:e", mapping={"id": "e", "worker_name": "stock"})
@@ -769,7 +769,7 @@ def test_recover_leaves_a_run_of_a_stock_worker_until_rq_gives_it_up(redis: "Red
     assert transitions.recover(redis, ["default"]) == [Abandoned(Run("j", "e", "default", "stock"), 0)]
 
 
-def test_recover_names_a_run_whose_execution_has_expired(redis: "Redis") -> None:
+def test_recover_names_a_run_whose_execution_has_expired(redis: Any) -> None:
     run = start(redis)
     redis.delete(f"rq:execution:j:{run.execution}")
     redis.zadd("rq:wip:default", {f"j:{run.execution}": time.time() - 1})
@@ -778,7 +778,7 @@ def test_recover_names_a_run_whose_execution_has_expired(redis: "Redis") -> None
     assert release(redis, found, crashed=True) == "queued"
 
 
-def test_recover_ends_what_is_left_of_a_run_that_was_lost(redis: "Redis") -> None:
+def test_recover_ends_what_is_left_of_a_run_that_was_lost(redis: Any) -> None:
     run = start(redis, lease=EXPIRED)
     redis.delete("rq:job:j")
     ((found, _),) = transitions.recover(redis, ["default"])
@@ -787,20 +787,20 @@ def test_recover_ends_what_is_left_of_a_run_that_was_lost(redis: "Redis") -> Non
     assert run.job_id not in waiting(redis)
 
 
-def test_recover_drops_an_entry_that_is_no_run(redis: "Redis") -> None:
+def test_recover_drops_an_entry_that_is_no_run(redis: Any) -> None:
     redis.zadd("rq:wip:default", {"nonsense": 1})
     assert transitions.recover(redis, ["default"]) == []
     assert redis.zcard("rq:wip:default") == 0
 
 
-def test_recover_is_not_held_up_by_a_job_of_the_wrong_type(redis: "Redis") -> None:
+def test_recover_is_not_held_up_by_a_job_of_the_wrong_type(redis: Any) -> None:
     good = start(redis, "good", lease=EXPIRED)
     redis.set("rq:job:bad", "x")
     redis.zadd("rq:wip:default", {"bad:e": 1})
     assert good in [run for run, _ in transitions.recover(redis, ["default"])]
 
 
-def test_release_of_a_job_of_the_wrong_type_ends_its_run(redis: "Redis") -> None:
+def test_release_of_a_job_of_the_wrong_type_ends_its_run(redis: Any) -> None:
     """A release that raises is tried again for ever, by every worker."""
     run = start(redis, lease=EXPIRED)
     redis.delete("rq:job:j")
@@ -809,7 +809,7 @@ def test_release_of_a_job_of_the_wrong_type_ends_its_run(redis: "Redis") -> None
     assert redis.zcard("rq:wip:default") == 0
 
 
-def test_recover_is_not_held_up_by_a_corrupt_lease(redis: "Redis") -> None:
+def test_recover_is_not_held_up_by_a_corrupt_lease(redis: Any) -> None:
     bad, good = (start(redis, name, lease=EXPIRED) for name in ("bad", "good"))
     redis.hset(f"rq:execution:bad:{bad.execution}", "lease_until", "long")
     assert good in [run for run, _ in transitions.recover(redis, ["default"])]
@@ -818,7 +818,7 @@ def test_recover_is_not_held_up_by_a_corrupt_lease(redis: "Redis") -> None:
 INTERMEDIATE = "rq:queue:default:intermediate"
 
 
-def leave_in_intermediate(redis: "Redis", job_id: str = "j", seen: float | None = None) -> None:
+def leave_in_intermediate(redis: Any, job_id: str = "j", seen: float | None = None) -> None:
     """As a stock worker does that was killed after its BLMOVE (rq#2236), and RQ's time of the first sight of it."""
     redis.lrem("rq:queue:default", 0, job_id)
     redis.lpush(INTERMEDIATE, job_id)
@@ -826,7 +826,7 @@ def leave_in_intermediate(redis: "Redis", job_id: str = "j", seen: float | None 
         redis.set(f"{INTERMEDIATE}:first_seen:{job_id}", seen)
 
 
-def test_recover_puts_back_what_a_stock_worker_popped_a_minute_ago(redis: "Redis") -> None:
+def test_recover_puts_back_what_a_stock_worker_popped_a_minute_ago(redis: Any) -> None:
     add(redis)
     add(redis, "other")
     leave_in_intermediate(redis)
@@ -846,7 +846,7 @@ def test_recover_puts_back_what_a_stock_worker_popped_a_minute_ago(redis: "Redis
 @pytest.mark.parametrize(
     ("status", "left"), [("started", 1), ("finished", 0), ("failed", 0), ("canceled", 0), (None, 0)]
 )
-def test_recover_clears_stale_intermediate_entries(redis: "Redis", status: str | None, left: int) -> None:
+def test_recover_clears_stale_intermediate_entries(redis: Any, status: str | None, left: int) -> None:
     add(redis)
     leave_in_intermediate(redis, seen=1)
     if status:
@@ -860,7 +860,7 @@ def test_recover_clears_stale_intermediate_entries(redis: "Redis", status: str |
 
 
 @pytest.mark.parametrize("poison", ["wrong type", "corrupt time"])
-def test_recover_is_not_held_up_by_an_intermediate_entry(redis: "Redis", poison: str) -> None:
+def test_recover_is_not_held_up_by_an_intermediate_entry(redis: Any, poison: str) -> None:
     for name in ("good", "bad"):
         add(redis, name)
         leave_in_intermediate(redis, name, seen=1)
@@ -876,7 +876,7 @@ def test_recover_is_not_held_up_by_an_intermediate_entry(redis: "Redis", poison:
 # What all share
 
 
-def test_scripts_work_after_redis_forgot_them(redis: "Redis") -> None:
+def test_scripts_work_after_redis_forgot_them(redis: Any) -> None:
     add(redis)
     redis.script_flush()
     run = take_again(redis)
@@ -884,7 +884,7 @@ def test_scripts_work_after_redis_forgot_them(redis: "Redis") -> None:
     assert finish(redis, run) == "finished"
 
 
-def test_clients_that_decode_are_served_too(redis: "Redis") -> None:
+def test_clients_that_decode_are_served_too(redis: Any) -> None:
     redis.connection_pool.connection_kwargs["decode_responses"] = True
     try:
         redis.connection_pool.disconnect()
@@ -895,13 +895,13 @@ def test_clients_that_decode_are_served_too(redis: "Redis") -> None:
         redis.connection_pool.disconnect()
 
 
-def test_event_log_is_bounded(redis: "Redis") -> None:
+def test_event_log_is_bounded(redis: Any) -> None:
     script = transitions._COMMON + "for i = 1, 25000 do tell('j', 'queued') end"
     redis.eval(script, 0)
     assert 10_000 <= redis.xlen(EVENTS_KEY) < 11_000
 
 
-def test_doorbell_rings_for_all_that_becomes_waiting(redis: "Redis") -> None:
+def test_doorbell_rings_for_all_that_becomes_waiting(redis: Any) -> None:
     rings = []
 
     def ring_of(what: object) -> None:
