@@ -6,7 +6,6 @@ Knows neither Flask nor the environment: it takes the settings and the connectio
 import base64
 import binascii
 import json
-import re
 import threading
 import time
 from collections.abc import Mapping
@@ -28,16 +27,11 @@ from app.job_function import JobFunction
 from app.job_ids import JobIds
 from app.transitions import TERMINAL
 
-#: Levels of arrays and objects that a payload may have.
-MAX_DEPTH = 100
 #: Seconds after which a client should ask again for a job that has not ended.
 POLL_AGAIN = 1
 #: Seconds after which a client should try again when the service could not do what it was asked.
 TRY_AGAIN = 5
 
-#: What may hold a number over 1.8e308, the largest double: an exponent of three digits, or 200 digits in a row.
-_MAYBE_HUGE = re.compile(rb"[eE]\+?0*[1-9]\d\d|\d{200}")
-_LARGEST_DOUBLE = 1.7976931348623157e308
 
 _STATUS_FIELDS = (
     "status", "function", "origin", "enqueued_at", "started_at", "ended_at", "progress", "retries_left", "error",
@@ -45,41 +39,6 @@ _STATUS_FIELDS = (
 )  # fmt: skip
 
 StatusObject = dict[str, Any]
-
-
-def parse_json(body: bytes) -> Any:
-    """Read a JSON text as strictly as RFC 8259 and RFC 7493 ask.
-
-    Raises:
-        InvalidJson: not JSON, not UTF-8, NaN or Infinity, a number too big for a double, a lone surrogate, or more
-            than 100 levels.
-    """
-    try:
-        value = from_json(body, allow_inf_nan=False)
-    except ValueError as error:
-        place = re.search(r" at line (\d+) column (\d+)$", str(error))
-        where = {"line": int(place[1]), "column": int(place[2])} if place else {}
-        raise problems.InvalidJson(f"The body is not valid JSON: {error}.", **where) from None
-    # Only few bodies can be too deep or have huge numbers; the others need no second look.
-    if body.count(b"[") + body.count(b"{") > MAX_DEPTH or _MAYBE_HUGE.search(body):
-        _check_depth_and_numbers(value)
-    return value
-
-
-def _check_depth_and_numbers(value: Any) -> None:
-    level, depth = [value], 0
-    while level:
-        depth += any(isinstance(item, list | dict) for item in level)
-        if depth > MAX_DEPTH:
-            raise problems.InvalidJson(f"The body is nested deeper than {MAX_DEPTH} levels.")
-        if any(isinstance(item, int | float) and abs(item) > _LARGEST_DOUBLE for item in level):
-            raise problems.InvalidJson("The body has a number too big for a double.")
-        level = [
-            item
-            for parent in level
-            if isinstance(parent, list | dict)
-            for item in (parent.values() if isinstance(parent, dict) else parent)
-        ]
 
 
 def _retry_pauses(retries: int) -> list[int]:

@@ -18,10 +18,11 @@ from app.auth import check_function, current_key, limit_rate, want_keys
 from app.config import Settings, get_settings
 from app.events import BLOCK, EventLog
 from app.job_function import load_functions
-from app.jobs import POLL_AGAIN, Jobs, StatusObject, parse_json
+from app.jobs import POLL_AGAIN, Jobs, StatusObject
 from app.ops import ops
 from app.redis_resc import connect, redis_conn
 from app.schemas import JobQuery, enqueue_query
+from app.strict_json import parse_json
 from app.transitions import TERMINAL
 
 #: What `POST /enqueue` without a name runs.

@@ -8,10 +8,6 @@ import base64
 import contextlib
 import copy
 import json
-import signal
-import socket
-import subprocess
-import sys
 import time
 import uuid
 import zlib
@@ -36,7 +32,8 @@ from rq.worker import WorkerStatus
 
 from app import transitions
 from app.config import get_settings
-from app.frames import Channel, Header
+from app.frames import Header
+from app.horse_process import HorseDied, WorkHorse
 from app.redis_resc import Queue
 from app.transitions import DOORBELL_KEY, Ending, Failure, Run
 
@@ -54,53 +51,11 @@ LONGEST_PAUSE = 5.0
 Answer = TypeVar("Answer")
 
 
-class HorseDied(Exception):
-    """The work-horse's process ended; the text says how."""
-
-
 def describe_failure(kind: str, message: str, trace: str | None = None) -> Failure:
     """A failure as it is stored: for RQ as a (compressed) traceback, for the API as `error`."""
     text = trace if trace is not None else f"{kind}: {message}\n"
     compressed = base64.b64encode(zlib.compress(text.encode(errors="backslashreplace"))).decode()
     return Failure(compressed, json.dumps({"type": kind, "message": message}))
-
-
-class WorkHorse:
-    """The work-horse as the worker sees it: a process and a channel to it."""
-
-    def __init__(self) -> None:
-        """Start the process and wait until it has loaded the job functions.
-
-        Raises:
-            HorseDied: it could not load them; it printed why.
-        """
-        ours, its = socket.socketpair()
-        # A fresh interpreter: forking a process that has threads (RQ's pubsub) can deadlock the child.
-        code = f"import sys; sys.path[:] = {sys.path!r}; from app.work_horse import main; main({its.fileno()})"
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", code], pass_fds=[its.fileno()], stdin=subprocess.DEVNULL, process_group=0
-        )
-        its.close()
-        self.pid = self._process.pid
-        self.channel = Channel(ours)
-        try:
-            self.channel.receive()
-        except EOFError:
-            raise HorseDied(self.bury()) from None
-
-    def has_died(self) -> bool:
-        """Whether the process has ended by itself."""
-        return self._process.poll() is not None
-
-    def bury(self) -> str:
-        """Make sure that the process is gone, and tell how it ended."""
-        self.channel.close()  # it kills itself on that; what it started may not
-        try:
-            code = self._process.wait(timeout=1)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            code = self._process.wait()
-        return f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
 
 
 class Assignment(NamedTuple):

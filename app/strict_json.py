@@ -1,0 +1,106 @@
+"""JSON as others can read it back, in both directions: payloads that come in, return values that go out."""
+
+import json
+import math
+import re
+from typing import Any
+
+from pydantic_core import from_json
+
+from app import problems
+
+#: Levels of arrays and objects that a payload may have.
+MAX_DEPTH = 100
+
+#: What may hold a number over 1.8e308, the largest double: an exponent of three digits, or 200 digits in a row.
+_MAYBE_HUGE = re.compile(rb"[eE]\+?0*[1-9]\d\d|\d{200}")
+_LARGEST_DOUBLE = 1.7976931348623157e308
+
+
+class ResultNotJSON(ValueError):
+    """The return value has something that JSON has not."""
+
+
+class ResultTooLarge(ValueError):
+    """The return value has more bytes as JSON than MAX_RESULT_BYTES."""
+
+
+def parse_json(body: bytes) -> Any:
+    """Read a JSON text as strictly as RFC 8259 and RFC 7493 ask.
+
+    Raises:
+        InvalidJson: not JSON, not UTF-8, NaN or Infinity, a number too big for a double, a lone surrogate, or more
+            than 100 levels.
+    """
+    try:
+        value = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        place = re.search(r" at line (\d+) column (\d+)$", str(error))
+        where = {"line": int(place[1]), "column": int(place[2])} if place else {}
+        raise problems.InvalidJson(f"The body is not valid JSON: {error}.", **where) from None
+    # Only few bodies can be too deep or have huge numbers; the others need no second look.
+    if body.count(b"[") + body.count(b"{") > MAX_DEPTH or _MAYBE_HUGE.search(body):
+        _check_depth_and_numbers(value)
+    return value
+
+
+def _check_depth_and_numbers(value: Any) -> None:
+    level, depth = [value], 0
+    while level:
+        depth += any(isinstance(item, list | dict) for item in level)
+        if depth > MAX_DEPTH:
+            raise problems.InvalidJson(f"The body is nested deeper than {MAX_DEPTH} levels.")
+        if any(isinstance(item, int | float) and abs(item) > _LARGEST_DOUBLE for item in level):
+            raise problems.InvalidJson("The body has a number too big for a double.")
+        level = [
+            item
+            for parent in level
+            if isinstance(parent, list | dict)
+            for item in (parent.values() if isinstance(parent, dict) else parent)
+        ]
+
+
+def find_fault(value: Any, place: str = "$") -> str | None:
+    """Where and why a value is not strict JSON, in words; None if it is."""
+    if value is None or isinstance(value, int):
+        return None
+    if isinstance(value, float):
+        return None if math.isfinite(value) else f"{place} is {value}"
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return f"{place} has a lone surrogate"
+        return None
+    if isinstance(value, list | tuple):
+        faults = (find_fault(item, f"{place}[{index}]") for index, item in enumerate(value))
+        return next(filter(None, faults), None)
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                return f"{place} has the key {key!r}, which is not a string"
+            if fault := find_fault(key, f"a key of {place}") or find_fault(item, f"{place}.{key}"):
+                return fault
+        return None
+    return f"{place} is a {type(value).__qualname__}"
+
+
+def dump_result(value: Any, limit: int) -> bytes:
+    """The return value as JSON text, in UTF-8.
+
+    Raises:
+        ResultNotJSON: it has NaN, a datetime, bytes, a set, a key that is not a string, …; the message says where.
+        ResultTooLarge: it has more than `limit` bytes.
+    """
+    try:
+        fault = find_fault(value)
+        text = b"" if fault else json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    except RecursionError:
+        fault = "it is nested too deeply, or contains itself"
+    except ValueError as error:  # an integer of more digits than Python prints
+        fault = str(error)
+    if fault:
+        raise ResultNotJSON(f"The return value is not JSON: {fault}.")
+    if len(text) > limit:
+        raise ResultTooLarge(f"The return value has {len(text)} bytes as JSON; {limit} are allowed.")
+    return text
