@@ -1,5 +1,7 @@
 """The work-horse as its worker sees it: a process, and a channel to it."""
 
+import contextlib
+import os
 import signal
 import socket
 import subprocess
@@ -40,11 +42,13 @@ class WorkHorse:
         return self._process.poll() is not None
 
     def bury(self) -> str:
-        """Make sure that the process is gone, and tell how it ended."""
-        self.channel.close()  # it kills itself on that; what it started may not
+        """Make sure that the process and all that it started are gone, and tell how it ended."""
+        self.channel.close()  # it ends itself on that
         try:
             code = self._process.wait(timeout=1)
         except subprocess.TimeoutExpired:
             self._process.kill()
             code = self._process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
         return f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"

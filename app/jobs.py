@@ -192,7 +192,7 @@ class Jobs:
             "ended_at": fields.get("ended_at") or None,
             "progress": json.loads(fields["progress"]) if fields.get("progress") else None,
             "retries_left": int(retries_left) if retries_left is not None else None,
-            "error": self._error(job_id, fields.get("error")) if status == "failed" or fields.get("error") else None,
+            "error": self._error(job_id, fields.get("error")) if status in ("failed", "stopped") else None,
             "links": {
                 "check_status": f"/check_status?job_id={job_id}",
                 "get_result": f"/get_result?job_id={job_id}",

@@ -192,11 +192,13 @@ class Ending(NamedTuple):
     return_value: str = ""
     failure: Failure = Failure()
     progress: str = ""
+    #: end the job also if it has what only RQ's own code handles
+    force: bool = False
 
     def arguments(self, run: Run) -> tuple[Argument, ...]:
         """What the script is called with."""
         ttls = self.result_ttl, self.failure_ttl
-        return (*run, self.outcome, self.return_value, *self.failure, *ttls, self.progress)
+        return (*run, self.outcome, self.return_value, *self.failure, *ttls, self.progress, int(self.force))
 
 
 def finish(connection: Redis, run: Run, ending: Ending) -> str:
@@ -237,10 +239,9 @@ class Abandoned(NamedTuple):
 
 def recover(connection: Redis, queues: Sequence[str]) -> list[Abandoned]:
     """Name the runs whose lease ran out, and put back what a stock worker popped but never started."""
-    found = [[_text(part) for part in entry] for entry in _run(connection, "recover", *queues)]
     return [
-        Abandoned(Run(job_id, execution, queue, worker), int(crashes))
-        for queue, job_id, execution, worker, crashes in found
+        Abandoned(Run(_text(job_id), _text(execution), _text(queue), _text(worker)), crashes)
+        for queue, job_id, execution, worker, crashes in _run(connection, "recover", *queues)
     ]
 
 

@@ -21,7 +21,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.retry import Retry
 from rq import worker_registration
-from rq.exceptions import StopRequested, TimeoutFormatError
+from rq.exceptions import NoSuchJobError, StopRequested, TimeoutFormatError
 from rq.executions import Execution
 from rq.job import Job, JobStatus
 from rq.registry import FailedJobRegistry, FinishedJobRegistry, ReadyJobRegistry
@@ -319,6 +319,8 @@ class Worker(rq.Worker):
                 if frame and "outcome" in frame[0]:
                     self._end(run, *frame, progress)
                     return
+                if frame is None and horse.has_died():
+                    raise EOFError  # the socket is still open in a process that the job forked
                 if frame:
                     progress = json.dumps(frame[0]["progress"])
                 now = time.monotonic()
@@ -344,40 +346,42 @@ class Worker(rq.Worker):
             how = self._kill_horse()
             if self._stopped_job_id == run.job_id:
                 failure = describe_failure("JobStopped", "The job was stopped on request.")
-                self.log.info("%s: job %s stopped on request", run.queue, run.job_id)
                 self._finish(run, self._ending("stopped", failure))
                 return
             self._release(run, crashed=True, how=how, crashes=crashes)
 
     def _end(self, run: Run, header: Header, body: bytes, progress: str) -> None:
-        """The work-horse sent the outcome."""
+        """Write down what the work-horse sent."""
         if header["outcome"] == "finished":
             value = "" if body == b"null" else base64.b64encode(body).decode()
-            status = self._finish_and_take(run, self._ending("finished", return_value=value, progress=progress))
-            if status == "rq":
-                self._finish_as_rq(run, json.loads(body), None)
+            ending = self._ending("finished", return_value=value, progress=progress)
         else:
-            trace = body.decode()
-            error = header["error"]
+            trace, error = body.decode(), header["error"]
             self.log.error("%s: job %s raised %s\n%s", run.queue, run.job_id, error["type"], trace)
             failure = describe_failure(error["type"], error["message"], trace)
-            status = self._finish_and_take(run, self._ending("failed", failure, progress=progress))
-            if status == "rq":
-                self._finish_as_rq(run, None, trace)
-        self.log.info("%s: job %s %s", run.queue, run.job_id, status)
+            ending = self._ending("failed", failure, progress=progress)
+        self._finish_and_take(run, ending)
 
-    def _finish_as_rq(self, run: Run, value: Any, trace: str | None) -> None:
+    def _finish_as_rq(self, run: Run, ending: Ending) -> str:
         """End a job that has dependents, repeats, a rate limit or RQ's webhooks: RQ's own code knows them."""
         queue = next(queue for queue in self.queues if queue.name == run.queue)
-        job = Job.fetch(run.job_id, connection=self.connection, serializer=JSONSerializer)
-        execution = self.executions[run.execution]
+        execution = Execution(run.execution, run.job_id, self.connection, self.name)
+        try:
+            job = Job.fetch(run.job_id, connection=self.connection, serializer=JSONSerializer)
+        except (ValueError, TimeoutFormatError, NoSuchJobError):  # RQ cannot read it, and would be of no help
+            return transitions.finish(self.connection, run, ending._replace(force=True))
         job.ended_at = utc_now()
-        if trace is None:
-            job._result = value
+        if ending.outcome == "finished":
+            job._result = json.loads(base64.b64decode(ending.return_value)) if ending.return_value else None
             self.handle_job_success(job, queue, queue.started_job_registry, execution)
             job.send_webhooks(JobStatus.FINISHED)
         else:
+            if ending.outcome == "stopped":
+                self._stopped_job_id = job.id
+            trace = zlib.decompress(base64.b64decode(ending.failure.exception)).decode()
+            self.connection.hset(job.key, "error", ending.failure.error)
             self.handle_job_failure(job, queue, exc_string=trace, execution=execution)
+        return f"{ending.outcome}, as RQ does it"
 
     def _fail(self, run: Run, kind: str, message: str) -> None:
         self.log.error("%s: job %s failed: %s", run.queue, run.job_id, message)
@@ -423,26 +427,33 @@ class Worker(rq.Worker):
         self,
         outcome: Literal["finished", "failed", "stopped"],
         failure: Failure = Failure(),  # noqa: B008  # immutable
-        **more: str,
+        return_value: str = "",
+        progress: str = "",
     ) -> Ending:
-        return Ending(outcome, self.settings.result_ttl, self.settings.failure_ttl, failure=failure, **more)
+        return Ending(outcome, self.settings.result_ttl, self.settings.failure_ttl, return_value, failure, progress)
 
-    def _finish(self, run: Run, ending: Ending) -> str:
-        return self._insist(lambda: transitions.finish(self.connection, run, ending))
+    def _finish(self, run: Run, ending: Ending) -> None:
+        self._close(run, ending, self._insist(lambda: transitions.finish(self.connection, run, ending)))
 
-    def _finish_and_take(self, run: Run, ending: Ending) -> str:
+    def _close(self, run: Run, ending: Ending, status: str) -> None:
+        if status == "rq":
+            status = self._insist(lambda: self._finish_as_rq(run, ending))
+        self.log.info("%s: job %s %s", run.queue, run.job_id, status)
+
+    def _finish_and_take(self, run: Run, ending: Ending) -> None:
         """Finish, and take the next job in the same round trip; `dequeue_job_and_maintain_ttl` finds it.
 
         One trip less a job was worth a third more jobs/s; the next job's lease begins as it is taken, as ever.
         """
         if self._stop_requested:
-            return self._finish(run, ending)
+            self._finish(run, ending)
+            return
         status, self._taken_ahead = self._insist(
             lambda: transitions.finish_and_take(
                 self._redis, run, ending, self._next_execution, self.settings.worker_lease, self._queue_order()
             )
         )
-        return status
+        self._close(run, ending, status)
 
     def _release(self, run: Run, *, crashed: bool, how: str, crashes: int = 0) -> None:
         message = f"The job's process died {crashes + 1} times, more often than it may; the last time: {how}."

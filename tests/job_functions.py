@@ -161,3 +161,18 @@ class StrictPayload(BaseModel, strict=True):
 def use_types(payload: StrictPayload) -> dict[str, Any]:
     """Show that the function gets what its hint says."""
     return {"type": type(payload.day).__name__, "year": payload.day.year, "tags": sorted(payload.tags)}
+
+
+@job_function()
+def write_pid(payload: dict[str, Any]) -> None:
+    """Write the number of the process to a file, and wait a while."""
+    append_line({"path": payload["path"], "line": str(os.getpid()), "seconds": str(payload.get("seconds", 0))})
+
+
+@job_function()
+def die_beside_a_child(payload: Any) -> None:
+    """End the process, while one that it forked lives on for a minute with all that was open."""
+    if os.fork() == 0:
+        time.sleep(60)
+        os._exit(0)
+    os._exit(7)

@@ -22,7 +22,13 @@ local function read(id, ...)
   return values.err and {} or values
 end
 
-local function number(value, default) return tonumber(value or '') or default end
+local function number(value, default)
+  local found = tonumber(value or '')
+  if found and found == found and math.abs(found) < 1e11 then return found end
+  return default
+end
+
+local function whole(value, default) return math.floor(number(value, default)) end
 
 -- Redis' clock, in seconds. Scripts use no other.
 local function clock()

@@ -1,8 +1,10 @@
 -- The end of a run: finished, stopped, failed, or tried again after an exception.
 -- ARGV: job id, execution id, queue, worker, outcome (finished, failed, stopped), return value (base64 of JSON, '' for
--- null), exception (base64 of zlib), error (JSON), default result TTL, default failure TTL, progress as JSON or ''.
+-- null), exception (base64 of zlib), error (JSON), default result TTL, default failure TTL, progress as JSON or '',
+-- whether to end the job although RQ's own code should (1 or 0).
 -- Answers the job's new status, 'lost', or 'rq': the job has what only RQ's own code handles, and nothing was written.
-local id, execution, queue, worker, outcome, value, exception, error, result_ttl, failure_ttl, progress = unpack(ARGV)
+local id, execution, queue, worker, outcome, value, exception, error, result_ttl, failure_ttl, progress,
+  force = unpack(ARGV)
 if not holds(id, execution, queue) then
   end_execution(id, execution, queue, worker)
   return 'lost'
@@ -11,7 +13,9 @@ end
 local key, now = job_key(id), clock()
 local job = redis.call('HMGET', key, 'result_ttl', 'failure_ttl', 'retries_left', 'retry_intervals',
   'enqueue_at_front_on_retry', 'repeats_left', 'rate_limit_key', 'webhooks')
-if redis.call('EXISTS', key .. ':dependents') == 1 or job[6] or job[7] or job[8] then return 'rq' end
+if force == '0' and (redis.call('EXISTS', key .. ':dependents') == 1 or job[6] or job[7] or job[8]) then
+  return 'rq'
+end
 
 local started = tonumber(redis.call('HGET', execution_key(id, execution), 'created_at')) or now
 local result = {'worker_name', worker, 'execution_id', execution, 'execution_started_at', exact(started),
@@ -21,7 +25,7 @@ count(worker, outcome == 'finished' and 'successful_job_count' or 'failed_job_co
 if progress ~= '' then redis.call('HSET', key, 'progress', progress) end
 
 if outcome == 'finished' then
-  local ttl = number(job[1], tonumber(result_ttl))
+  local ttl = whole(job[1], result_ttl)
   if ttl == 0 then
     redis.call('DEL', key, registry('results', id), registry('executions', id))
     tell(id, 'finished')
@@ -42,7 +46,7 @@ if outcome == 'finished' then
   return 'finished'
 end
 
-local retries_left = number(job[3], 0)
+local retries_left = whole(job[3], 0)
 if outcome == 'failed' and retries_left > 0 then
   redis.call('HSET', key, 'retries_left', retries_left - 1)
   local is_json, intervals = pcall(cjson.decode, job[4] or '[]')
@@ -61,5 +65,5 @@ end
 
 result[#result + 1] = 'exc_string'
 result[#result + 1] = exception
-end_badly(id, queue, outcome, number(job[2], tonumber(failure_ttl)), result, error, now)
+end_badly(id, queue, outcome, whole(job[2], failure_ttl), result, error, now)
 return outcome

@@ -15,7 +15,7 @@ for _, queue in ipairs(ARGV) do
       -- A stock worker's execution has no lease of ours; its score is when RQ would give it up.
       local ends = number(run[1], tonumber(redis.call('ZSCORE', registry('wip', queue), member)))
       if ends < now then
-        expired[#expired + 1] = {queue, id, execution, run[2] or '', tostring(number(read(id, 'crashes')[1], 0))}
+        expired[#expired + 1] = {queue, id, execution, run[2] or '', whole(read(id, 'crashes')[1], 0)}
       end
     end
   end

@@ -10,11 +10,11 @@ if not held then return 'lost' end
 
 local now = clock()
 local job = read(id, 'crashes', 'failure_ttl')
-local crashes = number(job[1], 0) + tonumber(crashed)
+local crashes = whole(job[1], 0) + tonumber(crashed)
 if crashed == '1' then redis.call('HSET', job_key(id), 'crashes', crashes) end
 if crashed == '1' and crashes > tonumber(limit) then
   count(worker, 'failed_job_count', 0)
-  end_badly(id, queue, 'failed', number(job[2], tonumber(failure_ttl)), {'worker_name', worker, 'execution_id', execution, 'exc_string', exception},
+  end_badly(id, queue, 'failed', whole(job[2], failure_ttl), {'worker_name', worker, 'execution_id', execution, 'exc_string', exception},
     error, now)
   return 'failed'
 end

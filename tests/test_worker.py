@@ -1,0 +1,627 @@
+"""Real `rq worker` processes on a real server: what they run, refuse and survive."""
+
+import json
+import os
+import pickle
+import pkgutil
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from base64 import b64decode
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from redis import Redis
+from redis.exceptions import RedisError
+from rq import Callback, Retry
+from rq.command import send_stop_job_command
+from rq.job import Job
+from rq.serializers import JSONSerializer
+
+import app
+from app.redis_resc import Queue
+from app.transitions import EVENTS_KEY, TERMINAL
+from tests.processes import ROOT, Process, environment, python, running, valkey_server, wait_until, worker
+
+SETTINGS: dict[str, Any] = {
+    "WORKER_LEASE": 3,
+    "MAX_CRASHES": 1,
+    "MAX_RESULT_BYTES": 1000,
+    "QUEUES": "high,default,low",
+}
+
+
+class Bench(NamedTuple):
+    """A server, and how a test sees it. The annotations of redis-py are unions of all a command may ever answer."""
+
+    redis: Any
+    url: str
+
+    def enqueue(self, function: str, payload: Any = None, queue: str = "default", **options: Any) -> str:
+        path = function if "." in function else f"tests.job_functions.{function}"
+        return Queue(queue, connection=self.redis).enqueue(path, payload, **options).id
+
+    def read(self, job_id: str) -> dict[str, Any]:
+        """The job's hash, with the exception as `error`."""
+        job: dict[str, Any] = {
+            name.decode(): value.decode(errors="replace")
+            for name, value in self.redis.hgetall(f"rq:job:{job_id}").items()
+        }
+        return job | {"error": json.loads(job.get("error", "{}"))}
+
+    def wait_for(self, job_id: str, *statuses: str, seconds: float = 30) -> dict[str, Any]:
+        """The job, once it has one of these statuses."""
+
+        def has_it() -> bool:
+            status = self.redis.hget(f"rq:job:{job_id}", "status")
+            return status is not None and status.decode() in statuses
+
+        wait_until(has_it, seconds, f"{job_id} {' or '.join(statuses)}: {self.read(job_id)}")
+        return self.read(job_id)
+
+    def end_of(self, job_id: str, status: str, seconds: float = 30) -> dict[str, Any]:
+        """The job once it has ended, which it is to do with this status."""
+        job = self.wait_for(job_id, *TERMINAL, seconds=seconds)
+        assert job["status"] == status, job
+        return job
+
+    def result_of(self, job_id: str) -> Any:
+        """The return value of a job, once it has finished."""
+        self.end_of(job_id, "finished")
+        ((_, result),) = self.redis.xrevrange(f"rq:results:{job_id}", count=1)
+        return json.loads(b64decode(result.get(b"return_value", b"bnVsbA==")))
+
+    def workers(self) -> set[bytes]:
+        return set(self.redis.smembers("rq:workers"))
+
+
+class Shop:
+    """A bench and a worker that several tests share; one that did not survive a test is replaced for the next."""
+
+    def __init__(self, bench: Bench, folder: Path) -> None:
+        self.bench = bench
+        self.env = environment(bench.url, **SETTINGS)
+        self._log = folder / "worker.log"
+        self._worker = ExitStack()
+        self.worker: Process | None = None
+
+    def open(self) -> None:
+        if self.worker is None:
+            self.bench.redis.flushall()
+            self.worker = self._worker.enter_context(worker(self.env, self._log))
+
+    def close(self) -> None:
+        if self.worker:
+            self.worker.kill()
+        self._worker.close()
+        self.worker = None
+
+    def check(self) -> None:
+        """The worker is alive, and runs jobs."""
+        assert self.worker
+        try:
+            assert self.worker.popen.poll() is None, self.worker.log
+            job_id = self.bench.enqueue("echo", "alive")
+            assert self.bench.end_of(job_id, "finished", 10)
+        except AssertionError:
+            self.close()
+            raise
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
+    folder = tmp_path_factory.mktemp("shop")
+    with valkey_server(folder) as server, Redis(port=server.port) as connection:
+        shop = Shop(Bench(connection, f"redis://127.0.0.1:{server.port}/0"), folder)
+        yield shop
+        if shop.worker:
+            assert shop.worker.stop() == 0
+        shop.close()
+
+
+@pytest.fixture
+def bench(shop: Shop) -> Iterator[Bench]:
+    """The shared server; the worker behind it must survive the test."""
+    shop.open()
+    yield shop.bench
+    shop.check()
+
+
+@pytest.fixture
+def own(real_redis: Redis, redis_url: str) -> Bench:
+    """An empty server without a worker, for tests that start and end their own."""
+    return Bench(real_redis, redis_url)
+
+
+def lines_of(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process, and it is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+# What it runs
+
+
+def test_worker_runs_jobs_in_the_order_of_its_queues(bench: Bench, tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    busy = bench.enqueue("sleep_for", 1)
+    bench.wait_for(busy, "started")
+    for queue in ("low", "default", "high", "low", "default", "high"):
+        last = bench.enqueue("append_line", {"path": str(path), "line": queue}, queue)
+    assert bench.read(busy)["status"] == "started"
+    bench.end_of(last, "finished")
+    wait_until(lambda: len(lines_of(path)) == 6)
+    assert lines_of(path) == ["high", "high", "default", "default", "low", "low"]
+
+
+def test_worker_keeps_what_a_function_loaded_once(bench: Bench) -> None:
+    first, *others = (bench.result_of(bench.enqueue("use_model")) for _ in range(3))
+    assert first["loads"] == 1
+    assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize(
+    ("function", "payload", "result"),
+    [
+        ("echo", {"ä": [1, 2.5, None, True, "\0"]}, {"ä": [1, 2.5, None, True, "\0"]}),
+        ("echo", None, None),
+        ("sleep_async", [1], [1]),
+        ("current_job_reads_redis", 1, True),
+        ("use_types", {"day": "2026-02-03", "tags": ["b", "a"]}, {"type": "date", "year": 2026, "tags": ["a", "b"]}),
+        ("app.functions.count_words", {"text": "a b a", "n": 1}, {"words": [["a", 2]], "total": 3}),
+    ],
+)
+def test_worker_stores_what_the_function_returned(bench: Bench, function: str, payload: Any, result: Any) -> None:
+    assert bench.result_of(bench.enqueue(function, payload)) == result
+
+
+def test_function_knows_its_job(bench: Bench) -> None:
+    job_id = bench.enqueue("current_job", {"a": 1}, "low", job_timeout=77)
+    expected = {"id": job_id, "origin": "low", "timeout": 77, "args": [{"a": 1}]}
+    assert bench.result_of(job_id) == {**expected, "func": "tests.job_functions.current_job"}
+
+
+def test_progress_is_seen_while_the_job_runs_and_after(bench: Bench) -> None:
+    job_id = bench.enqueue("report", {"done": 3, "total": 10, "message": "half", "seconds": 1})
+    wait_until(lambda: bench.redis.hexists(f"rq:job:{job_id}", "progress"), 10)
+    job = bench.read(job_id)
+    assert job["status"] == "started"
+    assert json.loads(job["progress"]) == {"done": 3, "total": 10, "message": "half"}
+    assert json.loads(bench.end_of(job_id, "finished")["progress"])["done"] == 3
+    told = [event for _, event in bench.redis.xrange(EVENTS_KEY) if event[b"job_id"] == job_id.encode()]
+    assert [event[b"status"] for event in told] == [b"queued", b"started", b"started", b"finished"]
+    assert json.loads(told[2][b"progress"])["done"] == 3
+
+
+def test_last_progress_of_a_quick_job_is_kept(bench: Bench) -> None:
+    job_id = bench.enqueue("report", {"done": 9, "total": 10})
+    assert json.loads(bench.end_of(job_id, "finished")["progress"])["done"] == 9
+
+
+# What it refuses
+
+
+@pytest.mark.parametrize(
+    "function",
+    ["os.system", "builtins.eval", "subprocess.call", "tests.job_functions._load_model", "no.such.module.function"],
+)
+def test_worker_never_runs_what_is_no_job_function(bench: Bench, tmp_path: Path, function: str) -> None:
+    trace = tmp_path / "trace"
+    payload = f"open({str(trace)!r}, 'w')" if function == "builtins.eval" else f"touch {trace}"
+    job = bench.end_of(bench.enqueue(function, payload), "failed")
+    assert job["error"] == {"type": "UnknownFunction", "message": f"{function!r} is not a job function here."}
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("hook", ["on_success", "on_failure", "on_stopped"])
+@pytest.mark.parametrize("has_dependents", [False, True])
+def test_worker_fails_a_job_with_a_callback_without_running_it(
+    bench: Bench, tmp_path: Path, hook: str, has_dependents: bool
+) -> None:
+    path = tmp_path / "lines"
+    # Prepared in a queue that nobody serves, and only then given to the worker.
+    callback: dict[str, Any] = {hook: Callback("os.getcwd")}
+    job_id = bench.enqueue("append_line", {"path": str(path), "line": "ran"}, "aside", **callback)
+    if has_dependents:
+        bench.enqueue("echo", 1, depends_on=job_id)
+    bench.redis.lmove("rq:queue:aside", "rq:queue:default")
+    job = bench.end_of(job_id, "failed")
+    assert job["error"]["type"] == "UnreadableJob"
+    assert "callback" in job["error"]["message"]
+    assert lines_of(path) == []
+
+
+def good_hash() -> dict[str, Any]:
+    data = zlib.compress(json.dumps(["tests.job_functions.echo", None, [1], {}]).encode())
+    return {"status": "queued", "origin": "default", "data": data, "created_at": "2026-11-23T10:00:00.000000Z"}
+
+
+POISON: dict[str, dict[str, Any]] = {
+    "unknown status": {"status": "nonsense"},
+    "empty status": {"status": ""},
+    "status not UTF-8": {"status": b"\xff"},
+    "data not JSON": {"data": zlib.compress(b"{")},
+    "data not UTF-8": {"data": b"\xff\xfe\xfd"},
+    "data empty": {"data": b""},
+    "data null": {"data": b"null"},
+    "data too short": {"data": b"[1]"},
+    "data without a list": {"data": b'["tests.job_functions.echo", null, 5, {}]'},
+    "data without a dict": {"data": b'["tests.job_functions.echo", null, [1], 5]'},
+    "data with a list as function": {"data": b"[[], null, [1], {}]"},
+    "data too deep": {"data": b"[" * 100_000},
+    "pickled data": {"data": zlib.compress(pickle.dumps(("os.getpid", None, (), {})))},
+    "timeout no number": {"timeout": "soon"},
+    "timeout not UTF-8": {"timeout": b"\xff"},
+    "timeout too large": {"timeout": "1" + "0" * 30},
+    "enqueued_at no time": {"enqueued_at": "yesterday"},
+    "enqueued_at not UTF-8": {"enqueued_at": b"\xff"},
+    "crashes no number": {"crashes": "few"},
+    "retries_left no number": {"retries_left": "many", "status": "nonsense"},
+    "failure_ttl no number": {"failure_ttl": "1.5", "status": "nonsense"},
+}
+
+
+@pytest.mark.parametrize("poison", POISON.values(), ids=POISON.keys())
+def test_worker_fails_a_job_that_cannot_be_read_and_goes_on(bench: Bench, poison: dict[str, Any]) -> None:
+    job_id = f"poison-{time.monotonic_ns()}"
+    bench.redis.hset(f"rq:job:{job_id}", mapping=good_hash() | poison)
+    bench.redis.rpush("rq:queue:default", job_id)
+    good = bench.enqueue("echo", "good")
+    assert bench.result_of(good) == "good"
+    job = bench.end_of(job_id, "failed")
+    assert job["error"]["message"]
+    assert bench.redis.zscore("rq:failed:default", job_id)
+
+
+def test_worker_sets_a_key_of_another_type_aside_and_goes_on(bench: Bench, shop: Shop) -> None:
+    bench.redis.set("rq:job:text", "x")
+    bench.redis.rpush("rq:queue:default", "text", "gone")
+    assert bench.result_of(bench.enqueue("echo", "good")) == "good"
+    assert bench.redis.get("rq:job:text") == b"x"
+    assert shop.worker
+    assert "job text set aside" in shop.worker.log
+
+
+@pytest.mark.parametrize(
+    ("key", "members"),
+    [("rq:scheduled:default", ["text", "gone"]), ("rq:wip:default", ["text:e", "gone:e", "nonsense", "corrupt:e"])],
+)
+def test_worker_is_not_held_up_by_poison_in_a_registry(bench: Bench, key: str, members: list[str]) -> None:
+    bench.redis.set("rq:job:text", "x")
+    bench.redis.hset("rq:job:corrupt", mapping={"crashes": "1.5", "status": "started"})
+    bench.redis.hset("rq:execution:corrupt:e", mapping={"lease_until": "1"})
+    bench.redis.zadd(key, dict.fromkeys(members, 1))
+    # Each of the worker's ticks looks at the registry.
+    wait_until(lambda: bench.redis.zcard(key) == 0, 10)
+    bench.redis.delete("rq:job:text", "rq:job:corrupt", "rq:execution:corrupt:e")
+
+
+WHERE = {
+    "nan": "$.a[1] is nan",
+    "infinity": "$ is inf",
+    "datetime": "$.when is a datetime",
+    "bytes": "$ is a bytes",
+    "set": "$.a is a set",
+    "int key": "$.a has the key 1, which is not a string",
+    "surrogate": "$[0] has a lone surrogate",
+    "surrogate key": "a key of $ has a lone surrogate",
+    "object": "$ is a object",
+    "huge integer": "4300",
+    "cycle": "nested too deeply",
+}
+
+
+@pytest.mark.parametrize(("kind", "where"), WHERE.items())
+def test_worker_fails_a_return_value_that_is_not_json(bench: Bench, kind: str, where: str) -> None:
+    job_id = bench.enqueue("return_unjsonable", kind)
+    job = bench.end_of(job_id, "failed")
+    assert job["error"]["type"] == "ResultNotJSON"
+    assert where in job["error"]["message"]
+
+
+def test_worker_fails_a_return_value_that_is_too_large(bench: Bench) -> None:
+    assert bench.result_of(bench.enqueue("return_bytes_of", 998)) == "x" * 998
+    error = bench.end_of(bench.enqueue("return_bytes_of", 999), "failed")["error"]
+    assert error == {
+        "type": "ResultTooLarge",
+        "message": "The return value has 1001 bytes as JSON; 1000 are allowed.",
+    }
+
+
+# What goes wrong in a job
+
+
+@pytest.mark.parametrize(
+    ("function", "payload", "error"),
+    [
+        ("fail", "no such image", {"type": "ValueError", "message": "no such image"}),
+        ("die", {"how": "sys.exit"}, {"type": "SystemExit", "message": "3"}),
+    ],
+)
+def test_exception_fails_the_job_with_its_class_and_text(
+    bench: Bench, function: str, payload: Any, error: dict[str, str]
+) -> None:
+    job_id = bench.enqueue(function, payload)
+    assert bench.end_of(job_id, "failed")["error"] == error
+    job: Any = Job.fetch(job_id, connection=bench.redis, serializer=JSONSerializer)
+    assert error["type"] in job.latest_result().exc_string
+
+
+def test_payload_that_does_not_fit_fails_the_job(bench: Bench) -> None:
+    error = bench.end_of(bench.enqueue("sleep_for", -1), "failed")["error"]
+    assert error["type"] == "ValidationError"
+    assert "greater than or equal to 0" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("how", "told"), [("exit", "exit code 0"), ("segfault", "SIGSEGV"), ("kill", "signal 9 (SIGKILL)")]
+)
+def test_job_whose_process_dies_is_run_again_up_to_the_limit(bench: Bench, tmp_path: Path, how: str, told: str) -> None:
+    path = tmp_path / "lines"
+    job = bench.end_of(bench.enqueue("die", {"how": how, "path": str(path)}), "failed")
+    assert lines_of(path) == [how] * (SETTINGS["MAX_CRASHES"] + 1)
+    assert job["error"]["type"] == "WorkHorseDied"
+    assert "died 2 times" in job["error"]["message"]
+    assert told in job["error"]["message"]
+
+
+def test_death_of_a_process_is_seen_though_one_that_it_forked_lives_on(bench: Bench) -> None:
+    error = bench.end_of(bench.enqueue("die_beside_a_child", job_timeout=600), "failed", 15)["error"]
+    assert "exit code 7" in error["message"]
+
+
+def test_death_of_an_idle_work_horse_is_no_jobs_fault(bench: Bench, tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    bench.end_of(bench.enqueue("write_pid", {"path": str(path)}), "finished")
+    pid = int(path.read_text())
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not is_running(pid))
+    job_id = bench.enqueue("echo", 1)
+    assert "crashes" not in bench.end_of(job_id, "finished")
+
+
+def test_timeout_is_raised_inside_the_function(bench: Bench) -> None:
+    job = bench.end_of(bench.enqueue("sleep_for", 30, job_timeout=1), "failed", 4)
+    assert job["error"] == {"type": "JobTimeoutException", "message": "The job ran longer than its limit of 1 s."}
+
+
+def test_function_that_swallows_its_timeout_is_killed(bench: Bench) -> None:
+    job = bench.end_of(bench.enqueue("swallow_timeout", 60, job_timeout=1), "failed", 15)
+    message = "The job ran longer than its limit of 1 s, and its process was killed."
+    assert job["error"] == {"type": "JobTimeoutException", "message": message}
+
+
+def test_retries_run_the_job_again_at_once_or_after_a_pause(bench: Bench, tmp_path: Path) -> None:
+    job_id = bench.enqueue("fail", "again", retry=Retry(max=2, interval=[0, 1]))
+    bench.wait_for(job_id, "scheduled")
+    job = bench.end_of(job_id, "failed", 10)
+    assert job["retries_left"] == "0"
+    assert [event[b"status"] for _, event in bench.redis.xrange(EVENTS_KEY) if event[b"job_id"] == job_id.encode()] == [
+        *[b"queued", b"started", b"queued", b"started", b"scheduled", b"queued", b"started", b"failed"],
+    ]
+
+
+# Stopping a job
+
+
+@pytest.mark.parametrize("has_dependents", [False, True])
+def test_stop_command_ends_the_running_job(bench: Bench, has_dependents: bool) -> None:
+    job_id = bench.enqueue("sleep_for", 50)
+    if has_dependents:
+        bench.enqueue("echo", 1, depends_on=job_id)
+    bench.wait_for(job_id, "started")
+    send_stop_job_command(bench.redis, job_id, serializer=JSONSerializer)
+    assert bench.end_of(job_id, "stopped", 10)["error"]["type"] == "JobStopped"
+    assert bench.redis.zscore("rq:failed:default", job_id)
+
+
+def test_cancel_of_a_running_job_ends_the_run(bench: Bench, tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    job_id = bench.enqueue("write_pid", {"path": str(path), "seconds": 50})
+    pid = int(wait_until(lambda: lines_of(path))[0])
+    Job.fetch(job_id, connection=bench.redis, serializer=JSONSerializer).cancel()
+    wait_until(lambda: not is_running(pid), 10)
+    assert bench.result_of(bench.enqueue("echo", "next")) == "next"
+    assert bench.read(job_id)["status"] == "canceled"
+    assert not bench.redis.exists(f"rq:results:{job_id}")
+
+
+def test_suspended_worker_takes_nothing_until_resumed(bench: Bench, shop: Shop) -> None:
+    subprocess.run(python("rq.cli", "suspend"), env=shop.env, cwd=ROOT, check=True, capture_output=True)
+    (name,) = bench.workers()
+    wait_until(lambda: bench.redis.hget(name, "state") == b"suspended")
+    job_id = bench.enqueue("echo", 1)
+    # It looks each second whether it may go on.
+    time.sleep(1.2)
+    assert bench.read(job_id)["status"] == "queued"
+    subprocess.run(python("rq.cli", "resume"), env=shop.env, cwd=ROOT, check=True, capture_output=True)
+    assert bench.result_of(job_id) == 1
+
+
+def test_worker_signs_on_again_after_a_flush(bench: Bench) -> None:
+    names = bench.workers()
+    assert len(names) == 1
+    bench.redis.flushall()
+    wait_until(lambda: bench.workers() == names, 10)
+    (name,) = names
+    fields = bench.redis.hkeys(name)
+    assert {b"birth", b"queues", b"pid", b"hostname"} <= set(fields)
+    assert bench.redis.ttl(name) > 0
+    assert bench.redis.smembers("rq:workers:high") == names
+
+
+# The end of a worker
+
+
+def start_write_pid(own: Bench, path: Path, seconds: float, **options: Any) -> tuple[str, int]:
+    """A running job, and the work-horse's process."""
+    job_id = own.enqueue("write_pid", {"path": str(path), "seconds": seconds}, **options)
+    return job_id, int(wait_until(lambda: lines_of(path))[-1])
+
+
+def test_sigterm_lets_the_running_job_end(own: Bench, tmp_path: Path) -> None:
+    with worker(environment(own.url), tmp_path / "worker.log") as process:
+        job_id, _ = start_write_pid(own, tmp_path / "pid", 1)
+        waiting = own.enqueue("echo", 1)
+        assert process.stop() == 0
+        assert own.read(job_id)["status"] == "finished"
+        assert own.read(waiting)["status"] == "queued"
+        assert own.redis.lrange("rq:queue:default", 0, -1) == [waiting.encode()]
+        assert own.workers() == set()
+
+
+def put_back(own: Bench, job_id: str, pid: int) -> None:
+    assert own.redis.lrange("rq:queue:default", 0, -1) == [job_id.encode()]
+    job = own.read(job_id)
+    assert job["status"] == "queued"
+    assert "crashes" not in job
+    assert own.redis.zcard("rq:wip:default") == 0
+    assert not is_running(pid)
+    assert own.workers() == set()
+
+
+def test_sigterm_puts_a_job_back_that_runs_too_long(own: Bench, tmp_path: Path) -> None:
+    with worker(environment(own.url, WORKER_SHUTDOWN_SECONDS=1), tmp_path / "worker.log") as process:
+        job_id, pid = start_write_pid(own, tmp_path / "pid", 50)
+        assert process.stop(10) == 0
+        put_back(own, job_id, pid)
+
+
+def test_second_sigterm_puts_the_job_back_at_once(own: Bench, tmp_path: Path) -> None:
+    with worker(environment(own.url, WORKER_SHUTDOWN_SECONDS=600), tmp_path / "worker.log") as process:
+        job_id, pid = start_write_pid(own, tmp_path / "pid", 50)
+        process.signal(signal.SIGTERM)
+        wait_until(lambda: own.redis.hexists(next(iter(own.workers())), "shutdown_requested_date"))
+        time.sleep(1.1)  # RQ takes two signals within a second for one
+        process.stop(10)
+        put_back(own, job_id, pid)
+
+
+def test_death_of_a_worker_ends_its_work_horse_and_another_runs_the_job_again(own: Bench, tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    env = environment(own.url, WORKER_LEASE=3)
+    with worker(env, tmp_path / "first.log") as first:
+        job_id, pid = start_write_pid(own, path, 3)
+        with worker(env, tmp_path / "second.log"):
+            first.kill()
+            wait_until(lambda: not is_running(pid), 3)
+            wait_until(lambda: len(lines_of(path)) == 2, 8, "the second run")
+            job = own.end_of(job_id, "finished")
+    assert job["crashes"] == "1"
+    assert len(set(lines_of(path))) == 2
+
+
+def test_burst_worker_ends_when_the_queues_are_empty(own: Bench, tmp_path: Path) -> None:
+    jobs = [own.enqueue("echo", number) for number in range(3)]
+    with running(python("rq.cli", "worker", "--burst"), environment(own.url), tmp_path / "worker.log") as process:
+        assert process.popen.wait(30) == 0
+    assert [own.result_of(job_id) for job_id in jobs] == [0, 1, 2]
+
+
+def test_worker_for_one_job_leaves_the_next_to_others(own: Bench, tmp_path: Path) -> None:
+    """It takes the next job in the round trip that ends the first, and has to give it back."""
+    first, second = (own.enqueue("echo", number) for number in range(2))
+    command = python("rq.cli", "worker", "--max-jobs", "1")
+    with running(command, environment(own.url), tmp_path / "worker.log") as process:
+        assert process.popen.wait(30) == 0
+    assert own.read(first)["status"] == "finished"
+    assert own.read(second)["status"] == "queued"
+    assert "crashes" not in own.read(second)
+    assert own.redis.lrange("rq:queue:default", 0, -1) == [second.encode()]
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+def test_worker_survives_the_death_of_redis(tmp_path: Path, busy: bool) -> None:
+    with valkey_server(tmp_path / "valkey", appendonly="yes", appendfsync="always") as server:
+        port = server.port
+        with Redis(port=port) as connection:
+            own = Bench(connection, f"redis://127.0.0.1:{port}/0")
+            with worker(environment(own.url), tmp_path / "worker.log") as process:
+                assert own.result_of(own.enqueue("echo", "before")) == "before"
+                path = tmp_path / "pid"
+                job_id = start_write_pid(own, path, 1.5)[0] if busy else ""
+                server.terminate()
+                process.wait_for_log("trying again", 20)
+                server.start()
+
+                def answers() -> bool:
+                    try:
+                        return bool(connection.ping())
+                    except RedisError:
+                        return False
+
+                wait_until(answers)
+                if busy:
+                    own.end_of(job_id, "finished")
+                    assert len(lines_of(path)) == 1
+                assert own.result_of(own.enqueue("echo", "after")) == "after"
+                # RQ's commands come over a subscription, which must have been renewed too.
+                stopped = own.enqueue("sleep_for", 50)
+                own.wait_for(stopped, "started")
+
+                def stop() -> bool:
+                    send_stop_job_command(connection, stopped, serializer=JSONSerializer)
+                    return bool(own.read(stopped)["status"] == "stopped")
+
+                wait_until(stop, 15)
+                assert process.stop(15) == 0
+
+
+# Start
+
+
+@pytest.mark.parametrize(
+    ("modules", "sentence"),
+    [
+        ("no.such.module", "there is no module 'no.such.module'"),
+        ("broken_functions", "this module is broken"),
+        ("app.functions,twice", "Two job functions are named count_words"),
+    ],
+)
+def test_worker_that_cannot_load_the_functions_ends_with_a_sentence(
+    own: Bench, tmp_path: Path, modules: str, sentence: str
+) -> None:
+    (tmp_path / "broken_functions.py").write_text("raise ImportError('this module is broken')\n")
+    (tmp_path / "twice.py").write_text(
+        "from app.job_function import job_function\n@job_function()\ndef count_words(payload): ...\n"
+    )
+    env = environment(own.url, FUNCTION_MODULES=modules, PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")
+    with running(python("rq.cli", "worker"), env, tmp_path / "worker.log") as process:
+        assert process.popen.wait(30) not in (0, None)
+        assert sentence in process.log
+        assert "The work-horse cannot load the job functions" in process.log
+    assert own.workers() == set()
+
+
+@pytest.mark.parametrize("module", ["app.worker", "app.work_horse", "app.functions", "app.job_function"])
+def test_no_web_framework_is_loaded_with(module: str) -> None:
+    code = f"import sys, {module}; print(sorted({{'flask', 'apiflask', 'werkzeug', 'gevent'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+WATCH = """
+import importlib, sys, threading
+sys.addaudithook(lambda event, args: print(module, event) if event in {
+    "socket.connect", "socket.bind", "_thread.start_new_thread", "os.fork", "subprocess.Popen"} else None)
+for module in sys.argv[1:]:
+    importlib.import_module(module)
+print(threading.active_count())
+"""
+
+
+def test_import_of_any_module_opens_no_connection_and_starts_no_thread() -> None:
+    modules = ["app", *(f"app.{module.name}" for module in pkgutil.iter_modules(app.__path__))]
+    done = subprocess.run([sys.executable, "-c", WATCH, *modules], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"
