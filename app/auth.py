@@ -11,7 +11,7 @@ from flask import g, request
 from redis import Redis
 
 from app import problems
-from app.config import ApiKey
+from app.config import ApiKey, is_loopback
 
 #: Without configured keys everybody is this one.
 ANONYMOUS = ApiKey.model_construct(name="", functions=None, admin=False)
@@ -71,13 +71,18 @@ def is_public() -> bool:
     return request.path in PUBLIC or request.path.startswith(PUBLIC_BELOW)
 
 
-def want_keys(app: APIFlask, keys: Sequence[ApiKey]) -> None:
-    """Ask each request for a key, if there are keys; but for the public routes."""
+def want_keys(app: APIFlask, keys: Sequence[ApiKey], allow_anonymous: bool) -> None:
+    """Ask each request but those of public routes for a key; without keys, serve this machine only."""
 
     @app.before_request
     def find() -> None:
         g.api_key = ANONYMOUS
-        if not keys or is_public():
+        if is_public():
+            return
+        if not keys:
+            # `flask run --host` and other servers do not read our settings: what listens may be open to everybody.
+            if not (allow_anonymous or is_loopback(request.remote_addr or "localhost")):
+                raise problems.Forbidden("Without API_KEYS only this machine is served, unless ALLOW_ANONYMOUS=true.")
             return
         given = request.authorization
         token = given.token if given and given.type == "bearer" else None

@@ -202,7 +202,7 @@ class Settings(BaseSettings):
     @property
     def redis_is_configured(self) -> bool:
         """Whether the user said where Redis is, in any of the ways there are."""
-        return not self.model_fields_set.isdisjoint({"redis_url", "redis_host", "redis_port"})
+        return any(name.startswith("redis_") for name in self.model_fields_set)
 
     @property
     def redis_address(self) -> str:

@@ -66,15 +66,12 @@ class EventLog:
         with self._lock:
             if self._reading:
                 return
-            self._reading = True
-        try:
-            # Where the log ends now, so that nothing that happens from here on is missed.
+            # Where the log ends now, so that nothing that happens from here on is missed; nor by those who come while
+            # Redis is asked, and wait for the lock.
             newest: list[Any] = self._connection.xrevrange(EVENTS_KEY, count=1)  # type: ignore[assignment]  # not awaitable
             position = newest[0][0] if newest else "0-0"
             threading.Thread(target=self._read, args=(position,), name="events", daemon=True).start()
-        except BaseException:
-            self._reading = False
-            raise
+            self._reading = True
 
     def _read(self, position: bytes | str) -> None:
         connection = self._connect()

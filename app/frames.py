@@ -28,15 +28,15 @@ class Channel:
         """Close this end; the other one reads the end of the stream."""
         self._socket.close()
 
-    def send(self, header: Header, body: bytes = b"") -> None:
+    def send(self, header: Header, body: bytes = b"", timeout: float | None = None) -> None:
         """Send a frame.
 
         Raises:
-            OSError: the other end is closed.
+            OSError: the other end is closed, or did not read it within so many seconds.
         """
         head = json.dumps(header).encode()
         with self._sending:
-            self._socket.settimeout(None)
+            self._socket.settimeout(timeout)
             self._socket.sendall(_SIZES.pack(len(head), len(body)) + head + body)
 
     def receive(self, timeout: float | None = None) -> tuple[Header, bytes] | None:

@@ -13,14 +13,14 @@ from contextlib import nullcontext
 from queue import Empty
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from redis import Redis
 from rq.exceptions import NoSuchJobError
 from rq.job import Job, Retry
 from rq.serializers import JSONSerializer
 
-from app import problems, transitions
+from app import problems, schemas, transitions
 from app.config import Settings
 from app.events import Bell, EventLog
 from app.job_function import JobFunction
@@ -39,6 +39,14 @@ _STATUS_FIELDS = (
 )  # fmt: skip
 
 StatusObject = dict[str, Any]
+
+
+def _read_object(stored: str | None, model: type[BaseModel]) -> dict[str, Any] | None:
+    """JSON of a job's hash, if it is what we write there: anybody may have written to Redis."""
+    try:
+        return model.model_validate_json(stored).model_dump() if stored else None
+    except ValidationError:
+        return None
 
 
 def _retry_pauses(retries: int) -> list[int]:
@@ -190,8 +198,8 @@ class Jobs:
             "enqueued_at": fields.get("enqueued_at") or None,
             "started_at": fields.get("started_at") or None,
             "ended_at": fields.get("ended_at") or None,
-            "progress": json.loads(fields["progress"]) if fields.get("progress") else None,
-            "retries_left": int(retries_left) if retries_left is not None else None,
+            "progress": _read_object(fields.get("progress"), schemas.JobProgress),
+            "retries_left": int(str(retries_left)) if str(retries_left).isdecimal() else None,
             "error": self._error(job_id, fields.get("error")) if status in ("failed", "stopped") else None,
             "links": {
                 "check_status": f"/check_status?job_id={job_id}",
@@ -213,9 +221,8 @@ class Jobs:
         except Exception:  # noqa: BLE001  # RQ raises DeserializationError, ValueError, TypeError, … for bad data
             return None
 
-    def _error(self, job_id: str, stored: str | None) -> dict[str, str]:
-        if stored:
-            error: dict[str, str] = json.loads(stored)
+    def _error(self, job_id: str, stored: str | None) -> dict[str, Any]:
+        if error := _read_object(stored, schemas.JobError):
             return error
         # A stock worker ran it: the last line of the traceback is the exception's class and text.
         job = self._foreign_job(job_id)

@@ -127,7 +127,7 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
         )
     )
     answer_errors(app)
-    want_keys(app, settings.api_keys)
+    want_keys(app, settings.api_keys, settings.allow_anonymous)
     limit_rate(app, settings.rate_limit, jobs.connection)
     app.register_blueprint(ops)
 

@@ -95,7 +95,7 @@ ANSWERS: dict[str, tuple[dict[str, Spec], tuple[type[Problem], ...], tuple[Spec,
             ),
         },
         (
-            problems.InvalidJson, problems.InvalidRequest, problems.FunctionNotFound, problems.Forbidden,
+            problems.InvalidJson, problems.InvalidRequest, problems.FunctionNotFound,
             problems.PayloadTooLarge, problems.UnsupportedMediaType, problems.ResultExpired, problems.JobFailed,
             problems.QueueFull,
             problems.RedisUnavailable,
@@ -186,7 +186,7 @@ def complete(spec: Spec, functions: Mapping[str, JobFunction], default: str, wit
         answers, kinds, headers = ANSWERS[route]
         path = route.partition(" ")[2]
         if path not in PUBLIC and not path.startswith(PUBLIC_BELOW):
-            kinds = (*kinds, problems.Unauthorized, problems.TooManyRequests)
+            kinds = (*kinds, problems.Unauthorized, problems.Forbidden, problems.TooManyRequests)
             operation["security"] = [{"ApiKey": []}] if with_keys else []
         operation["responses"] = {**answers, **_problem_answers((*kinds, *_ALWAYS))}
         operation["parameters"] = [*map(_without_null, operation["parameters"]), *headers]

@@ -3,9 +3,10 @@
 from typing import Any
 
 import rq
-from redis import Redis
+from redis import BlockingConnectionPool, Redis
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry
 from rq.exceptions import DuplicateJobError
 from rq.job import Job
@@ -17,6 +18,8 @@ from app.job_ids import JobIds
 
 #: Seconds that one command may take. With the one reconnection below, a request on a stalled Redis is answered in 3 s.
 SOCKET_TIMEOUT = 1.25
+#: Connections that one process opens at most.
+MAX_CONNECTIONS = 100
 
 
 def connect(settings: Settings, socket_timeout: float = SOCKET_TIMEOUT) -> Redis:
@@ -25,12 +28,20 @@ def connect(settings: Settings, socket_timeout: float = SOCKET_TIMEOUT) -> Redis
     A connection that turns out to be broken is replaced once, at once. A command that timed out is not sent again:
     the caller would wait twice as long for a server that is stalled.
     """
-    return Redis.from_url(
+    pool = BlockingConnectionPool.from_url(
         settings.redis_address,
+        # A burst of requests waits for a connection a little; redis-py's other pool refuses the 101st.
+        max_connections=MAX_CONNECTIONS,
+        timeout=SOCKET_TIMEOUT,
         socket_timeout=socket_timeout,
         socket_connect_timeout=SOCKET_TIMEOUT,
+        # No greetings before the first command: each would be waited for on a Redis that is stalled.
+        protocol=2,
+        driver_info=None,
+        maint_notifications_config=MaintNotificationsConfig(enabled=False),
         retry=Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
     )
+    return Redis(connection_pool=pool)
 
 
 class Queue(rq.Queue):

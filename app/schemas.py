@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, create_model
 
 from app.config import Settings
 
@@ -64,8 +64,8 @@ class JobError(Answer):
 class JobProgress(Answer):
     """How far a job is, as its function reports it."""
 
-    done: float
-    total: float
+    done: FiniteFloat | int
+    total: FiniteFloat | int
     message: str
 
 

@@ -1,6 +1,7 @@
 """`pipenv run start`: Redis if none is configured, the web server and the workers; one Ctrl-C ends all in order."""
 
 import argparse
+import contextlib
 import fcntl
 import io
 import json
@@ -8,6 +9,7 @@ import os
 import shlex
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -16,6 +18,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import urlsplit
@@ -48,6 +51,19 @@ class Watcher(Printer):  # type: ignore[misc]  # honcho has no annotations
         super().write(message)
 
 
+def end_orphan() -> None:
+    """End a Valkey that a killed `start` left behind: two on the same data would destroy it."""
+    with contextlib.suppress(OSError, ValueError):  # there is none
+        pid = int((DATA / "valkey.pid").read_text())
+        command = subprocess.run(["ps", "-o", "command=", "-p", str(pid)], capture_output=True, text=True, check=False)
+        if "valkey" in command.stdout:
+            os.kill(pid, signal.SIGTERM)
+            for _ in range(100):
+                os.kill(pid, 0)  # raises once it is gone
+                time.sleep(0.1)
+            raise SystemExit(f"Process {pid}, a Valkey on the data in {DATA}, does not end: end it.")
+
+
 @contextmanager
 def embedded_valkey() -> Iterator[str]:
     """A private Valkey with its data in `.data/`, so that jobs outlive a restart; gives its URL."""
@@ -61,13 +77,19 @@ def embedded_valkey() -> Iterator[str]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise SystemExit(f"Another `start` uses the data in {DATA}: stop it, or set REDIS_URL.") from None
+        end_orphan()
         # A socket, not a port: no other user of the machine can connect. In a folder with a short name, since the
         # path of a socket may have some 100 characters only.
         server = ValkeyServer(
             port=0,
             data_dir=DATA,
             unix_socket_path=f"{folder}/valkey.sock",
-            config={"appendonly": "yes", "appendfsync": "everysec", "maxmemory-policy": "noeviction"},
+            config={
+                "appendonly": "yes",
+                "appendfsync": "everysec",
+                "maxmemory-policy": "noeviction",
+                "pidfile": str(DATA / "valkey.pid"),
+            },
         )
         # Ctrl-C reaches all processes of the terminal, but Valkey must outlive the workers. It inherits the mask.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -203,7 +225,7 @@ def run_all(settings: Settings, redis_url: str, workers: int, demo: bool) -> int
                 then()
             else:
                 failure = f"Not ready after {READY_WITHIN:.0f} s."
-        except (OSError, KeyError) as error:
+        except (OSError, KeyError, ValueError, HTTPException) as error:
             failure = f"The demo failed: {error!r}."
         if stop or failure:
             manager.terminate()
@@ -229,6 +251,8 @@ def main() -> int:
     if arguments.workers < 1:
         parser.error("--workers must be at least 1")
     settings = get_settings()
+    # Until honcho handles signals itself, SIGTERM ends us as Ctrl-C does: what was started is ended, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     check_port(settings)
     try:
         with redis_of(settings) as redis_url:

@@ -40,14 +40,16 @@ Argument = str | bytes | int | float
 
 
 def _run(connection: Redis, script: str, *arguments: Argument) -> Any:
+    raw = [part.encode(errors="surrogateescape") if isinstance(part, str) else part for part in arguments]
     try:
-        return connection.evalsha(_DIGESTS[script], 0, *arguments)
+        return connection.evalsha(_DIGESTS[script], 0, *raw)
     except NoScriptError:  # Redis was restarted, or never saw it
-        return connection.eval(_SCRIPTS[script], 0, *arguments)
+        return connection.eval(_SCRIPTS[script], 0, *raw)
 
 
 def _text(value: bytes | str) -> str:
-    return value.decode() if isinstance(value, bytes) else value
+    # An id that is not UTF-8 goes back to Redis as it came (`_run`).
+    return value.decode(errors="surrogateescape") if isinstance(value, bytes) else value
 
 
 def job_key(job_id: str) -> str:
@@ -107,7 +109,7 @@ class Fields(NamedTuple):
     enqueued_at: bytes | None
     crashes: bytes | None
     function: bytes | None
-    #: Names of RQ's in-process hooks: success, failure, stopped.
+    #: RQ's own hooks: the callbacks for success, failure and stop, and its webhooks.
     callbacks: tuple[bytes | None, ...]
 
 
@@ -224,10 +226,10 @@ def finish_and_take(
 
 def release(
     connection: Redis, run: Run, *, crashed: bool, limit: int, failure: Failure, failure_ttl: int
-) -> Literal["queued", "failed", "lost"]:
+) -> Literal["queued", "failed", "lost", "rq"]:
     """Put the job back in front of its queue; or fail it, if its runs crashed more often than `limit`."""
     answer = _run(connection, "release", *run, int(crashed), limit, *failure, failure_ttl)
-    return cast('Literal["queued", "failed", "lost"]', _text(answer))
+    return cast('Literal["queued", "failed", "lost", "rq"]', _text(answer))
 
 
 class Abandoned(NamedTuple):

@@ -32,6 +32,10 @@ from app.strict_json import dump_result
 
 #: Characters of an exception's text that are kept.
 LONGEST_MESSAGE = 2000
+#: Characters of a progress message that are kept.
+LONGEST_PROGRESS = 500
+#: Bytes of a traceback's end that are kept; an exception may carry its whole payload in its text.
+LONGEST_TRACE = 64 * 1024
 
 
 _BLANK_JOB = Job("blank", connection=redis_conn, serializer=JSONSerializer)
@@ -50,13 +54,17 @@ class _RunLimit(UnixSignalDeathPenalty):
         raise self._exception(f"The job ran longer than its limit of {self._timeout} s.")
 
 
+def _cut(text: str, length: int) -> str:
+    """The beginning of a text, in characters that UTF-8 has."""
+    return str(text)[:length].encode(errors="backslashreplace").decode()
+
+
 def _describe(error: BaseException) -> dict[str, str]:
     try:
         message = str(error)
     except Exception:  # noqa: BLE001  # a job's own exception class may do anything
         message = "(its text cannot be had)"
-    message = message.encode(errors="backslashreplace").decode()[:LONGEST_MESSAGE]
-    return {"type": type(error).__qualname__, "message": message}
+    return {"type": type(error).__qualname__, "message": _cut(message, LONGEST_MESSAGE)}
 
 
 def _make_job(header: Header) -> Job:
@@ -74,7 +82,7 @@ def _run(header: Header, data: bytes, functions: Mapping[str, JobFunction], chan
     def send(progress: Progress) -> None:
         if not (math.isfinite(progress["done"]) and math.isfinite(progress["total"])):
             raise ValueError(f"Progress is told in finite numbers, not {progress['done']} of {progress['total']}.")
-        channel.send({"progress": progress})
+        channel.send({"progress": {**progress, "message": _cut(progress["message"], LONGEST_PROGRESS)}})
 
     try:
         path, _instance, args, kwargs = json.loads(data)
@@ -103,16 +111,19 @@ def run_job(header: Header, data: bytes, functions: Mapping[str, JobFunction], c
         text = _run(header, data, functions, channel)
     except BaseException as error:  # noqa: BLE001  # sys.exit() in a job ends the job, not the work-horse
         trace = "".join(traceback.format_exception(error)).encode(errors="backslashreplace")
-        channel.send({"outcome": "failed", "error": _describe(error)}, trace)
+        channel.send({"outcome": "failed", "error": _describe(error)}, trace[-LONGEST_TRACE:])
     else:
         channel.send({"outcome": "finished"}, text)
 
 
 def _die_with_worker(channel: Channel) -> None:
     """End this process when the worker's end of the socket is closed, also in the middle of a job."""
+    worker = os.getppid()
     poll = select.poll()
     poll.register(channel.fileno(), 0)  # hang-ups are reported always; data is none of this thread's business
-    poll.poll()
+    # A process that the worker forked (RQ's scheduler) may hold its end of the socket open after its death.
+    while not poll.poll(1000) and os.getppid() == worker:
+        pass
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -8,6 +8,8 @@ import base64
 import contextlib
 import copy
 import json
+import os
+import signal
 import time
 import uuid
 import zlib
@@ -109,6 +111,7 @@ class Worker(rq.Worker):
         """As RQ's; a Redis that is away does not keep the worker from ending."""
         if self._horse:
             self._horse.bury()
+        self._stopping_since = self._stopping_since or time.monotonic()  # a Redis that is away is not waited for long
         try:
             if isinstance(self._taken_ahead, transitions.Taken):  # `--max-jobs`, or a signal just now
                 run = Run(self._taken_ahead.job_id, self._next_execution, self._taken_ahead.queue, self.name)
@@ -121,7 +124,10 @@ class Worker(rq.Worker):
         """RQ asks Redis before each job; here `take` says it with its answer."""
         if self._is_suspended:
             self._is_suspended = False
-            super().check_for_suspension(burst)
+            try:
+                super().check_for_suspension(burst)
+            except RedisError as error:  # RQ's loop would end the worker; `take` will ask again
+                self.log.error("Worker %s: %s", self.name, error)
 
     def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
         """RQ sends three commands five times a job; here one round trip a tick.
@@ -133,6 +139,12 @@ class Worker(rq.Worker):
             return
         if time.monotonic() - self._last_beat < TICK:
             return
+        try:
+            self._beat()
+        except RedisError as error:  # RQ's loop would end the worker, over a Redis that is full for example
+            self.log.error("Worker %s: no heartbeat: %s", self.name, error)
+
+    def _beat(self) -> None:
         self._last_beat = time.monotonic()
         self.last_heartbeat = utc_now()
         with self.connection.pipeline() as beat:
@@ -167,6 +179,26 @@ class Worker(rq.Worker):
         """As RQ's; the running job's time is bounded from now on (WORKER_SHUTDOWN_SECONDS)."""
         self._stopping_since = time.monotonic()
         super().request_stop(signum, frame)
+
+    def kill_horse(self, sig: signal.Signals = signal.SIGKILL) -> None:
+        """Kill the work-horse and what it started. Called from RQ's pubsub thread, too.
+
+        RQ asks for the process group of `horse_pid`; without a horse that is 0, and the group is the worker's own.
+        """
+        if horse := self._horse:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(horse.pid, sig)
+
+    def get_current_job_id(self) -> str | None:
+        """The job that runs. RQ asks Redis where it knows of none, and would kill a work-horse that has not begun."""
+        return next((execution.job_id for execution in list(self.executions.values())), None)
+
+    def _pubsub_exception_handler(self, exc: Exception, pubsub: Any, pubsub_thread: Any) -> None:
+        """As RQ's, which takes a time-out for the end: the worker would never hear a command again."""
+        if not isinstance(exc, RedisError):
+            raise exc
+        self.log.error("Worker %s: cannot hear commands, trying again: %s", self.name, exc)
+        time.sleep(2 * TICK)
 
     def _is_out_of_time(self) -> bool:
         since = self._stopping_since
@@ -221,7 +253,7 @@ class Worker(rq.Worker):
                     return None
                 self.connection.xread({DOORBELL_KEY: taken.rung}, block=int(TICK * 1000))
                 pause = 0.5
-            except (RedisError, HorseDied) as error:
+            except (RedisError, HorseDied, OSError) as error:  # OSError: no process could be started
                 self._state = WorkerStatus.IDLE
                 self.log.error("Worker %s: %s; trying again in %.1f s", self.name, error, pause)
                 time.sleep(pause)
@@ -251,7 +283,8 @@ class Worker(rq.Worker):
         except (ValueError, TimeoutFormatError) as error:
             self.log.error("%s: job %s set aside: %r", taken.queue, taken.job_id, error)
             failure = describe_failure("UnreadableJob", f"The job cannot be run: {error!r}.")
-            self._finish(run, self._ending("failed", failure))
+            # Not RQ's way, whatever the job has: that way the hooks that it names would be called.
+            self._finish(run, self._ending("failed", failure)._replace(force=True))
             return None
         function = (taken.fields.function or b"?").decode(errors="replace")
         self.log.info("%s: %s (%s)", taken.queue, function, taken.job_id)
@@ -262,7 +295,7 @@ class Worker(rq.Worker):
         fields = taken.fields
         JobStatus((fields.status or b"").decode())  # ValueError: not a word of RQ's
         if any(fields.callbacks):
-            raise ValueError("it names a callback, and only job functions may be run")
+            raise ValueError("it names a callback or a webhook of RQ, and only job functions may be run")
         if fields.data is None:
             raise ValueError("it has no data")
         data = fields.data
@@ -272,7 +305,7 @@ class Worker(rq.Worker):
             "job_id": run.job_id,
             "queue": run.queue,
             "worker": self.name,
-            "timeout": parse_timeout(fields.timeout.decode()) if fields.timeout else self.settings.job_timeout,
+            "timeout": (fields.timeout and parse_timeout(fields.timeout.decode())) or self.settings.job_timeout,
             "enqueued_at": (fields.enqueued_at or b"").decode(),
             "started_at": taken.started_at,
         }
@@ -309,11 +342,11 @@ class Worker(rq.Worker):
     def _run(self, assignment: Assignment) -> None:
         run, header, data, crashes = assignment
         limit = header["timeout"]
-        horse = self._ensure_horse()
         start = last_renewal = last_progress = time.monotonic()
         progress = ""
         try:
-            horse.channel.send(header, data)
+            horse = self._ensure_horse()
+            horse.channel.send(header, data, timeout=KILL_AFTER)
             while True:
                 frame = horse.channel.receive(PROGRESS_EVERY if progress else TICK)
                 if frame and "outcome" in frame[0]:
@@ -342,8 +375,8 @@ class Worker(rq.Worker):
                     self._release(run, crashed=False, how="its worker was told to end")
                     return
                 self._tick_quietly()
-        except (EOFError, OSError):  # OSError: the other end was closed as we sent
-            how = self._kill_horse()
+        except (EOFError, OSError, HorseDied) as error:  # OSError: it was gone, or did not read, as we sent
+            how = self._kill_horse() if self._horse else str(error)
             if self._stopped_job_id == run.job_id:
                 failure = describe_failure("JobStopped", "The job was stopped on request.")
                 self._finish(run, self._ending("stopped", failure))
@@ -356,16 +389,18 @@ class Worker(rq.Worker):
             value = "" if body == b"null" else base64.b64encode(body).decode()
             ending = self._ending("finished", return_value=value, progress=progress)
         else:
-            trace, error = body.decode(), header["error"]
+            trace, error = body.decode(errors="replace"), header["error"]  # it may be cut in a character
             self.log.error("%s: job %s raised %s\n%s", run.queue, run.job_id, error["type"], trace)
             failure = describe_failure(error["type"], error["message"], trace)
             ending = self._ending("failed", failure, progress=progress)
         self._finish_and_take(run, ending)
 
     def _finish_as_rq(self, run: Run, ending: Ending) -> str:
-        """End a job that has dependents, repeats, a rate limit or RQ's webhooks: RQ's own code knows them."""
+        """End a job that has dependents, repeats or a rate limit: RQ's own code knows them."""
+        if not transitions.renew(self.connection, run, self.settings.worker_lease):
+            return "lost"
         queue = next(queue for queue in self.queues if queue.name == run.queue)
-        execution = Execution(run.execution, run.job_id, self.connection, self.name)
+        execution = Execution(run.execution, run.job_id, self.connection, run.worker)
         try:
             job = Job.fetch(run.job_id, connection=self.connection, serializer=JSONSerializer)
         except (ValueError, TimeoutFormatError, NoSuchJobError):  # RQ cannot read it, and would be of no help
@@ -374,14 +409,17 @@ class Worker(rq.Worker):
         if ending.outcome == "finished":
             job._result = json.loads(base64.b64decode(ending.return_value)) if ending.return_value else None
             self.handle_job_success(job, queue, queue.started_job_registry, execution)
-            job.send_webhooks(JobStatus.FINISHED)
         else:
             if ending.outcome == "stopped":
                 self._stopped_job_id = job.id
-            trace = zlib.decompress(base64.b64decode(ending.failure.exception)).decode()
+            trace = zlib.decompress(base64.b64decode(ending.failure.exception)).decode(errors="replace")
             self.connection.hset(job.key, "error", ending.failure.error)
             self.handle_job_failure(job, queue, exc_string=trace, execution=execution)
-        return f"{ending.outcome}, as RQ does it"
+        stored = self.connection.hget(job.key, "status")
+        status = stored.decode() if isinstance(stored, bytes) else ending.outcome  # with a result TTL of 0 it is gone
+        if status == JobStatus.STARTED:  # RQ logs what Redis refused, and goes on
+            raise RedisError(f"the end of job {job.id} was not written")
+        return f"{status}, as RQ does it"
 
     def _fail(self, run: Run, kind: str, message: str) -> None:
         self.log.error("%s: job %s failed: %s", run.queue, run.job_id, message)
@@ -457,14 +495,17 @@ class Worker(rq.Worker):
 
     def _release(self, run: Run, *, crashed: bool, how: str, crashes: int = 0) -> None:
         message = f"The job's process died {crashes + 1} times, more often than it may; the last time: {how}."
-        status = self._insist(
+        failure = describe_failure("WorkHorseDied", message)
+        status: str = self._insist(
             lambda: transitions.release(
                 self.connection,
                 run,
                 crashed=crashed,
                 limit=self.settings.max_crashes,
-                failure=describe_failure("WorkHorseDied", message),
+                failure=failure,
                 failure_ttl=self.settings.failure_ttl,
             )
         )
+        if status == "rq":
+            status = self._insist(lambda: self._finish_as_rq(run, self._ending("failed", failure)))
         self.log.warning("%s: job %s is %s: %s", run.queue, run.job_id, status, how)

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
@@ -176,3 +177,13 @@ def die_beside_a_child(payload: Any) -> None:
         time.sleep(60)
         os._exit(0)
     os._exit(7)
+
+
+@job_function()
+def fail_once(payload: dict[str, str]) -> str:
+    """Raise at the first run, which leaves a file behind."""
+    path = Path(payload["path"])
+    if path.exists():
+        return "second"
+    path.write_text("first")
+    raise ValueError("first")

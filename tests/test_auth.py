@@ -155,3 +155,14 @@ def test_rate_limit_counts_addresses_where_there_are_no_keys(redis: fakeredis.Fa
     client = create_app(Settings(rate_limit="1/day"), redis).test_client()
     assert [client.get("/functions").status_code for _ in range(2)] == [200, 429]
     assert client.get("/functions", environ_base={"REMOTE_ADDR": "127.0.0.9"}).status_code == 200
+
+
+@pytest.mark.parametrize(("address", "status"), [("127.0.0.1", 200), ("::1", 200), ("192.0.2.1", 403), ("", 200)])
+def test_without_keys_only_this_machine_is_served_whatever_the_server(
+    redis: fakeredis.FakeRedis, address: str, status: int
+) -> None:
+    from_there = {"environ_base": {"REMOTE_ADDR": address}}
+    assert create_app(Settings(), redis).test_client().get("/functions", **from_there).status_code == status
+    assert create_app(Settings(), redis).test_client().get("/healthz", **from_there).status_code == 200
+    open_to_all = create_app(Settings(allow_anonymous=True), redis).test_client()
+    assert open_to_all.get("/functions", **from_there).status_code == 200

@@ -209,3 +209,21 @@ def test_check_status_at_the_end_of_a_result_ttl_of_zero_tells_that_it_is_gone(
     redis.hset(f"rq:job:{job_id}", "result_ttl", 0)  # RQ's word for: keep nothing
     assert end_run(redis, take_job(redis), value=1) == "finished"
     problem_of(check(client, job_id), 410, "result-expired")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("progress", "{"),
+        ("progress", '{"done": NaN, "total": 1, "message": ""}'),
+        ("retries_left", "x"),
+        ("error", "{"),
+    ],
+)
+def test_check_status_bears_what_others_wrote(client: FlaskClient, redis: "Redis", field: str, value: str) -> None:
+    job_id = job_in_state(client, redis, "failed")
+    redis.hset(f"rq:job:{job_id}", field, value)
+    status = check(client, job_id).json
+    assert status["job_status"] == "failed"
+    assert status[field] in (None, {"type": "Error", "message": ""}, {"type": "ValueError", "message": "boom"})
+    assert client.get(f"/get_result?job_id={job_id}").status_code == 409

@@ -2,6 +2,7 @@ import contextlib
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -341,3 +342,10 @@ def test_slow_clients_hold_up_nobody(service: Service) -> None:
             answer = requests.post(f"{service.url}/enqueue/echo?wait=20", json=1, timeout=30)
             assert (answer.status_code, answer.json()["result"]) == (200, 1)
             assert time.monotonic() - start < 3
+
+
+def test_enqueue_of_a_burst_is_taken_whole(service: Service) -> None:
+    with ThreadPoolExecutor(300) as pool:
+        answers = list(pool.map(lambda n: requests.post(f"{service.url}/enqueue/echo", json=n, timeout=30), range(300)))
+    assert {answer.status_code for answer in answers} == {202}
+    assert len({answer.json()["job_id"] for answer in answers}) == 300

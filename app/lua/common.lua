@@ -57,8 +57,8 @@ end
 -- A number of seconds with its microseconds (Lua's own tostring keeps 14 digits only).
 local function exact(seconds) return string.format('%.6f', seconds) end
 
-local function tell(id, status, ...)
-  redis.call('XADD', EVENTS, 'MAXLEN', '~', EVENTS_KEPT, '*', 'job_id', id, 'status', status, ...)
+local function tell(id, status)
+  redis.call('XADD', EVENTS, 'MAXLEN', '~', EVENTS_KEPT, '*', 'job_id', id, 'status', status)
 end
 
 local function ring()
@@ -112,6 +112,12 @@ local function end_execution(id, execution, queue, worker)
   redis.call('ZREM', registry('wip', queue), id .. ':' .. execution)
   redis.call('ZREM', registry('executions', id), execution)
   redis.call('SREM', worker_key(worker) .. ':executions', id .. ':' .. execution)
+end
+
+-- Whether the job has what only RQ's own code handles: dependents, repeats, a rate limit, RQ's webhooks.
+local function wants_rq(id)
+  local job = read(id, 'repeats_left', 'rate_limit_key', 'webhooks')
+  return redis.call('EXISTS', job_key(id) .. ':dependents') == 1 or job[1] or job[2] or job[3]
 end
 
 -- An ended job, its results and its entry in a registry are kept for so many seconds; for ever with RQ's -1.

@@ -11,11 +11,8 @@ if not holds(id, execution, queue) then
 end
 
 local key, now = job_key(id), clock()
-local job = redis.call('HMGET', key, 'result_ttl', 'failure_ttl', 'retries_left', 'retry_intervals',
-  'enqueue_at_front_on_retry', 'repeats_left', 'rate_limit_key', 'webhooks')
-if force == '0' and (redis.call('EXISTS', key .. ':dependents') == 1 or job[6] or job[7] or job[8]) then
-  return 'rq'
-end
+local job = read(id, 'result_ttl', 'failure_ttl', 'retries_left', 'retry_intervals', 'enqueue_at_front_on_retry')
+if force == '0' and wants_rq(id) then return 'rq' end
 
 local started = tonumber(redis.call('HGET', execution_key(id, execution), 'created_at')) or now
 local result = {'worker_name', worker, 'execution_id', execution, 'execution_started_at', exact(started),

@@ -27,6 +27,7 @@ for _, queue in ipairs(ARGV) do
     if status ~= 'queued' then
       -- Started: a stock worker takes it out as it starts. Anything else: the entry is stale.
       if status ~= 'started' then redis.call('LREM', intermediate, 1, id) end
+      redis.call('DEL', seen)
     elseif not redis.call('SET', seen, exact(now), 'NX', 'EX', 86400)
       and now - number(redis.call('GET', seen), 0) > 60 then
       redis.call('LREM', intermediate, 1, id)

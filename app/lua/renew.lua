@@ -9,6 +9,6 @@ extend_lease(id, execution, queue, worker, tonumber(lease), now)
 redis.call('HSET', job_key(id), 'last_heartbeat', timestamp(now))
 if progress ~= '' then
   redis.call('HSET', job_key(id), 'progress', progress)
-  tell(id, 'started', 'progress', progress)
+  tell(id, 'started')
 end
 return 'held'

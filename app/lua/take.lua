@@ -3,7 +3,7 @@
 -- Answers {'taken', queue, job id, start of the run, FIELDS of the job as they were}, {'nothing', last id of the doorbell},
 -- {'skipped', queue, job id, reason} for what cannot be a job, or {'suspended'}.
 local FIELDS = {'status', 'data', 'timeout', 'enqueued_at', 'crashes', 'function', 'success_callback_name',
-  'failure_callback_name', 'stopped_callback_name'}
+  'failure_callback_name', 'stopped_callback_name', 'webhooks'}
 local worker, execution, lease = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local now = clock()
 
