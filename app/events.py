@@ -66,12 +66,16 @@ class EventLog:
         with self._lock:
             if self._reading:
                 return
-            # Where the log ends now, so that nothing that happens from here on is missed; nor by those who come while
-            # Redis is asked, and wait for the lock.
+            self._reading = True
+        try:
+            # Where the log ends now: from here on the first listener misses nothing. Whoever comes while Redis is asked
+            # is not kept waiting for it (it may be stalled), and might miss an event until its next look at the job.
             newest: list[Any] = self._connection.xrevrange(EVENTS_KEY, count=1)  # type: ignore[assignment]  # not awaitable
             position = newest[0][0] if newest else "0-0"
             threading.Thread(target=self._read, args=(position,), name="events", daemon=True).start()
-            self._reading = True
+        except BaseException:
+            self._reading = False
+            raise
 
     def _read(self, position: bytes | str) -> None:
         connection = self._connect()
