@@ -147,9 +147,11 @@ def lines_of(path: Path) -> list[str]:
 
 
 def is_running(pid: int) -> bool:
-    """Whether there is such a process, and it is no zombie."""
+    """Whether there is such a process, and it is no zombie that its parent could take note of."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        # While other threads of it are there, a process whose first thread has ended cannot be waited for.
+        has_threads = len(list(Path(f"/proc/{pid}/task").iterdir())) > 1
+        return has_threads or Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
 
