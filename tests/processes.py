@@ -130,6 +130,8 @@ def worker(env: dict[str, str], log: Path, *args: str) -> Iterator[Process]:
 def web(env: dict[str, str], log: Path) -> Iterator[str]:
     """The API under gunicorn; gives its base URL once it answers."""
     port = free_port()
+    # Not measured for coverage: the routes run in the tests' own process too, and measuring greenlets is slow.
+    env = {name: value for name, value in env.items() if not name.startswith("COVERAGE")}
     with running(python("gunicorn", "app.main:app"), env | {"PORT": str(port)}, log) as process:
         url = f"http://127.0.0.1:{port}"
 

@@ -518,9 +518,9 @@ def test_death_of_a_worker_ends_its_work_horse_and_another_runs_the_job_again(ow
     env = environment(own.url, WORKER_LEASE=3)
     with worker(env, tmp_path / "first.log") as first:
         job_id, pid = start_write_pid(own, path, 3)
+        first.kill()
+        wait_until(lambda: not is_running(pid), 10)
         with worker(env, tmp_path / "second.log"):
-            first.kill()
-            wait_until(lambda: not is_running(pid), 3)
             wait_until(lambda: len(lines_of(path)) == 2, 20, "the second run")
             job = own.end_of(job_id, "finished")
     assert job["crashes"] == "1"
