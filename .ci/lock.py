@@ -2,15 +2,19 @@
 
 Pipenv writes the default index into Pipfile.lock even when the Pipfile names none. A user behind a mirror should
 install from their own, so the index is taken out again; `pipenv sync` and `pipenv verify` accept the result.
+The hash in the lock covers the indexes that pip is set up for, too; so that it is the same on every machine, it is
+made, and verified by the hook, without pip's configuration.
 """
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
 LOCK = Path(__file__).resolve().parent.parent / "Pipfile.lock"
 
-subprocess.run(["pipenv", "lock"], check=True)
+plain = ["env", "-u", "PIP_INDEX_URL", "-u", "PIP_EXTRA_INDEX_URL", f"PIP_CONFIG_FILE={os.devnull}"]
+subprocess.run([*plain, "pipenv", "lock"], check=True)
 lock = json.loads(LOCK.read_text())
 lock["_meta"]["sources"] = []
 for section in ("default", "develop"):
