@@ -63,13 +63,13 @@ CHECKS = [
 
 # The functions that only tests have would double the time and show nothing new, but the one with a strict model.
 @schema.exclude(path_regex="^/enqueue/(?!count_words|estimate_pi|use_types)").parametrize()
-@hypothesis.settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@hypothesis.settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_openapi_documents_what_is_answered(case: Any) -> None:
     case.call_and_validate(checks=CHECKS)
 
 
 @schema.include(path=["/check_status", "/get_result"]).parametrize()
-@hypothesis.settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@hypothesis.settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_openapi_documents_what_is_answered_for_jobs(case: Any, job_ids: list[str]) -> None:
     for job_id in job_ids:
         case.query = {**(case.query or {}), "job_id": job_id}
@@ -137,7 +137,7 @@ def canonical(value: Any) -> Any:
     return json.dumps(value, sort_keys=True)
 
 
-@hypothesis.settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@hypothesis.settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(value=values)
 @hypothesis.example(value="\x00")
 @hypothesis.example(value="\U0001d518\u2028\ufeff\ufffe")

@@ -314,7 +314,7 @@ def test_a_stock_worker_runs_our_jobs(real_redis: "Redis", redis_url: str, tmp_p
 
 def test_rq_info_counts_our_jobs_and_workers(real_redis: "Redis", redis_url: str, tmp_path: Path) -> None:
     queue = Queue(connection=real_redis)
-    env = environment(redis_url)
+    env = environment(redis_url, WORKER_SHUTDOWN_SECONDS=1)
     with worker(env, tmp_path / "worker.log"):
         done = queue.enqueue("tests.job_functions.echo", 1)
         wait_until(lambda: done.get_status() == "finished")
