@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from redis import Redis
-from rq.exceptions import NoSuchJobError
+from rq.exceptions import DeserializationError
 from rq.job import Job, Retry
 from rq.serializers import JSONSerializer
 
@@ -25,7 +25,7 @@ from app.config import Settings
 from app.events import Bell, EventLog
 from app.job_function import JobFunction
 from app.job_ids import JobIds
-from app.transitions import TERMINAL
+from app.transitions import TERMINAL, UNREADABLE
 
 #: Seconds after which a client should ask again for a job that has not ended.
 POLL_AGAIN = 1
@@ -211,14 +211,14 @@ class Jobs:
         """The job as RQ sees it, for what only RQ's own code wrote: None if it cannot be read."""
         try:
             return Job.fetch(job_id, connection=self.connection, serializer=JSONSerializer)
-        except (NoSuchJobError, ValueError, KeyError, UnicodeDecodeError):
+        except UNREADABLE:
             return None
 
     def _function_of_foreign_job(self, job_id: str) -> str | None:
         job = self._foreign_job(job_id)
         try:
             return (job.func_name or "").rpartition(".")[2] or None if job else None
-        except Exception:  # noqa: BLE001  # RQ raises DeserializationError, ValueError, TypeError, … for bad data
+        except (DeserializationError, AttributeError):  # AttributeError: the function's name is no text
             return None
 
     def _error(self, job_id: str, stored: str | None) -> dict[str, Any]:

@@ -61,6 +61,7 @@ class Queue(rq.Queue):
 
         Raises:
             DuplicateJobError: `unique` is set and a job with this id is there.
+            RuntimeError: MAX_QUEUE_LENGTH jobs wait in the queue.
         """
         has_own_id = job._id is not None
         if pipeline is not None or not self._is_async or job._dependency_ids or job.has_rate_limit:

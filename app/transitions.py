@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, cast
 from redis import Redis
 from redis.exceptions import NoScriptError
 from rq.defaults import RQ_KEY_PREFIX
+from rq.exceptions import NoSuchJobError, TimeoutFormatError
 
 EVENTS_KEY = f"{RQ_KEY_PREFIX}:api:events"
 DOORBELL_KEY = f"{RQ_KEY_PREFIX}:api:doorbell"
@@ -22,6 +23,9 @@ PROBE_KEY = f"{RQ_KEY_PREFIX}:api:probe"
 
 #: The statuses after which nothing happens to a job by itself (rq.job.JobStatus).
 TERMINAL = frozenset({"finished", "failed", "stopped", "canceled"})
+
+#: What RQ's `Job.fetch` raises for a job that is gone or corrupt; AssertionError for a timeout that is no number.
+UNREADABLE = (NoSuchJobError, ValueError, TimeoutFormatError, AssertionError)
 
 _LUA = Path(__file__).parent / "lua"
 _COMMON = (_LUA / "common.lua").read_text().replace("{RQ}", RQ_KEY_PREFIX)

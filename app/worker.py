@@ -23,7 +23,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.retry import Retry
 from rq import worker_registration
-from rq.exceptions import NoSuchJobError, StopRequested, TimeoutFormatError
+from rq.exceptions import StopRequested, TimeoutFormatError
 from rq.executions import Execution
 from rq.job import Job, JobStatus
 from rq.registry import FailedJobRegistry, FinishedJobRegistry, ReadyJobRegistry
@@ -37,7 +37,7 @@ from app.config import get_settings
 from app.frames import Header
 from app.horse_process import HorseDied, WorkHorse
 from app.redis_resc import Queue
-from app.transitions import DOORBELL_KEY, Ending, Failure, Run
+from app.transitions import DOORBELL_KEY, UNREADABLE, Ending, Failure, Run
 
 #: Seconds between two looks at what is due: leases, delayed jobs, its own heartbeat. Also the longest block.
 TICK = 1.0
@@ -403,7 +403,7 @@ class Worker(rq.Worker):
         execution = Execution(run.execution, run.job_id, self.connection, run.worker)
         try:
             job = Job.fetch(run.job_id, connection=self.connection, serializer=JSONSerializer)
-        except (ValueError, TimeoutFormatError, NoSuchJobError):  # RQ cannot read it, and would be of no help
+        except UNREADABLE:  # RQ cannot read it, and would be of no help
             return transitions.finish(self.connection, run, ending._replace(force=True))
         job.ended_at = utc_now()
         if ending.outcome == "finished":

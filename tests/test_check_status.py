@@ -227,3 +227,15 @@ def test_check_status_bears_what_others_wrote(client: FlaskClient, redis: "Redis
     assert status["job_status"] == "failed"
     assert status[field] in (None, {"type": "Error", "message": ""}, {"type": "ValueError", "message": "boom"})
     assert client.get(f"/get_result?job_id={job_id}").status_code == 409
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("timeout", "soon"), ("data", "{"), ("data", "[1, null, [], {}]"), ("created_at", "then")]
+)
+def test_check_status_bears_a_corrupt_job_that_does_not_name_its_function(
+    client: FlaskClient, redis: "Redis", field: str, value: str
+) -> None:
+    job_id = job_in_state(client, redis, "queued")
+    redis.hdel(f"rq:job:{job_id}", "function")
+    redis.hset(f"rq:job:{job_id}", field, value)
+    assert check(client, job_id).json["function"] is None
