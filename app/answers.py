@@ -14,8 +14,9 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
 
 from app import problems
-from app.jobs import TRY_AGAIN
+from app.jobs import POLL_AGAIN, TRY_AGAIN, StatusObject
 from app.openapi import PROBLEM_JSON
+from app.transitions import TERMINAL
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,11 @@ def json_answer(data: Any, status: int = 200, headers: dict[str, str] | None = N
     """An answer of JSON, its members in the order they were given."""
     text = json.dumps(data, separators=(",", ":"))
     return Response(text, status, headers, mimetype="application/json")
+
+
+def ask_again(status: StatusObject) -> dict[str, str]:
+    """The header that says when to ask for a job's status again, while it has not ended."""
+    return {} if status["job_status"] in TERMINAL else {"Retry-After": str(POLL_AGAIN)}
 
 
 def _problem_answer(problem: problems.Problem) -> Response:
@@ -88,7 +94,7 @@ def _http_answer(error: HTTPException) -> Response:
 def _validation_answer(error: HTTPError) -> tuple[bytes, int, dict[str, str]]:
     """What APIFlask found wrong with the query."""
     errors = [
-        {"loc": [location, field], "msg": message}
+        {"loc": [location, field], "msg": message.removeprefix("Value error, ")}
         for location, fields in error.detail.items()
         for field, messages in fields.items()
         for message in messages

@@ -26,6 +26,8 @@ from redis.connection import parse_url
 
 #: The longest any TTL or timeout may be: 30 days, in seconds.
 MAX_SECONDS = 30 * 24 * 3600
+#: The most retries that any job may have.
+MAX_RETRIES = 100
 
 
 def is_loopback(host: str) -> bool:
@@ -124,10 +126,15 @@ class Settings(BaseSettings):
     result_ttl: Seconds = Field(default=24 * 3600, description="How long a result is kept, in seconds")
     failure_ttl: Seconds = Field(default=7 * 24 * 3600, description="How long a failure is kept, in seconds")
     max_ttl: Seconds = Field(default=MAX_SECONDS, description="The longest ttl, result_ttl, failure_ttl of a request")
+    max_retries: int = Field(default=10, ge=0, le=MAX_RETRIES, description="The most retries a request may ask for")
+    max_delay: Seconds = Field(default=MAX_SECONDS, description="The longest delay, in seconds, that it may ask for")
+    max_batch: int = Field(default=1000, ge=1, le=10_000, description="Payloads that one /enqueue_many may hold")
     max_crashes: int = Field(
         default=3, ge=0, le=100, description="How often a job is run again after its work-horse or worker died"
     )
-    max_queue_length: int = Field(default=1_000_000, ge=1, description="Jobs that may wait in one queue")
+    max_queue_length: int = Field(
+        default=1_000_000, ge=1, description="Jobs that may wait in one queue, the delayed ones with them"
+    )
     max_payload_bytes: int = Field(default=16 * 2**20, ge=1, le=512 * 2**20, description="Largest request body")
     max_result_bytes: int = Field(default=16 * 2**20, ge=1, le=256 * 2**20, description="Largest result, as JSON")
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypedDict, TypeVar, get_type_hints
+from typing import Any, TypedDict, TypeVar, Unpack, get_type_hints
 
 from pydantic import TypeAdapter
 
@@ -20,9 +20,13 @@ class Defaults(TypedDict, total=False):
     """The options that a job function may declare; a request overrides them within the configured limits."""
 
     queue: str
+    at_front: bool
     timeout: int
-    retries: int
     result_ttl: int
+    failure_ttl: int
+    ttl: int
+    retries: int
+    delay: float
 
 
 class Progress(TypedDict):
@@ -85,9 +89,7 @@ class JobFunction:
 FUNCTIONS: dict[str, JobFunction] = {}
 
 
-def job_function(
-    *, queue: str | None = None, timeout: int | None = None, retries: int | None = None, result_ttl: int | None = None
-) -> Callable[[AnyCallable], AnyCallable]:
+def job_function(**defaults: Unpack[Defaults]) -> Callable[[AnyCallable], AnyCallable]:
     """Let jobs run the decorated callable, which stays the plain callable it is.
 
     The callable takes one argument, the payload. Its type hint, any type that pydantic can validate, says what
@@ -95,17 +97,15 @@ def job_function(
     data, and raises on failure.
 
     Args:
-        queue: name of the queue its jobs go to.
-        timeout: run limit in seconds.
-        retries: how often a job that raised is run again.
-        result_ttl: how long a result is kept, in seconds.
+        defaults: for the options of `/enqueue`, of the same names and meanings; a request overrides them, within
+            the configured limits, which are not for the defaults themselves.
 
     Raises:
-        TypeError: the callable does not take exactly one argument.
+        TypeError: the callable does not take exactly one argument, or there is no option of such a name.
         ValueError: another job function has the same name.
     """
-    options = {"queue": queue, "timeout": timeout, "retries": retries, "result_ttl": result_ttl}
-    defaults = Defaults(**{name: value for name, value in options.items() if value is not None})  # type: ignore[typeddict-item]  # a dict comprehension loses the keys' types
+    if unknown := defaults.keys() - Defaults.__annotations__.keys():
+        raise TypeError(f"A job function has no default for {', '.join(sorted(unknown))}.")
 
     def register(call: AnyCallable) -> AnyCallable:
         name = call.__name__

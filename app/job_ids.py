@@ -3,7 +3,8 @@
 A job's hash is gone once its TTL has passed, and then `/get_result` answers `410` for a job that existed but `404` for
 an id that never did. A mark in Redis for each job would cost some 130 bytes for as long as that is to hold. Instead, an
 id is 10 random bytes and a 6-byte tag, the keyed hash (RFC 2104) of these bytes and the job's owner, under a secret
-that Redis keeps: no bytes per job, and it holds for as long as Redis does.
+that Redis keeps: no bytes per job, and it holds for as long as Redis does. With an idempotency key the 10 bytes are not
+random but a keyed hash of owner and key, so that every process gives the same id to the same request.
 """
 
 import hashlib
@@ -36,8 +37,16 @@ class JobIds:
         return hmac.digest(self._secret, body + owner.encode(), hashlib.sha256)[:6]
 
     def new(self, owner: str = "") -> str:
-        """A new job id for this owner, in the form of a UUID."""
-        body = os.urandom(10)
+        """A new id for this owner, in the form of a UUID."""
+        return self._make(os.urandom(10), owner)
+
+    def derive(self, owner: str, *names: str) -> str:
+        """The id that this owner's things of these names have: always the same one."""
+        self._load()  # as below: whoever has another secret would give another id
+        assert self._secret
+        return self._make(hmac.digest(self._secret, "\0".join((owner, *names)).encode(), hashlib.sha256)[:10], owner)
+
+    def _make(self, body: bytes, owner: str) -> str:
         return str(uuid.UUID(bytes=body + self._tag(body, owner)))
 
     def is_ours(self, job_id: str, owner: str = "") -> bool:

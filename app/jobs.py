@@ -1,4 +1,4 @@
-"""What can be done with a job: enqueue it, read its status, wait for its end, read its result.
+"""What can be done with jobs: enqueue, cancel, retry, list, read their status, wait for their end, read their result.
 
 Knows neither Flask nor the environment: it takes the settings and the connection, and raises the `problems`.
 """
@@ -6,36 +6,47 @@ Knows neither Flask nor the environment: it takes the settings and the connectio
 import base64
 import binascii
 import json
+import re
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from queue import Empty
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from redis import Redis
 from rq.exceptions import DeserializationError
-from rq.job import Job, Retry
+from rq.job import Job
 from rq.serializers import JSONSerializer
 
 from app import problems, schemas, transitions
-from app.config import Settings
+from app.config import MAX_SECONDS, Settings
 from app.events import Bell, EventLog
 from app.job_function import JobFunction
 from app.job_ids import JobIds
+from app.new_jobs import Options, choose_options, find_errors, make_fingerprint, own_fields, shared_fields
 from app.transitions import TERMINAL, UNREADABLE
 
 #: Seconds after which a client should ask again for a job that has not ended.
 POLL_AGAIN = 1
 #: Seconds after which a client should try again when the service could not do what it was asked.
 TRY_AGAIN = 5
+#: Seconds that an idempotency key is remembered at least.
+KEY_TTL = 24 * 3600
+#: Seconds that a group is kept, whatever becomes of its jobs.
+GROUP_TTL = MAX_SECONDS
+#: Jobs that one page of a list looks at, at most, to find those that fit.
+MOST_LOOKED_AT = 1000
+#: Places of a request that one answer names as wrong, at most.
+MOST_ERRORS = 100
 
-
+# The first five in the order that `list.lua` wants.
 _STATUS_FIELDS = (
-    "status", "function", "origin", "enqueued_at", "started_at", "ended_at", "progress", "retries_left", "error",
-    "owner", "created_at",
+    "status", "function", "origin", "owner", "created_at", "enqueued_at", "started_at", "ended_at", "progress",
+    "retries_left", "error",
 )  # fmt: skip
 
 StatusObject = dict[str, Any]
@@ -49,9 +60,43 @@ def _read_object(stored: str | None, model: type[BaseModel]) -> dict[str, Any] |
         return None
 
 
-def _retry_pauses(retries: int) -> list[int]:
-    """Seconds before each retry: 5, 20, 80, … up to an hour."""
-    return [min(5 * 4**attempt, 3600) for attempt in range(retries)]
+def _decode_fields(values: list[bytes | None]) -> dict[str, str | None]:
+    return {
+        name: value.decode(errors="replace") if value else None
+        for name, value in zip(_STATUS_FIELDS, values, strict=True)
+    }
+
+
+def _encode_cursor(cursor: transitions.Cursor) -> str:
+    text = " ".join(cursor).encode(errors="surrogateescape")
+    return base64.urlsafe_b64encode(text).decode().rstrip("=")
+
+
+def _decode_cursor(text: str) -> transitions.Cursor:
+    with suppress(ValueError):
+        decoded = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)).decode(errors="surrogateescape")
+        created, _, job_id = decoded.partition(" ")
+        if re.fullmatch(r"\d{1,17}", created) and job_id:
+            return transitions.Cursor(created, job_id)
+    error: problems.ErrorItem = {"loc": ["query", "cursor"], "msg": "It does not come from `next` of a page."}
+    raise problems.InvalidRequest("The cursor is none of ours.", errors=[error])
+
+
+class Receipt(NamedTuple):
+    """What came of an enqueue: the status is None if it has to be looked up, since the job was there already."""
+
+    job_id: str
+    status: StatusObject | None
+    #: the same request came before, with the same idempotency key
+    is_replay: bool
+
+
+class GroupReceipt(NamedTuple):
+    """The jobs of a batch, in the order of its payloads."""
+
+    group_id: str
+    job_ids: list[str]
+    is_replay: bool
 
 
 class Jobs:
@@ -81,81 +126,198 @@ class Jobs:
         return self.functions[name]
 
     def enqueue(
-        self, function: JobFunction, payload: Any, options: Mapping[str, Any], *, owner: str = "", wait: float = 0
-    ) -> StatusObject:
-        """Enqueue a job, and wait up to `wait` seconds for its end.
+        self, function: JobFunction, payload: Any, asked: Options, *, owner: str = "", key: str | None = None
+    ) -> Receipt:
+        """Enqueue a job.
 
         Args:
             function: what is to run.
             payload: JSON data.
-            options: of `queue`, `timeout`, `result_ttl`, `failure_ttl`, `ttl`, `at_front`, `retries`; those missing
-                are the function's own defaults, or the settings'.
+            asked: options of the request; those missing are the function's own defaults, or the settings'.
             owner: name of the API key that makes the job.
-            wait: seconds.
-
-        Returns:
-            The status object; with `result`, if the job finished in time.
+            key: idempotency key. The same request again gets the job of the first one, whatever became of it.
 
         Raises:
             InvalidRequest: the payload does not fit the function.
+            IdempotencyKeyReused: the key stands for another request.
             QueueFull: nothing was enqueued.
         """
-        try:
-            function.validate(payload)
-        except ValidationError as error:
-            raise problems.InvalidRequest(
-                f"The payload does not fit {function.name}.",
-                errors=[{"loc": ["body", *item["loc"]], "msg": item["msg"]} for item in error.errors()],
-            ) from None
-        chosen = {**function.defaults, **{name: value for name, value in options.items() if value is not None}}
-        queue = chosen.get("queue", self.settings.queues[0])
-        job_id = self.ids.new(owner)
-        job = self._make_job(job_id, queue, function, payload, chosen)
-        fields = {**job.to_dict(), "function": function.name, "owner": owner}
-        # Listening starts before the job can run, so that its end cannot be missed.
-        with self.events.listen(job_id) if wait else nullcontext() as bell:
-            enqueued = transitions.enqueue(
-                self.connection,
-                queue,
-                job_id,
-                fields,
-                at_front=chosen.get("at_front", False),
-                ttl=chosen.get("ttl"),
-                limit=self.settings.max_queue_length,
-            )
-            if enqueued.outcome == "full":
-                raise problems.QueueFull(
-                    f"{self.settings.max_queue_length} jobs wait in the queue {queue}.",
-                    queue=queue,
-                    retry_after=TRY_AGAIN,
-                )
-            if bell is not None:
-                return self._await_end(job_id, owner, bell, wait)
-        if enqueued.outcome == "exists":  # this very request was sent twice, and did it the first time
-            return self.read_status(job_id, owner)
-        return self._status_object(job_id, {**fields, "status": "queued", "enqueued_at": enqueued.enqueued_at})
+        self._want_no_errors(function, find_errors(function, payload, ["body"]))
+        job_id = self.ids.derive(owner, key) if key else self.ids.new(owner)
+        fingerprint = make_fingerprint(function, payload, asked) if key else None
+        options = choose_options(function, asked, self.settings)
+        shared = shared_fields(self.connection, function, options, owner, group=None)
+        own = own_fields(function, payload, options)
+        if fingerprint:
+            own["fingerprint"] = fingerprint
+        created = self._enqueue(options, {job_id: own}, shared, fingerprint, key_ttl=KEY_TTL)
+        if created is None:
+            # Without a key: this very request was sent to Redis twice, and did it the first time.
+            return Receipt(job_id, None, is_replay=key is not None)
+        enqueued_at = created.at if created.status == "queued" else None
+        fields = {**shared, **own, "status": created.status, "enqueued_at": enqueued_at}
+        return Receipt(job_id, self._status_object(job_id, fields), is_replay=False)
 
-    def _make_job(
-        self, job_id: str, queue: str, function: JobFunction, payload: Any, options: Mapping[str, Any]
-    ) -> Job:
-        job = Job.create(
-            function.path,
-            args=(payload,),
-            connection=self.connection,
-            serializer=JSONSerializer,
-            id=job_id,
-            origin=queue,
-            # RQ's own description is the call with its arguments, and logs it: payloads do not belong there.
-            description=function.name,
-            timeout=options.get("timeout", self.settings.job_timeout),
-            result_ttl=options.get("result_ttl", self.settings.result_ttl),
-            failure_ttl=options.get("failure_ttl", self.settings.failure_ttl),
+    def enqueue_many(
+        self, function: JobFunction, payloads: Any, asked: Options, *, owner: str = "", key: str | None = None
+    ) -> GroupReceipt:
+        """Enqueue a job for each of the payloads, all or none, in one round trip.
+
+        Raises:
+            InvalidRequest: there is no payload, or there are too many, or some do not fit the function.
+            IdempotencyKeyReused, QueueFull: as `enqueue`.
+        """
+        most = self.settings.max_batch
+        if not isinstance(payloads, list) or not 1 <= len(payloads) <= most:
+            error: problems.ErrorItem = {"loc": ["body"], "msg": f"An array of 1 to {most} payloads is wanted."}
+            raise problems.InvalidRequest("The body is no array of payloads, or of too many.", errors=[error])
+        errors = [
+            error for index, payload in enumerate(payloads) for error in find_errors(function, payload, ["body", index])
+        ]
+        self._want_no_errors(function, errors)
+        # An owner's name has no colon: a group's id is never taken for a job's.
+        group_owner = f"group:{owner}"
+        group = self.ids.derive(group_owner, key) if key else self.ids.new(group_owner)
+        fingerprint = make_fingerprint(function, payloads, asked) if key else None
+        options = choose_options(function, asked, self.settings)
+        job_ids = [
+            self.ids.derive(owner, group, str(index)) if key else self.ids.new(owner) for index in range(len(payloads))
+        ]
+        own = {
+            job_id: own_fields(function, payload, options) for job_id, payload in zip(job_ids, payloads, strict=True)
+        }
+        shared = shared_fields(self.connection, function, options, owner, group)
+        created = self._enqueue(options, own, shared, fingerprint, key_ttl=GROUP_TTL, group=group, group_ttl=GROUP_TTL)
+        return GroupReceipt(group, job_ids, is_replay=created is None and key is not None)
+
+    @staticmethod
+    def _want_no_errors(function: JobFunction, errors: list[problems.ErrorItem]) -> None:
+        if errors:
+            raise problems.InvalidRequest(f"The payload does not fit {function.name}.", errors=errors[:MOST_ERRORS])
+
+    def _enqueue(
+        self,
+        options: Options,
+        jobs: Mapping[str, Mapping[str, transitions.Argument]],
+        shared: Mapping[str, transitions.Argument],
+        fingerprint: str | None,
+        **kept: Any,
+    ) -> transitions.Created | None:
+        """Create the jobs; None if they are there already, and come from the same request."""
+        enqueued = transitions.enqueue(
+            self.connection,
+            options["queue"],
+            jobs,
+            shared,
+            limit=self.settings.max_queue_length,
+            at_front=options.get("at_front", False),
             ttl=options.get("ttl"),
+            delay=options.get("delay"),
+            at=options["at"].timestamp() if "at" in options else None,
+            fingerprint=fingerprint,
+            **kept,
         )
-        if retries := options.get("retries"):
-            retry = Retry(max=retries, interval=_retry_pauses(retries))
-            job.retries_left, job.retry_intervals = retry.max, retry.intervals
-        return job
+        match enqueued:
+            case transitions.Full():
+                raise self._full(options["queue"])
+            case transitions.Exists(known) if fingerprint is not None and known != fingerprint:
+                raise problems.IdempotencyKeyReused("This Idempotency-Key was used for another request.")
+            case transitions.Exists():
+                return None
+        return enqueued
+
+    def _full(self, queue: str | None) -> problems.QueueFull:
+        detail = f"{self.settings.max_queue_length} jobs wait in the queue {queue}, or almost."
+        return problems.QueueFull(detail, queue=queue, retry_after=TRY_AGAIN)
+
+    # Control
+
+    def cancel(self, job_id: str, owner: str | None = "") -> tuple[bool, StatusObject]:
+        """Cancel a job that has not ended: one that waits never runs, one that runs is stopped.
+
+        Returns:
+            Whether it has ended by that (its worker has still to stop it otherwise), and its status.
+
+        Raises:
+            JobAlreadyEnded: it had finished or failed.
+            JobNotFound, ResultExpired: as `read_status`.
+        """
+        status = self._control(job_id, owner, lambda: transitions.cancel(
+            self.connection, job_id, owner, self.settings.failure_ttl
+        ))  # fmt: skip
+        if status in ("finished", "failed"):
+            raise problems.JobAlreadyEnded(f"The job had {status} before.", job_id=job_id, job_status=status)
+        return status != "started", self.read_status(job_id, owner)
+
+    def retry(self, job_id: str, owner: str | None = "") -> StatusObject:
+        """Run a job again that failed, was stopped or canceled, with its retries renewed.
+
+        Raises:
+            JobNotRetryable: it waits, runs or finished.
+            QueueFull: it stays as it was.
+            JobNotFound, ResultExpired: as `read_status`.
+        """
+        status = self._control(job_id, owner, lambda: transitions.retry(
+            self.connection, job_id, owner, self.settings.max_queue_length
+        ))  # fmt: skip
+        if status == "full":
+            raise self._full(self.read_status(job_id, owner)["queue"])
+        if status != "queued":
+            status = status.removeprefix("not ")
+            raise problems.JobNotRetryable(f"The job is {status}.", job_id=job_id, job_status=status)
+        return self.read_status(job_id, owner)
+
+    def _control(self, job_id: str, owner: str | None, act: Callable[[], str]) -> str:
+        while not (status := act()):
+            self.read_status(job_id, owner)  # says what is wrong; unless the job came to be in between
+        return status
+
+    # Lists
+
+    def read_group(self, group_id: str, owner: str | None = "") -> dict[str, Any]:
+        """How many jobs of a group there are in each status; `expired` are those that are not kept any more.
+
+        Raises:
+            GroupNotFound: there is no such group, or it is somebody else's.
+            ResultExpired: it existed, and is not kept any more.
+        """
+        total, statuses = transitions.read_group(self.connection, group_id)
+        if not any(self.ids.is_ours(group_id, f"group:{name}") for name in self._owners(owner)):
+            if total is not None or not statuses or owner not in (None, ""):
+                raise problems.GroupNotFound(f"No group has the id {group_id!r}.", group_id=group_id)
+            total = len(statuses)  # made by RQ's own Group
+        if total is None:
+            raise problems.ResultExpired(f"The group {group_id} is not kept any more.", group_id=group_id)
+        counts = Counter(status for status in statuses if status is not None)
+        if expired := total - counts.total():
+            counts["expired"] = expired
+        return {"group_id": group_id, "total": total, "counts": dict(sorted(counts.items()))}
+
+    def list_jobs(
+        self, filters: Mapping[str, str], limit: int, cursor: str | None, owner: str | None = ""
+    ) -> tuple[list[StatusObject], str | None]:
+        """A page of jobs, newest first, and the cursor of the next page if there may be one. One round trip.
+
+        Args:
+            filters: any of `status`, `queue`, `function`.
+            limit: most jobs of the page.
+            cursor: where the last page ended.
+            owner: whose jobs; None for everybody's.
+
+        Raises:
+            InvalidRequest: the cursor is none of ours.
+        """
+        page = transitions.list_jobs(
+            self.connection,
+            owner,
+            _STATUS_FIELDS,
+            **filters,
+            limit=limit,
+            most=MOST_LOOKED_AT,
+            cursor=_decode_cursor(cursor) if cursor else None,
+        )
+        listed = [self._status_object(job_id, _decode_fields(values), is_listed=True) for job_id, values in page.jobs]
+        return listed, _encode_cursor(page.next) if page.next else None
 
     # Status
 
@@ -173,37 +335,38 @@ class Jobs:
         values: Any = self.connection.hmget(transitions.job_key(job_id), _STATUS_FIELDS)
         return self._status_object(job_id, self._decode(job_id, owner, values))
 
+    def _owners(self, owner: str | None) -> list[str]:
+        return ["", *(key.name for key in self.settings.api_keys)] if owner is None else [owner]
+
     def _decode(self, job_id: str, owner: str | None, values: list[bytes | None]) -> dict[str, str | None]:
-        fields = {
-            name: value.decode(errors="replace") if value else None
-            for name, value in zip(_STATUS_FIELDS, values, strict=True)
-        }
+        fields = _decode_fields(values)
         # A stock worker's late heartbeat can leave a hash with nothing else in it (rq#1450).
         exists = fields["status"] is not None and fields["created_at"] is not None
         if exists and owner in (None, fields["owner"] or ""):
             return fields
-        owners = ["", *(key.name for key in self.settings.api_keys)] if owner is None else [owner]
-        if not exists and any(self.ids.is_ours(job_id, name) for name in owners):
+        if not exists and any(self.ids.is_ours(job_id, name) for name in self._owners(owner)):
             raise problems.ResultExpired(f"The job {job_id} is not kept any more.", job_id=job_id)
         raise problems.JobNotFound(f"No job has the id {job_id!r}.", job_id=job_id)
 
-    def _status_object(self, job_id: str, fields: Mapping[str, Any]) -> StatusObject:
+    def _status_object(self, job_id: str, fields: Mapping[str, Any], *, is_listed: bool = False) -> StatusObject:
+        """The status object; in a list, without what only another look at Redis would tell of a job of RQ's own."""
         status = fields["status"]
         retries_left = fields.get("retries_left")
         return {
             "job_id": job_id,
             "job_status": status,
-            "function": fields.get("function") or self._function_of_foreign_job(job_id),
+            "function": fields.get("function") or (None if is_listed else self._function_of_foreign_job(job_id)),
             "queue": fields.get("origin") or None,
             "enqueued_at": fields.get("enqueued_at") or None,
             "started_at": fields.get("started_at") or None,
             "ended_at": fields.get("ended_at") or None,
             "progress": _read_object(fields.get("progress"), schemas.JobProgress),
             "retries_left": int(str(retries_left)) if str(retries_left).isdecimal() else None,
-            "error": self._error(job_id, fields.get("error")) if status in ("failed", "stopped") else None,
+            "error": self._error(job_id, fields.get("error"), is_listed) if status in ("failed", "stopped") else None,
             "links": {
                 "check_status": f"/check_status?job_id={job_id}",
                 "get_result": f"/get_result?job_id={job_id}",
+                "cancel": f"/cancel?job_id={job_id}",
             },
         }
 
@@ -221,8 +384,9 @@ class Jobs:
         except (DeserializationError, AttributeError):  # AttributeError: the function's name is no text
             return None
 
-    def _error(self, job_id: str, stored: str | None) -> dict[str, Any]:
-        if error := _read_object(stored, schemas.JobError):
+    def _error(self, job_id: str, stored: str | None, is_listed: bool) -> dict[str, Any] | None:
+        error = _read_object(stored, schemas.JobError)
+        if error or is_listed:
             return error
         # A stock worker ran it: the last line of the traceback is the exception's class and text.
         job = self._foreign_job(job_id)

@@ -1,81 +1,33 @@
 """The Flask app: `create_app`, and the core routes, each of which parses, calls `jobs` and answers."""
 
 import hashlib
-import re
 from pathlib import Path
 from typing import Any, cast
 
 import flask_swagger_ui
 from apiflask import APIFlask
-from flask import Response, after_this_request, request, send_from_directory
-from gunicorn.http.errors import ParseException
+from flask import Response, request, send_from_directory
+from pydantic import ValidationError
 from redis import Redis
-from werkzeug.exceptions import RequestEntityTooLarge
 
 from app import openapi, problems
-from app.answers import answer_errors, json_answer
+from app.answers import answer_errors, ask_again, json_answer
 from app.auth import check_function, current_key, limit_rate, want_keys
-from app.config import Settings, get_settings
+from app.config import MAX_RETRIES, MAX_SECONDS, Settings, get_settings
+from app.control import make_control
 from app.events import BLOCK, EventLog
 from app.job_function import load_functions
-from app.jobs import POLL_AGAIN, Jobs, StatusObject
+from app.jobs import Jobs
 from app.ops import ops
 from app.redis_resc import connect, redis_conn
-from app.schemas import JobQuery, enqueue_query
-from app.strict_json import parse_json
+from app.request_parts import add_header, idempotency_key, read_payload, reader, wait_seconds
+from app.schemas import WaitQuery, enqueue_query, job_options
 from app.transitions import TERMINAL
 
 #: What `POST /enqueue` without a name runs.
 DEFAULT_FUNCTION = "some_long_function"
 
 _SWAGGER_UI = Path(flask_swagger_ui.__file__).parent / "dist"
-
-
-def _preferred_wait() -> float | None:
-    """The seconds of `Prefer: wait=SECONDS` (RFC 7240); a preference that is not understood is ignored."""
-    for preference in ",".join(request.headers.getlist("Prefer")).split(","):
-        if match := re.fullmatch(r'wait="?(\d{1,9})"?', preference.partition(";")[0].replace(" ", ""), re.IGNORECASE):
-            return float(match[1])
-    return None
-
-
-def _wait_seconds(asked: float | None, settings: Settings) -> float:
-    """How long to wait: the option wins over the preference, and the answer says if it was the latter."""
-    preferred = _preferred_wait() if asked is None else None
-    seconds = min(asked if asked is not None else preferred or 0, settings.max_wait)
-    if preferred is not None:
-
-        @after_this_request
-        def tell(answer: Response) -> Response:
-            answer.headers["Preference-Applied"] = f"wait={seconds:.0f}"
-            return answer
-
-    return seconds
-
-
-def _read_payload(limit: int) -> Any:
-    if not request.is_json:
-        given = request.mimetype or "none"
-        raise problems.UnsupportedMediaType(f"The body must be JSON, with Content-Type application/json, not {given}.")
-    try:
-        body = request.get_data(cache=False)
-    except (OSError, ParseException) as error:  # gunicorn's words for chunks that are none, or have no end
-        raise problems.BadRequest("The body could not be read to its end.") from error
-    if len(body) > limit:
-        raise RequestEntityTooLarge
-    if request.content_length not in (None, len(body)):  # cut short, which gunicorn does not say
-        raise problems.BadRequest("The body is shorter than its Content-Length.")
-    return parse_json(body)
-
-
-def _ask_again(status: StatusObject) -> dict[str, str]:
-    return {} if status["job_status"] in TERMINAL else {"Retry-After": str(POLL_AGAIN)}
-
-
-def _reader() -> str | None:
-    """Whose jobs the present request may see: those of one owner, or (None) all."""
-    key = current_key()
-    return None if key.admin else key.name
 
 
 def create_app(settings: Settings | None = None, connection: Redis | None = None) -> APIFlask:
@@ -86,14 +38,22 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
         connection: instead of the one to the Redis of the settings.
 
     Raises:
-        SystemExit: a job function's default queue is not one of the configured ones.
+        SystemExit: a job function's default is no value for its option.
     """
     settings = settings or get_settings()
     functions = load_functions(settings.function_modules)
+    # The limits are for requests; what a function declares is the operator's own word.
+    widest = dict.fromkeys(("max_job_timeout", "max_ttl", "max_delay"), MAX_SECONDS)
+    any_option = job_options(settings.model_copy(update={**widest, "max_retries": MAX_RETRIES}))
     for function in functions.values():
-        queue = function.defaults.get("queue", settings.queues[0])
-        if queue not in settings.queues:
-            raise SystemExit(f"The job function {function.name} wants the queue {queue!r}, which QUEUES does not name.")
+        try:
+            any_option.model_validate(function.defaults)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(map(str, first["loc"]))
+            raise SystemExit(
+                f"The job function {function.name} has the default {name}={first['input']!r}: {first['msg']}."
+            ) from None
 
     # The event log's reads block for a while, on a client of their own.
     events = EventLog(connection or redis_conn, lambda: connection or connect(settings, socket_timeout=BLOCK + 4))
@@ -123,13 +83,18 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
     )
     app.spec_processor(
         lambda spec: openapi.complete(
-            cast("dict[str, Any]", spec), functions, DEFAULT_FUNCTION, with_keys=bool(settings.api_keys)
+            cast("dict[str, Any]", spec),
+            functions,
+            DEFAULT_FUNCTION,
+            with_keys=bool(settings.api_keys),
+            max_batch=settings.max_batch,
         )
     )
     answer_errors(app)
     want_keys(app, settings.api_keys, settings.allow_anonymous)
     limit_rate(app, settings.rate_limit, jobs.connection)
     app.register_blueprint(ops)
+    app.register_blueprint(make_control(jobs, job_options(settings)))
 
     @app.before_request
     def refuse_doubled_options() -> None:
@@ -156,36 +121,40 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
         """Enqueue a job: the body is its payload."""
         found = jobs.find_function(function)
         check_function(function)
-        payload = _read_payload(settings.max_payload_bytes)
-        chosen = options.model_dump(exclude_none=True)
-        wait = _wait_seconds(chosen.pop("wait", None), settings)
-        status = jobs.enqueue(found, payload, chosen, owner=current_key().name, wait=wait)
-        headers = {"Location": status["links"]["check_status"], **_ask_again(status)}
-        if status["job_status"] not in TERMINAL:
+        payload = read_payload(settings.max_payload_bytes)
+        asked = options.model_dump(exclude_none=True)
+        wait = wait_seconds(asked.pop("wait", None), settings)
+        receipt = jobs.enqueue(found, payload, asked, owner=current_key().name, key=idempotency_key())
+        if receipt.is_replay:
+            add_header("Idempotent-Replayed", "true")
+        status = receipt.status if not wait else None
+        status = status or jobs.wait(receipt.job_id, wait, current_key().name)
+        headers = {"Location": status["links"]["check_status"], **ask_again(status)}
+        if not wait or status["job_status"] not in TERMINAL:
             return json_answer(status, 202, headers)
         if status["job_status"] == "finished":
-            status["result"] = jobs.read_result_value(status["job_id"], _reader())
+            status["result"] = jobs.read_result_value(status["job_id"], reader())
         return json_answer(status, 200, headers)
 
     @app.get("/check_status")
-    @app.input(JobQuery, location="query", arg_name="query")
+    @app.input(WaitQuery, location="query", arg_name="query")
     @app.doc(tags=["Jobs"])
-    def check_status(query: JobQuery) -> Response:
+    def check_status(query: WaitQuery) -> Response:
         """Tell where a job is."""
-        status = jobs.wait(query.job_id, _wait_seconds(query.wait, settings), _reader())
-        answer = json_answer(status, headers={**_ask_again(status), "Cache-Control": "private, no-cache"})
+        status = jobs.wait(query.job_id, wait_seconds(query.wait, settings), reader())
+        answer = json_answer(status, headers={**ask_again(status), "Cache-Control": "private, no-cache"})
         answer.set_etag(hashlib.blake2b(answer.get_data(), digest_size=12).hexdigest())
         answer.make_conditional(request)
         return answer
 
     @app.get("/get_result")
-    @app.input(JobQuery, location="query", arg_name="query")
+    @app.input(WaitQuery, location="query", arg_name="query")
     @app.doc(tags=["Jobs"])
-    def get_result(query: JobQuery) -> Response:
+    def get_result(query: WaitQuery) -> Response:
         """Return what a job returned, as JSON, with nothing around it."""
-        if wait := _wait_seconds(query.wait, settings):
-            jobs.wait(query.job_id, wait, _reader())
-        text = jobs.read_result(query.job_id, _reader())
+        if wait := wait_seconds(query.wait, settings):
+            jobs.wait(query.job_id, wait, reader())
+        text = jobs.read_result(query.job_id, reader())
         return Response(text, 200, {"Cache-Control": "private, no-cache"}, mimetype="application/json")
 
     @app.get("/functions")

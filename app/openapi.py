@@ -29,12 +29,17 @@ _EXAMPLE_STATUS = {
     "links": {
         "check_status": f"/check_status?job_id={_EXAMPLE_ID}",
         "get_result": f"/get_result?job_id={_EXAMPLE_ID}",
+        "cancel": f"/cancel?job_id={_EXAMPLE_ID}",
     },
 }
 
 _HEADERS = {
     "Retry-After": {"description": "seconds after which to ask again", "schema": {"type": "integer"}},
-    "Location": {"description": "where to ask for the job's status", "schema": {"type": "string"}},
+    "Idempotent-Replayed": {
+        "description": "`true` if the same request with the same key came before",
+        "schema": {"type": "string"},
+    },
+    "Location": {"description": "where to ask for the status", "schema": {"type": "string"}},
     "ETag": {"description": "changes with the status", "schema": {"type": "string"}},
     "Preference-Applied": {"description": "the wait that was granted", "schema": {"type": "string"}},
 }
@@ -53,6 +58,13 @@ _IF_NONE_MATCH = {
     "required": False,
     "description": "an `ETag` that was received: answers 304 while the status is the same",
     "schema": {"type": "string", "pattern": "^[!-~]{0,200}$"},
+}
+_IDEMPOTENCY_KEY = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "required": False,
+    "description": "1 to 255 visible characters. The same request with the same key is carried out once",
+    "schema": {"type": "string", "pattern": "^[!#-~][!-~]{0,254}$", "examples": ["8e03978e-40d5-43e8-bc93"]},
 }
 
 
@@ -78,6 +90,16 @@ _READS_JOB: tuple[type[Problem], ...] = (
     problems.ResultExpired,
     problems.RedisUnavailable,
 )
+_TAKES_PAYLOAD: tuple[type[Problem], ...] = (
+    problems.InvalidJson,
+    problems.InvalidRequest,
+    problems.IdempotencyKeyReused,
+    problems.FunctionNotFound,
+    problems.PayloadTooLarge,
+    problems.UnsupportedMediaType,
+    problems.QueueFull,
+    problems.RedisUnavailable,
+)
 _TEXT = {"text/plain": {"schema": {"type": "string"}}}
 
 #: What each endpoint answers: its good answers by status, the problems it may have, its header parameters.
@@ -88,19 +110,49 @@ ANSWERS: dict[str, tuple[dict[str, Spec], tuple[type[Problem], ...], tuple[Spec,
             "202": _answer(
                 "enqueued", _json(schemas.StatusObject, {**_EXAMPLE_STATUS, "job_status": "queued", "started_at": None,
                                                          "progress": None}),
-                "Location", "Retry-After", "Preference-Applied",
+                "Location", "Retry-After", "Preference-Applied", "Idempotent-Replayed",
             ),
             "200": _answer(
-                "waited for, and ended in time", _json(schemas.StatusWithResult), "Location", "Preference-Applied"
+                "waited for, and ended in time", _json(schemas.StatusWithResult), "Location", "Preference-Applied",
+                "Idempotent-Replayed",
             ),
         },
-        (
-            problems.InvalidJson, problems.InvalidRequest, problems.FunctionNotFound,
-            problems.PayloadTooLarge, problems.UnsupportedMediaType, problems.ResultExpired, problems.JobFailed,
-            problems.QueueFull,
-            problems.RedisUnavailable,
-        ),
-        (_PREFER,),
+        (*_TAKES_PAYLOAD, problems.ResultExpired, problems.JobFailed),
+        (_PREFER, _IDEMPOTENCY_KEY),
+    ),
+    "POST /enqueue_many": (
+        {
+            "202": _answer(
+                "enqueued, all of them",
+                _json(schemas.EnqueuedGroup, {"group_id": "f4a1d4a8-8f0e-9f7b-5f05", "job_ids": [_EXAMPLE_ID]}),
+                "Location", "Retry-After", "Idempotent-Replayed",
+            ),
+        },
+        _TAKES_PAYLOAD,
+        (_IDEMPOTENCY_KEY,),
+    ),
+    "GET /check_group": (
+        {"200": _answer("its jobs, counted by status", _json(schemas.GroupObject))},
+        (problems.InvalidRequest, problems.GroupNotFound, problems.ResultExpired, problems.RedisUnavailable),
+        (),
+    ),
+    "POST /cancel": (
+        {
+            "200": _answer("it has ended, and has not finished", _json(schemas.StatusObject)),
+            "202": _answer("it runs, and its worker was told to stop it", _json(schemas.StatusObject), "Retry-After"),
+        },
+        (*_READS_JOB, problems.JobAlreadyEnded),
+        (),
+    ),
+    "POST /retry": (
+        {"202": _answer("it waits again", _json(schemas.StatusObject), "Location", "Retry-After")},
+        (*_READS_JOB, problems.JobNotRetryable, problems.QueueFull),
+        (),
+    ),
+    "GET /jobs": (
+        {"200": _answer("a page of jobs, newest first", _json(schemas.JobPage))},
+        (problems.InvalidRequest, problems.RedisUnavailable),
+        (),
     ),
     "GET /check_status": (
         {
@@ -134,6 +186,9 @@ _ALWAYS = (problems.BadRequest, problems.InternalError)
 _MODELS = (
     schemas.StatusObject,
     schemas.StatusWithResult,
+    schemas.EnqueuedGroup,
+    schemas.GroupObject,
+    schemas.JobPage,
     schemas.FunctionList,
     schemas.Health,
     schemas.Readiness,
@@ -160,7 +215,7 @@ def _problem_answers(kinds: tuple[type[Problem], ...]) -> dict[str, Spec]:
     return answers
 
 
-def complete(spec: Spec, functions: Mapping[str, JobFunction], default: str, with_keys: bool) -> Spec:
+def complete(spec: Spec, functions: Mapping[str, JobFunction], default: str, with_keys: bool, max_batch: int) -> Spec:
     """Add to APIFlask's document what it cannot know: answers, problems, and a path for each job function.
 
     Args:
@@ -168,6 +223,7 @@ def complete(spec: Spec, functions: Mapping[str, JobFunction], default: str, wit
         functions: the job functions.
         default: name of the one that `/enqueue` runs.
         with_keys: whether API keys are wanted.
+        max_batch: payloads that one `/enqueue_many` may hold.
     """
     components = spec.setdefault("components", {}).setdefault("schemas", {})
     for model in _MODELS:
@@ -175,14 +231,15 @@ def complete(spec: Spec, functions: Mapping[str, JobFunction], default: str, wit
         components.update(schema.pop("$defs", {}))
         components[model.__name__] = schema
 
-    generic = spec["paths"].pop("/enqueue/{function}")["post"]
-    generic["parameters"] = [parameter for parameter in generic["parameters"] if parameter["in"] != "path"]
+    one, many = (spec["paths"].pop(f"/{route}/{{function}}")["post"] for route in ("enqueue", "enqueue_many"))
+    for operation in (one, many):
+        operation["parameters"] = [parameter for parameter in operation["parameters"] if parameter["in"] != "path"]
     operations = {
         f"{method.upper()} {path}": operation
         for path, methods in spec["paths"].items()
         for method, operation in methods.items()
     }
-    for route, operation in {**operations, "POST /enqueue": generic}.items():
+    for route, operation in {**operations, "POST /enqueue": one, "POST /enqueue_many": many}.items():
         answers, kinds, headers = ANSWERS[route]
         path = route.partition(" ")[2]
         if path not in PUBLIC and not path.startswith(PUBLIC_BELOW):
@@ -194,9 +251,10 @@ def complete(spec: Spec, functions: Mapping[str, JobFunction], default: str, wit
         spec["components"]["securitySchemes"] = {"ApiKey": {"type": "http", "scheme": "bearer"}}
 
     for name, function in functions.items():
-        spec["paths"][f"/enqueue/{name}"] = {"post": _function_operation(generic, function)}
+        spec["paths"][f"/enqueue/{name}"] = {"post": _function_operation(one, function)}
+        spec["paths"][f"/enqueue_many/{name}"] = {"post": _batch_operation(many, function, max_batch)}
     if default in functions:
-        operation = _function_operation(generic, functions[default])
+        operation = _function_operation(one, functions[default])
         spec["paths"]["/enqueue"]["post"] = {**operation, "operationId": "enqueue"}
     else:
         del spec["paths"]["/enqueue"]
@@ -212,10 +270,25 @@ def _without_null(parameter: Spec) -> Spec:
     return {**parameter, "description": schema.pop("description", ""), "schema": schema}
 
 
-def _function_operation(generic: Spec, function: JobFunction) -> Spec:
+def _payload_schema(function: JobFunction, place: str) -> Spec:
     schema = function.payload_schema
     # A schema of its own: "#/$defs/…" in it would point to the document's root.
-    schema = {**schema, "$id": f"urn:job-function:{function.name}"} if "$defs" in schema else schema
+    return {**schema, "$id": f"urn:job-function:{function.name}:{place}"} if "$defs" in schema else schema
+
+
+def _batch_operation(generic: Spec, function: JobFunction, max_batch: int) -> Spec:
+    schema = {"type": "array", "minItems": 1, "maxItems": max_batch, "items": _payload_schema(function, "batch")}
+    return {
+        **generic,
+        "operationId": f"enqueue_many_{function.name}",
+        "summary": f"Enqueue jobs of {function.name}, one for each payload",
+        "description": f"All or none of them. {function.description}",
+        "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
+    }
+
+
+def _function_operation(generic: Spec, function: JobFunction) -> Spec:
+    schema = _payload_schema(function, "one")
     return {
         **generic,
         "operationId": f"enqueue_{function.name}",

@@ -110,6 +110,17 @@ class JobNotFound(Problem):
     example: ClassVar = {"job_id": "abc"}
 
 
+class GroupNotFound(Problem):
+    """No group of jobs has this id."""
+
+    status = 404
+    title = "Group not found"
+    explanation = (
+        "No group has this id, or it belongs to somebody else. Check the id; /enqueue_many returns it as `group_id`."
+    )
+    example: ClassVar = {"group_id": "abc"}
+
+
 class FunctionNotFound(Problem):
     """There is no job function of this name."""
 
@@ -172,6 +183,29 @@ class JobCanceled(Problem):
     example: ClassVar = {"job_id": "abc", "job_status": "canceled", "error": None}
 
 
+class JobAlreadyEnded(Problem):
+    """The job had finished or failed before it could be canceled."""
+
+    status = 409
+    title = "Job already ended"
+    explanation = (
+        "The job finished or failed before the cancel came. Nothing was changed; fetch its result, or its error."
+    )
+    example: ClassVar = {"job_id": "abc", "job_status": "finished"}
+
+
+class JobNotRetryable(Problem):
+    """The job did not fail, and was neither stopped nor canceled, so there is nothing to run again."""
+
+    status = 409
+    title = "Job not retryable"
+    explanation = (
+        "Only a job that failed, was stopped or was canceled can be retried. This one waits, runs or finished; "
+        "`job_status` says which. To run it once more, enqueue it again."
+    )
+    example: ClassVar = {"job_id": "abc", "job_status": "finished"}
+
+
 class ResultExpired(Problem):
     """The job existed, but it is not kept any more."""
 
@@ -180,6 +214,18 @@ class ResultExpired(Problem):
     explanation = (
         "The job existed, but it and its result were kept no longer than its TTL. Enqueue it again, with a longer "
         "`result_ttl` if you need one."
+    )
+    example: ClassVar = {"job_id": "abc"}
+
+
+class IdempotencyKeyReused(Problem):
+    """The idempotency key stands for another request already."""
+
+    status = 422
+    title = "Idempotency key reused"
+    explanation = (
+        "A request with the same `Idempotency-Key` came before, with another function, payload or option. Nothing was "
+        "enqueued. Use a new key for a new request, and the same key only to send the very same one again."
     )
     example: ClassVar = {"job_id": "abc"}
 

@@ -72,18 +72,13 @@ class Queue(rq.Queue):
             job.id = self.ids.new()
         self._prepare_for_queue(job)
         fields = {**job.to_dict(), "function": (job.func_name or "").rpartition(".")[2]}
+        limit = get_settings().max_queue_length
         enqueued = transitions.enqueue(
-            self.connection,
-            self.name,
-            job.id,
-            fields,
-            at_front=at_front,
-            ttl=job.ttl,
-            limit=get_settings().max_queue_length,
+            self.connection, self.name, {job.id: {}}, fields, limit=limit, at_front=at_front, ttl=job.ttl
         )
-        if enqueued.outcome == "full":
+        if isinstance(enqueued, transitions.Full):
             raise RuntimeError(f"The queue {self.name} is full.")
-        if enqueued.outcome == "exists" and unique:
+        if isinstance(enqueued, transitions.Exists) and unique:
             raise DuplicateJobError(f"A job with the id {job.id} exists.")
         return job
 

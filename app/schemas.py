@@ -1,8 +1,20 @@
 """Pydantic models of what clients send and get; the OpenAPI document is made from them."""
 
+import re
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, create_model
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationInfo,
+    create_model,
+)
 
 from app.config import Settings
 
@@ -19,32 +31,98 @@ Wait = Annotated[
 ]
 
 
+class GroupQuery(Query):
+    """Which group of jobs."""
+
+    group_id: Annotated[str, Field(min_length=1, description="the id that /enqueue_many returned")]
+
+
 class JobQuery(Query):
-    """Which job, and how long to wait for its end."""
+    """Which job."""
 
     job_id: Annotated[str, Field(min_length=1, description="the id that /enqueue returned")]
+
+
+class WaitQuery(JobQuery):
+    """Which job, and how long to wait for its end."""
+
     wait: Wait | None = None
 
 
-def enqueue_query(settings: Settings) -> type[Query]:
-    """The options of `/enqueue`, with the bounds that are configured."""
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+
+
+class JobsQuery(Query):
+    """Which jobs are listed."""
+
+    status: (
+        Literal["queued", "started", "deferred", "scheduled", "finished", "failed", "stopped", "canceled"] | None
+    ) = None
+    queue: Annotated[Name, Field(description="only jobs of this queue")] | None = None
+    function: Annotated[Name, Field(description="only jobs of this function")] | None = None
+    limit: Annotated[int, Field(ge=1, le=100, description="most jobs of the page")] = 20
+    cursor: (
+        Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,2000}$", description="from `next` of the last page")] | None
+    ) = None
+
+
+def _read_time(value: object) -> object:
+    """Want RFC 3339 (pydantic takes numbers, too), and forgive a `+` that came as a space, as in many a URL."""
+    text = re.sub(r" (\d\d:\d\d)$", r"+\1", str(value))
+    if not re.fullmatch(r"(?i)\d{4}-\d\d-\d\d[t ]\d\d:\d\d:\d\d(\.\d+)?(z|[+-]\d\d:\d\d)", text):
+        raise ValueError("a time as in RFC 3339 is wanted: 2026-11-23T10:00:00Z")
+    return text
+
+
+def job_options(settings: Settings) -> type[Query]:
+    """The options that a new job may have, with the bounds that are configured."""
 
     def seconds(most: int, meaning: str) -> Any:
         return (Annotated[int, Field(ge=1, le=most, description=meaning)] | None, None)
 
     queue: Any = Annotated[Literal[settings.queues], Field(description="one of the configured queues")]
     at_front: Any = Annotated[bool, Field(description="ahead of what waits in that queue")]
+
+    def check_at(at: datetime, info: ValidationInfo) -> datetime:
+        if info.data.get("delay") is not None:
+            raise ValueError("delay and at are both given, one is wanted")
+        if at - datetime.now(UTC) > timedelta(seconds=settings.max_delay):
+            raise ValueError(f"at most {settings.max_delay} s from now")
+        return at
+
+    delay: Any = Annotated[
+        float,
+        Field(ge=0, le=settings.max_delay, allow_inf_nan=False, description="not before so many seconds from now"),
+    ]
+    at: Any = Annotated[
+        AwareDatetime,
+        BeforeValidator(_read_time),
+        AfterValidator(check_at),
+        Field(description="not before this time (RFC 3339)"),
+    ]
+    retries: Any = Annotated[
+        int, Field(ge=0, le=settings.max_retries, description="how often it is run again if it raises")
+    ]
     return create_model(
-        "EnqueueQuery",
+        "JobOptions",
         __base__=Query,
         __doc__="How a job is enqueued, run and kept.",
-        wait=(Wait | None, None),
         queue=(queue | None, None),
         at_front=(at_front | None, None),
         timeout=seconds(settings.max_job_timeout, "the job's run limit in s"),
         result_ttl=seconds(settings.max_ttl, "how long a result is kept, in s"),
         failure_ttl=seconds(settings.max_ttl, "how long a failure is kept, in s"),
         ttl=seconds(settings.max_ttl, "drop the job if no worker took it within so many s"),
+        retries=(retries | None, None),
+        delay=(delay | None, None),
+        at=(at | None, None),
+    )
+
+
+def enqueue_query(settings: Settings) -> type[Query]:
+    """The options of `/enqueue`: those of a new job, and how long to wait for its end."""
+    return create_model(
+        "EnqueueQuery", __base__=job_options(settings), __doc__="How a job is enqueued.", wait=(Wait | None, None)
     )
 
 
@@ -74,6 +152,7 @@ class JobLinks(Answer):
 
     check_status: str
     get_result: str
+    cancel: str
 
 
 Time = Annotated[str, Field(json_schema_extra={"format": "date-time"}, description="RFC 3339, in UTC")]
@@ -102,6 +181,32 @@ class StatusWithResult(StatusObject):
     """The status of a job that was waited for; with its return value if it finished in time."""
 
     result: Any = Field(default=None, description="the function's return value")
+
+
+class EnqueuedGroup(Answer):
+    """The jobs of one /enqueue_many."""
+
+    group_id: str
+    job_ids: list[str] = Field(description="in the order of the payloads")
+
+
+class GroupObject(Answer):
+    """Where the jobs of a group are."""
+
+    group_id: str
+    total: int
+    counts: dict[str, int] = Field(
+        description="jobs by status; `expired` are those that are not kept any more", examples=[{"finished": 2}]
+    )
+
+
+class JobPage(Answer):
+    """A page of jobs, newest first."""
+
+    jobs: list[StatusObject] = Field(
+        description="as many as `limit` says, or fewer; `next` alone says if there are more"
+    )
+    next: str | None = Field(description="URL of the next page", examples=["/jobs?limit=20&cursor=MTc2Mz"])
 
 
 class FunctionObject(Answer):

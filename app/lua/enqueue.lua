@@ -1,17 +1,66 @@
--- A new job. Run twice with the same id (a network write that is tried again), it enqueues once.
--- ARGV: queue, job id, at front (1 or 0), most jobs that may wait, seconds to live while waiting or '', fields of the
--- job's hash and their values, as RQ writes them.
--- Answers {'created', time of it}, {'exists'} or {'full'}.
-local queue, id, at_front, limit, ttl = ARGV[1], ARGV[2], ARGV[3] == '1', tonumber(ARGV[4]), ARGV[5]
-if redis.call('EXISTS', job_key(id)) == 1 then return {'exists'} end
-if redis.call('LLEN', queue_key(queue)) >= limit then return {'full'} end
+-- New jobs: one, or those of a group, all or none. Run twice with the same ids (a network write that is tried again),
+-- it enqueues once.
+-- ARGV: JSON of what holds for all of them, the number of strings that follow, the fields (and values) of the job's
+-- hash that all share, as RQ writes them; then for each job its id, a number of strings, and its own fields.
+--   count        how many jobs
+--   queue        where they wait
+--   limit        how many jobs the queue may hold
+--   at_front     ahead of what waits
+--   ttl          seconds after which it is dropped if no worker took it
+--   delay, at    not before so many seconds from now, or this time in seconds since 1970
+--   group        id of the group, with group_ttl, the seconds that it is kept
+--   fingerprint  of the request, if it has an idempotency key, with key_ttl, the seconds that the key is kept at least
+-- Answers {'created', time of it, status}, {'exists', fingerprint of the first request or ''} or {'full'}.
+local all = cjson.decode(ARGV[1])
+local shared_end = 2 + ARGV[2]
+local name = all.group or ARGV[shared_end + 1]
+local key_mark, group_mark = RQ .. ':api:key:' .. name, RQ .. ':api:group:' .. name
 
-local stamp = timestamp(clock())
+local known = redis.call('GET', key_mark) or read(name, 'fingerprint')[1]
+if known or redis.call('EXISTS', job_key(name), group_mark) > 0 then return {'exists', known or ''} end
+if length(all.queue) + all.count > all.limit then return {'full'} end
+
+local now = clock()
+local due = all.at or now + (all.delay or 0)
+local status = due > now and 'scheduled' or 'queued'
+local stamp = timestamp(now)
+
 -- In slices: Lua's unpack has a limit, and a job may carry any number of fields.
-for first = 6, #ARGV, 100 do
-  redis.call('HSET', job_key(id), unpack(ARGV, first, math.min(first + 99, #ARGV)))
+local function write(key, first, last)
+  for from = first, last, 100 do redis.call('HSET', key, unpack(ARGV, from, math.min(from + 99, last))) end
 end
-redis.call('HSET', job_key(id), 'created_at', stamp, 'enqueued_at', stamp, 'status', 'queued')
-push(id, queue, at_front)
-if ttl ~= '' then redis.call('EXPIRE', job_key(id), ttl) end
-return {'created', stamp}
+
+local ids, position = {}, shared_end + 1
+for number = 1, all.count do
+  local id, own_end = ARGV[position], position + 1 + ARGV[position + 1]
+  local key = job_key(id)
+  write(key, 3, shared_end)
+  write(key, position + 2, own_end)
+  redis.call('HSET', key, 'created_at', stamp, 'status', status)
+  if status == 'queued' then
+    redis.call('HSET', key, 'enqueued_at', stamp)
+  else
+    redis.call('ZADD', registry('scheduled', all.queue), exact(due), id)
+  end
+  if all.ttl then redis.call('EXPIRE', key, math.ceil(due > now and due - now or 0) + all.ttl) end
+  for _, scope in ipairs(scopes(id)) do
+    if scope ~= '' then redis.call('SADD', OWNERS, scope) end
+    redis.call('ZADD', index(scope, status), microseconds(now) + number - 1, id)
+  end
+  tell(id, status)
+  ids[number], position = id, own_end + 1
+end
+
+redis.call('SADD', RQ .. ':queues', queue_key(all.queue))
+if status == 'queued' then
+  -- The order of the jobs is the order in which they run, at the front too.
+  for number = 1, all.count do push(ids[all.at_front and all.count + 1 - number or number], all.queue, all.at_front) end
+end
+if all.fingerprint then redis.call('SET', key_mark, all.fingerprint, 'EX', all.key_ttl) end
+if all.group then
+  redis.call('SADD', RQ .. ':groups', all.group)
+  for _, id in ipairs(ids) do redis.call('SADD', RQ .. ':group:' .. all.group, id) end
+  redis.call('EXPIRE', RQ .. ':group:' .. all.group, all.group_ttl)
+  redis.call('SET', group_mark, all.count, 'EX', all.group_ttl)
+end
+return {'created', stamp, status}

@@ -2,6 +2,7 @@
 -- ARGV: job id, execution id, queue, worker, outcome (finished, failed, stopped), return value (base64 of JSON, '' for
 -- null), exception (base64 of zlib), error (JSON), default result TTL, default failure TTL, progress as JSON or '',
 -- whether to end the job although RQ's own code should (1 or 0).
+-- A run that was asked to stop ends `stopped`, whatever came of it.
 -- Answers the job's new status, 'lost', or 'rq': the job has what only RQ's own code handles, and nothing was written.
 local id, execution, queue, worker, outcome, value, exception, error, result_ttl, failure_ttl, progress,
   force = unpack(ARGV)
@@ -12,6 +13,9 @@ end
 
 local key, now = job_key(id), clock()
 local job = read(id, 'result_ttl', 'failure_ttl', 'retries_left', 'retry_intervals', 'enqueue_at_front_on_retry')
+if is_to_stop(id, execution) then
+  outcome, exception, error = 'stopped', STOPPED_EXCEPTION, STOPPED_ERROR
+end
 if force == '0' and wants_rq(id) then return 'rq' end
 
 local started = tonumber(redis.call('HGET', execution_key(id, execution), 'created_at')) or now
@@ -24,6 +28,7 @@ if progress ~= '' then redis.call('HSET', key, 'progress', progress) end
 if outcome == 'finished' then
   local ttl = whole(job[1], result_ttl)
   if ttl == 0 then
+    remove_from_index(id, 'started')
     redis.call('DEL', key, registry('results', id), registry('executions', id))
     tell(id, 'finished')
     return 'finished'
@@ -39,7 +44,7 @@ if outcome == 'finished' then
   redis.call('HSET', key, 'status', 'finished', 'ended_at', stamp, 'last_heartbeat', stamp)
   redis.call('XADD', registry('results', id), 'MAXLEN', 10, '*', 'type', 1, unpack(result))
   keep(id, queue, 'finished', ttl, now)
-  tell(id, 'finished')
+  move(id, 'started', 'finished')
   return 'finished'
 end
 
@@ -53,14 +58,14 @@ if outcome == 'failed' and retries_left > 0 then
     redis.call('HSET', key, 'status', 'scheduled', 'started_at', '', 'worker_name', '')
     redis.call('HDEL', key, 'progress')
     redis.call('ZADD', registry('scheduled', queue), math.floor(now + pause), id)
-    tell(id, 'scheduled')
+    move(id, 'started', 'scheduled')
     return 'scheduled'
   end
-  make_waiting(id, queue, job[5] == '1', now)
+  make_waiting(id, 'started', queue, job[5] == '1', now)
   return 'queued'
 end
 
 result[#result + 1] = 'exc_string'
 result[#result + 1] = exception
-end_badly(id, queue, outcome, whole(job[2], failure_ttl), result, error, now)
+end_badly(id, 'started', queue, outcome, whole(job[2], failure_ttl), result, error, now)
 return outcome

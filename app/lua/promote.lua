@@ -7,7 +7,7 @@ for _, queue in ipairs(ARGV) do
     redis.call('ZREM', registry('scheduled', queue), id)
     local job = read(id, 'status', 'enqueue_at_front', 'enqueue_at_front_on_retry')
     if job[1] == 'scheduled' then
-      make_waiting(id, queue, job[2] == '1' or job[3] == '1', now)
+      make_waiting(id, job[1], queue, job[2] == '1' or job[3] == '1', now)
       promoted = promoted + 1
     end
   end

@@ -32,7 +32,7 @@ for _, queue in ipairs(ARGV) do
       and now - number(redis.call('GET', seen), 0) > 60 then
       redis.call('LREM', intermediate, 1, id)
       redis.call('DEL', seen)
-      make_waiting(id, queue, true, now)
+      make_waiting(id, status, queue, true, now)
     end
   end
 end

@@ -2,7 +2,7 @@
 -- too often.
 -- ARGV: job id, execution id, queue, worker, crashed (1 or 0), crash limit, exception (base64 of zlib), error (JSON),
 -- default failure TTL.
--- Answers 'queued', 'failed', 'lost', or 'rq' as `finish` does.
+-- Answers 'queued', 'failed', 'stopped' if it was asked to stop, 'lost', or 'rq' as `finish` does.
 local id, execution, queue, worker, crashed, limit, exception, error, failure_ttl = unpack(ARGV)
 if not holds(id, execution, queue) then
   end_execution(id, execution, queue, worker)
@@ -11,7 +11,9 @@ end
 
 local job = read(id, 'crashes', 'failure_ttl')
 local crashes = whole(job[1], 0) + tonumber(crashed)
-local is_over = crashed == '1' and crashes > tonumber(limit)
+local status = 'failed'
+if is_to_stop(id, execution) then status, exception, error = 'stopped', STOPPED_EXCEPTION, STOPPED_ERROR end
+local is_over = status == 'stopped' or (crashed == '1' and crashes > tonumber(limit))
 if is_over and wants_rq(id) then return 'rq' end
 
 local now = clock()
@@ -20,8 +22,8 @@ if crashed == '1' then redis.call('HSET', job_key(id), 'crashes', crashes) end
 if is_over then
   local result = {'worker_name', worker, 'execution_id', execution, 'exc_string', exception}
   count(worker, 'failed_job_count', 0)
-  end_badly(id, queue, 'failed', whole(job[2], failure_ttl), result, error, now)
-  return 'failed'
+  end_badly(id, 'started', queue, status, whole(job[2], failure_ttl), result, error, now)
+  return status
 end
-make_waiting(id, queue, true, now)
+make_waiting(id, 'started', queue, true, now)
 return 'queued'

@@ -1,6 +1,6 @@
 -- Extend the lease of a running job, and pass its progress on.
 -- ARGV: job id, execution id, queue, worker, lease in seconds, progress as JSON or ''.
--- Answers 'held' or 'lost'; after 'lost' the worker stops the run.
+-- Answers 'held', 'lost', or 'stop' if somebody canceled the job; after both the worker ends the run.
 local id, execution, queue, worker, lease, progress = unpack(ARGV)
 if not holds(id, execution, queue) then return 'lost' end
 
@@ -11,4 +11,4 @@ if progress ~= '' then
   redis.call('HSET', job_key(id), 'progress', progress)
   tell(id, 'started')
 end
-return 'held'
+return is_to_stop(id, execution) and 'stop' or 'held'

@@ -1,7 +1,8 @@
 -- The first waiting job of the worker's queues, in their order, under a lease.
 -- ARGV: worker, id for the new execution, lease in seconds, queues.
 -- Answers {'taken', queue, job id, start of the run, FIELDS of the job as they were}, {'nothing', last id of the doorbell},
--- {'skipped', queue, job id, reason} for what cannot be a job, or {'suspended'}.
+-- {'skipped', queue, job id, reason} for what cannot be a job, {'again'} after many entries that are no jobs any more, or
+-- {'suspended'}.
 local FIELDS = {'status', 'data', 'timeout', 'enqueued_at', 'crashes', 'function', 'success_callback_name',
   'failure_callback_name', 'stopped_callback_name', 'webhooks'}
 local worker, execution, lease = ARGV[1], ARGV[2], tonumber(ARGV[3])
@@ -24,6 +25,7 @@ if redis.call('EXISTS', RQ .. ':suspended') == 1 then return {'suspended'} end
 -- cannot read such a job, and fails it with a message. The rest (canceled meanwhile, pushed twice, …) is skipped.
 local settled = {started = 1, finished = 1, failed = 1, stopped = 1, canceled = 1, scheduled = 1, deferred = 1}
 
+local skipped = 0
 for position = 4, #ARGV do
   local queue = ARGV[position]
   local id = redis.call('LPOP', queue_key(queue))
@@ -40,9 +42,12 @@ for position = 4, #ARGV do
       extend_lease(id, execution, queue, worker, lease, now,
         'id', execution, 'job_id', id, 'created_at', exact(now), 'worker_name', worker)
       redis.call('HSET', worker_key(worker), 'state', 'busy')
-      tell(id, 'started')
+      move(id, job[1] or 'queued', 'started')
       return {'taken', queue, id, stamp, job}
     end
+    -- A million canceled jobs must not keep Redis from all others.
+    skipped = skipped + 1
+    if skipped == 1000 then return {'again'} end
     id = redis.call('LPOP', queue_key(queue))
   end
 end

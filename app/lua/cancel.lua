@@ -1,0 +1,43 @@
+-- Cancel a job in whatever state it is. One that waits never runs; one that runs ends `stopped` as soon as its worker
+-- knows: `renew`, `finish` and `release` see the request, whether or not the worker hears the message.
+-- ARGV: job id, owner of whom it must be ('*' for anybody), default failure TTL.
+-- Answers the job's status: 'canceled', 'stopped', or 'started' while it is being stopped; 'finished' or 'failed' if it
+-- had ended; '' if there is no such job.
+local id, owner, failure_ttl = unpack(ARGV)
+local job = read(id, 'status', 'owner', 'origin', 'worker_name', 'failure_ttl', 'created_at')
+local status, queue = job[1], job[3] or ''
+if not (status and job[6]) or (owner ~= '*' and owner ~= (job[2] or '')) then return '' end
+if status == 'finished' or status == 'failed' or status == 'stopped' or status == 'canceled' then return status end
+
+local now, ttl = clock(), whole(job[5], failure_ttl)
+if status == 'started' then
+  local is_running = false
+  for _, execution in ipairs(redis.call('ZRANGE', registry('executions', id), 0, -1)) do
+    if holds(id, execution, queue) and redis.call('EXISTS', execution_key(id, execution)) == 1 then
+      is_running = true
+      redis.call('HSET', execution_key(id, execution), 'stop_requested', exact(now))
+    end
+  end
+  if is_running then
+    -- The command that RQ's own `send_stop_job_command` sends.
+    redis.call('PUBLISH', RQ .. ':pubsub:' .. (job[4] or ''), cjson.encode({command = 'stop-job', job_id = id}))
+    return 'started'
+  end
+  -- Nobody runs it: what had it is long dead.
+  end_badly(id, status, queue, 'stopped', ttl, {'exc_string', STOPPED_EXCEPTION}, STOPPED_ERROR, now)
+  return 'stopped'
+end
+
+-- Out of the list if it is near one of its ends. A search through a million jobs would keep Redis from all others; what
+-- is left in the list `take` skips.
+if redis.call('LPOS', queue_key(queue), id, 'MAXLEN', 1000) then
+  redis.call('LREM', queue_key(queue), 1, id)
+elseif redis.call('LPOS', queue_key(queue), id, 'RANK', -1, 'MAXLEN', 1000) then
+  redis.call('LREM', queue_key(queue), -1, id)
+end
+redis.call('ZREM', registry('scheduled', queue), id)
+redis.call('ZREM', registry('deferred', queue), id)
+redis.call('HSET', job_key(id), 'status', 'canceled', 'ended_at', timestamp(now))
+keep(id, queue, 'canceled', ttl, now)
+move(id, status, 'canceled')
+return 'canceled'

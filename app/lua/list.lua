@@ -1,0 +1,56 @@
+-- A page of jobs, newest first. It looks at a bounded number of jobs, however many there are and however few of them the
+-- filters let through; then the page is short, and the cursor says where to go on.
+-- ARGV: scope ('' for all jobs), owner whose jobs may be seen ('*' for anybody's), status, queue and function ('' for
+-- any), most jobs of a page, most jobs to look at, the cursor's two parts (creation in microseconds or '', job id), and
+-- the fields of the job's hash that are wanted; the first of them are status, function, origin, owner, created_at.
+-- Answers {the next cursor's two parts, or '' and ''; then for each job its id and the fields}.
+local scope, owner, status, queue, fn, limit, most, from, after = unpack(ARGV)
+limit, most = tonumber(limit), tonumber(most)
+
+-- The entries of one set, from the cursor on; those with the cursor's own microsecond are told apart by their id.
+local function newest_first(key)
+  local page, at, offset = {}, 1, 0
+  return function()
+    while true do
+      if at > #page then
+        page = redis.call('ZREVRANGEBYSCORE', key, from == '' and '+inf' or from, '-inf', 'WITHSCORES',
+          'LIMIT', offset, limit + 1)
+        at, offset = 1, offset + limit + 1
+        if #page == 0 then return nil end
+      end
+      local id, created = page[at], page[at + 1]
+      at = at + 2
+      if created ~= from or id < after then return {id = id, created = created} end
+    end
+  end
+end
+
+local function is_newer(entry, than)
+  local mine, other = tonumber(entry.created), tonumber(than.created)
+  return mine > other or (mine == other and entry.id > than.id)
+end
+
+local heads, nexts = {}, {}
+for number, each in ipairs(status == '' and STATUSES or {status}) do
+  nexts[number] = newest_first(index(scope, each))
+  heads[number] = nexts[number]() or nil
+end
+
+local found, last = {}, nil
+while #found < limit and most > 0 do
+  local newest
+  for number = 1, #nexts do
+    if heads[number] and (not newest or is_newer(heads[number], heads[newest])) then newest = number end
+  end
+  if not newest then return {'', '', unpack(found)} end
+  last, heads[newest], most = heads[newest], nexts[newest](), most - 1
+  local job = read(last.id, unpack(ARGV, 10))
+  if job[1] and job[5] and (owner == '*' or owner == (job[4] or '')) and (status == '' or status == job[1])
+    and (queue == '' or queue == job[3]) and (fn == '' or fn == job[2]) then
+    found[#found + 1] = {last.id, job}
+  end
+end
+for number = 1, #nexts do
+  if heads[number] then return {last.created, last.id, unpack(found)} end
+end
+return {'', '', unpack(found)}

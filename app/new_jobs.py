@@ -1,0 +1,109 @@
+"""What a new job is: the fields of its hash in Redis, made of function, payload and options; and its fingerprint."""
+
+import hashlib
+import json
+import random
+import zlib
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, TypedDict
+
+from pydantic import ValidationError
+from redis import Redis
+from rq.job import Job
+from rq.serializers import JSONSerializer
+
+from app.config import Settings
+from app.job_function import JobFunction
+from app.problems import ErrorItem
+from app.transitions import Argument
+
+
+class Options(TypedDict, total=False):
+    """The options of `/enqueue`; those missing are the function's own defaults, or the settings'."""
+
+    queue: str
+    at_front: bool
+    timeout: int
+    result_ttl: int
+    failure_ttl: int
+    ttl: int
+    retries: int
+    delay: float
+    at: datetime
+
+
+def choose_options(function: JobFunction, asked: Options, settings: Settings) -> Options:
+    """The options of a request, completed with the function's defaults and then the settings'."""
+    chosen: Options = {
+        "queue": settings.queues[0],
+        "timeout": settings.job_timeout,
+        "result_ttl": settings.result_ttl,
+        "failure_ttl": settings.failure_ttl,
+        **function.defaults,
+        **asked,
+    }
+    if "at" in asked:
+        chosen.pop("delay", None)
+    return chosen
+
+
+def find_errors(function: JobFunction, payload: Any, place: Sequence[str | int]) -> list[ErrorItem]:
+    """Where the payload, which stands at this place of the request, does not fit the function."""
+    try:
+        function.validate(payload)
+    except ValidationError as error:
+        return [{"loc": [*place, *item["loc"]], "msg": item["msg"]} for item in error.errors()]
+    return []
+
+
+def _retry_pauses(retries: int) -> list[float]:
+    """Seconds before each retry: about 5, 20, 80, … up to an hour, a quarter more or less.
+
+    The jitter is each job's own, so that jobs which failed together do not all come back together.
+    """
+    return [round(min(5 * 4**attempt, 3600) * random.uniform(0.75, 1.25), 1) for attempt in range(retries)]  # noqa: S311  # no secret
+
+
+def shared_fields(
+    connection: Redis, function: JobFunction, options: Options, owner: str, group: str | None
+) -> dict[str, Argument]:
+    """The fields that all jobs of one request have."""
+    job = Job.create(
+        function.path,
+        connection=connection,
+        serializer=JSONSerializer,
+        origin=options["queue"],
+        # RQ's own description is the call with its arguments, and logs it: payloads do not belong there.
+        description=function.name,
+        timeout=options["timeout"],
+        result_ttl=options["result_ttl"],
+        failure_ttl=options["failure_ttl"],
+        ttl=options.get("ttl"),
+        group_id=group,
+    )
+    fields: dict[str, Argument] = job.to_dict()
+    del fields["data"]
+    if options.get("at_front"):
+        fields["enqueue_at_front"] = 1  # `promote` looks at it
+    return {**fields, "function": function.name, "owner": owner}
+
+
+def own_fields(function: JobFunction, payload: Any, options: Options) -> dict[str, Argument]:
+    """The fields that are each job's own: its payload, as RQ stores a call, and its retries."""
+    fields: dict[str, Argument] = {"data": zlib.compress(JSONSerializer.dumps((function.path, None, (payload,), {})))}
+    if retries := options.get("retries"):
+        # `retries` is ours: what `/retry` sets `retries_left` to again.
+        fields |= {"retries_left": retries, "retry_intervals": json.dumps(_retry_pauses(retries)), "retries": retries}
+    return fields
+
+
+def make_fingerprint(function: JobFunction, payload: Any, asked: Options) -> str:
+    """What a request with an idempotency key has to have in common with the first one: all that decides the job.
+
+    Only what the client sent is in it: a default that changes between the two is no difference.
+    """
+    options: Mapping[str, Any] = asked
+    sent = {name: value.astimezone(UTC).isoformat() if name == "at" else value for name, value in options.items()}
+    text = json.dumps([function.name, payload, sent], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -1,0 +1,90 @@
+"""What routes read from a request: the payload, how long to wait, the idempotency key, whose jobs may be seen."""
+
+import re
+from typing import Any
+
+from flask import Response, after_this_request, request
+from gunicorn.http.errors import ParseException
+from werkzeug.exceptions import RequestEntityTooLarge
+
+from app import problems
+from app.auth import current_key
+from app.config import Settings
+from app.strict_json import parse_json
+
+
+def read_payload(limit: int) -> Any:
+    """The body as JSON data.
+
+    Args:
+        limit: bytes that it may have.
+
+    Raises:
+        UnsupportedMediaType, InvalidJson, BadRequest: it is no JSON, or not said to be, or did not come to its end.
+        RequestEntityTooLarge: it has more bytes.
+    """
+    if not request.is_json:
+        given = request.mimetype or "none"
+        raise problems.UnsupportedMediaType(f"The body must be JSON, with Content-Type application/json, not {given}.")
+    try:
+        body = request.get_data(cache=False)
+    except (OSError, ParseException) as error:  # gunicorn's words for chunks that are none, or have no end
+        raise problems.BadRequest("The body could not be read to its end.") from error
+    if len(body) > limit:
+        raise RequestEntityTooLarge
+    if request.content_length not in (None, len(body)):  # cut short, which gunicorn does not say
+        raise problems.BadRequest("The body is shorter than its Content-Length.")
+    return parse_json(body)
+
+
+def _preferred_wait() -> float | None:
+    """The seconds of `Prefer: wait=SECONDS` (RFC 7240); a preference that is not understood is ignored."""
+    for preference in ",".join(request.headers.getlist("Prefer")).split(","):
+        if match := re.fullmatch(r'wait="?(\d{1,9})"?', preference.partition(";")[0].replace(" ", ""), re.IGNORECASE):
+            return float(match[1])
+    return None
+
+
+def wait_seconds(asked: float | None, settings: Settings) -> float:
+    """How long to wait: the option wins over the preference, and the answer says if it was the latter."""
+    preferred = _preferred_wait() if asked is None else None
+    seconds = min(asked if asked is not None else preferred or 0, settings.max_wait)
+    if preferred is not None:
+        add_header("Preference-Applied", f"wait={seconds:.0f}")
+    return seconds
+
+
+def add_header(name: str, value: str) -> None:
+    """Give the answer to the present request a header, whether it is a good one or a problem."""
+
+    @after_this_request
+    def add(answer: Response) -> Response:
+        answer.headers[name] = value
+        return answer
+
+
+def idempotency_key() -> str | None:
+    """The `Idempotency-Key` of the request, bare or quoted; a quoted one is the same key.
+
+    Source: draft-ietf-httpapi-idempotency-key-header, and RFC 8941 for the quoted form.
+
+    Raises:
+        InvalidRequest: it is not 1 to 255 visible characters.
+    """
+    given = request.headers.get("Idempotency-Key")
+    if given is None:
+        return None
+    key = given
+    if given.startswith('"'):
+        quoted = re.fullmatch(r'"((?:[^"\\]|\\["\\])*)"', given)
+        key = re.sub(r"\\(.)", r"\1", quoted[1]) if quoted else ""
+    if not re.fullmatch(r"[!-~]{1,255}", key):
+        error: problems.ErrorItem = {"loc": ["header", "Idempotency-Key"], "msg": "1 to 255 visible characters"}
+        raise problems.InvalidRequest("The header Idempotency-Key is malformed.", errors=[error])
+    return key
+
+
+def reader() -> str | None:
+    """Whose jobs the present request may see and control: those of one owner, or (None) all."""
+    key = current_key()
+    return None if key.admin else key.name
