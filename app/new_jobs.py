@@ -58,7 +58,7 @@ def find_errors(function: JobFunction, payload: Any, place: Sequence[str | int])
 
 
 def _retry_pauses(retries: int) -> list[float]:
-    """Seconds before each retry: about 5, 20, 80, … up to an hour, a quarter more or less.
+    """Seconds before each retry: about 5, 20, 80, … up to about an hour: a quarter more or less.
 
     The jitter is each job's own, so that jobs which failed together do not all come back together.
     """

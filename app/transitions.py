@@ -323,9 +323,17 @@ def recover(connection: Redis, queues: Sequence[str]) -> list[Abandoned]:
     ]
 
 
-def promote(connection: Redis, queues: Sequence[str]) -> int:
-    """Let the delayed jobs and retries whose time has come wait in their queues; returns how many there were."""
-    return int(_run(connection, "promote", *queues))
+class Promoted(NamedTuple):
+    """How many jobs wait since now, and in how many seconds the next one is due, if there is one."""
+
+    jobs: int
+    due: float | None
+
+
+def promote(connection: Redis, queues: Sequence[str]) -> Promoted:
+    """Let the delayed jobs and retries whose time has come wait in their queues."""
+    jobs, due = _run(connection, "promote", *queues)
+    return Promoted(jobs, float(due) if due else None)
 
 
 def _owner_argument(owner: str | None) -> str:

@@ -8,6 +8,7 @@ import base64
 import contextlib
 import copy
 import json
+import math
 import os
 import signal
 import threading
@@ -49,8 +50,6 @@ PROGRESS_EVERY = 0.1
 KILL_AFTER = 5.0
 #: Seconds after its last heartbeat at which a worker counts as dead in `/readyz` and `rq info`.
 ALIVE = 35
-#: Jobs of one queue that one call of `promote` makes waiting at most.
-PROMOTED_AT_ONCE = 1000
 #: Longest pause, in seconds, between two tries to reach Redis.
 LONGEST_PAUSE = 5.0
 
@@ -88,7 +87,7 @@ class Worker(rq.Worker):
         self._stop_lock = threading.Lock()
         self._blank_job = Job("blank", connection=connection, serializer=JSONSerializer)
         self._is_suspended = True  # until the first `take` knows
-        self._last_tick = self._last_beat = 0.0
+        self._next_tick = self._last_beat = 0.0
         self._stopping_since: float | None = None
 
     # Around RQ's loop
@@ -288,13 +287,16 @@ class Worker(rq.Worker):
                 idle = time.monotonic() - idle_since
                 if timeout is None or (max_idle_time is not None and idle >= max_idle_time):
                     return None
-                self.connection.xread({DOORBELL_KEY: taken.rung}, block=int(TICK * 1000))
+                self.connection.xread({DOORBELL_KEY: taken.rung}, block=self._milliseconds_to_tick())
                 pause = 0.5
             except (RedisError, HorseDied, OSError) as error:  # OSError: no process could be started
                 self._state = WorkerStatus.IDLE
                 self.log.error("Worker %s: %s; trying again in %.1f s", self.name, error, pause)
                 time.sleep(pause)
                 pause = min(pause * 2, LONGEST_PAUSE)
+
+    def _milliseconds_to_tick(self) -> int:
+        return max(1, math.ceil((self._next_tick - time.monotonic()) * 1000))  # 0 is for ever
 
     def _queue_order(self) -> list[str]:
         return [queue.name for queue in self._ordered_queues]
@@ -350,15 +352,16 @@ class Worker(rq.Worker):
 
     def _tick(self) -> None:
         """Once a tick: what dead workers left, what is due, and the own heartbeat."""
-        if time.monotonic() - self._last_tick < TICK:
+        if time.monotonic() < self._next_tick:
             return
-        self._last_tick = time.monotonic()
+        self._next_tick = time.monotonic() + TICK
         self.heartbeat()
         names = [queue.name for queue in self.queues]
         for run, crashes in transitions.recover(self.connection, names):
             self._release(run, crashed=True, how="its worker died", crashes=crashes)
-        if transitions.promote(self.connection, names) >= PROMOTED_AT_ONCE:
-            self._last_tick = 0.0  # there is more: go on after the next job
+        due = transitions.promote(self.connection, names).due
+        # A job that is due before the next tick moves it forward; so delays are right to some milliseconds.
+        self._next_tick = time.monotonic() + (TICK if due is None else min(TICK, due))
         transitions.sweep(self.connection)
 
     # A job

@@ -17,6 +17,7 @@ from app.transitions import (
     DOORBELL_KEY,
     EVENTS_KEY,
     Abandoned,
+    Again,
     Created,
     Ending,
     Exists,
@@ -628,11 +629,11 @@ def test_retries_pause_in_between_as_their_intervals_say(redis: Any) -> None:
         job = job_of(redis)
         assert (job["status"], job["started_at"], job["worker_name"]) == ("scheduled", "", "")
         assert events(redis)[-1] == ("j", "scheduled")
-        assert transitions.promote(redis, ["default"]) == 0
+        assert transitions.promote(redis, ["default"]).jobs == 0
         assert waiting(redis) == []
         pauses.append(round((redis.zscore("rq:scheduled:default", "j") or 0) - before, -1))
         redis.zadd("rq:scheduled:default", {"j": before - 1})
-        assert transitions.promote(redis, ["default"]) == 1
+        assert transitions.promote(redis, ["default"]).jobs == 1
     assert pauses == [10, 10, 20]
     assert finish(redis, take_again(redis), "failed") == "failed"
 
@@ -651,12 +652,12 @@ def test_promote_makes_what_is_due_wait_in_order(redis: Any) -> None:
         schedule(redis, job_id, when)
     schedule(redis, "3", now - 3, "other")
     schedule(redis, "4", now - 3, "not mine")
-    assert transitions.promote(redis, ["default", "other"]) == 3
+    assert transitions.promote(redis, ["default", "other"]).jobs == 3
     assert (waiting(redis), waiting(redis, "other"), waiting(redis, "not mine")) == (["1", "2"], ["3"], [])
     assert job_of(redis, "1")["status"] == "queued"
     assert rung(redis)
     before = dump(redis)
-    assert transitions.promote(redis, ["default", "other"]) == 0
+    assert transitions.promote(redis, ["default", "other"]).jobs == 0
     assert dump(redis) == before
 
 
@@ -672,7 +673,7 @@ def test_promote_puts_a_job_in_front_that_asked_for_it(redis: Any, field: str) -
 def test_promote_drops_what_is_not_scheduled_any_more(redis: Any, status: str) -> None:
     schedule(redis, "j", 1, status=status)
     redis.zadd("rq:scheduled:default", {"gone": 1})
-    assert transitions.promote(redis, ["default"]) == 0
+    assert transitions.promote(redis, ["default"]).jobs == 0
     assert redis.zcard("rq:scheduled:default") == 0
     assert waiting(redis) == []
     assert not redis.exists("rq:job:gone")
@@ -682,7 +683,7 @@ def test_promote_is_not_held_up_by_poison(redis: Any) -> None:
     redis.set("rq:job:bad", "x")
     redis.zadd("rq:scheduled:default", {"bad": 1})
     schedule(redis, "good", 2)
-    assert transitions.promote(redis, ["default"]) == 1
+    assert transitions.promote(redis, ["default"]).jobs == 1
     assert waiting(redis) == ["good"]
 
 
@@ -885,6 +886,288 @@ def test_recover_is_not_held_up_by_an_intermediate_entry(redis: Any, poison: str
     assert "good" in waiting(redis)
 
 
+# enqueue: groups, delays, keys
+
+
+def add_many(redis: Any, *job_ids: str, **options: Any) -> Created | Exists | Full:
+    jobs = {job_id: {"data": job_id} for job_id in job_ids}
+    return transitions.enqueue(redis, "default", jobs, {"origin": "default"}, **{"limit": MANY, **options})
+
+
+def test_enqueue_of_a_group_makes_all_its_jobs(redis: Any) -> None:
+    created = add_many(redis, "c", "a", "b", group="g", group_ttl=100)
+    assert isinstance(created, Created)
+    assert waiting(redis) == ["c", "a", "b"]
+    assert [job_of(redis, job_id)["data"] for job_id in "cab"] == ["c", "a", "b"]
+    assert transitions.read_group(redis, "g") == (3, ["queued"] * 3)
+    assert redis.smembers("rq:groups") == {b"g"}
+    assert redis.ttl("rq:group:g") == redis.ttl("rq:api:group:g") == 100
+    before = dump(redis)
+    assert add_many(redis, "d", "e", group="g", group_ttl=100) == Exists("")
+    assert dump(redis) == before
+
+
+def test_enqueue_of_a_group_is_all_or_none(redis: Any) -> None:
+    add(redis, "first")
+    before = dump(redis)
+    assert add_many(redis, "a", "b", "c", group="g", group_ttl=100, limit=3) == Full()
+    assert dump(redis) == before
+    assert isinstance(add_many(redis, "a", "b", group="g", group_ttl=100, limit=3), Created)
+
+
+def test_enqueue_takes_jobs_of_any_number_of_fields(redis: Any) -> None:
+    many = {f"field{number}": number for number in range(450)}
+    jobs: dict[str, dict[str, Any]] = {"a": {"data": "x", **many}, "b": {"data": "y"}}
+    transitions.enqueue(redis, "default", jobs, {**many, "origin": "default"}, limit=MANY, group="g", group_ttl=9)
+    assert (redis.hlen("rq:job:a"), redis.hget("rq:job:b", "data")) == (450 + 5, b"y")
+
+
+def test_read_group_of_an_unknown_group_is_empty(redis: Any) -> None:
+    assert transitions.read_group(redis, "g") == (None, [])
+
+
+@pytest.mark.parametrize("when", ["delay", "at"])
+def test_enqueue_of_a_delayed_job_schedules_it(redis: Any, when: str) -> None:
+    now = time.time()
+    created = add_many(redis, "j", **{when: 100.25 + (now if when == "at" else 0)})
+    assert isinstance(created, Created)
+    assert created.status == "scheduled"
+    assert redis.zscore("rq:scheduled:default", "j") == pytest.approx(now + 100.25, abs=1)
+    assert waiting(redis) == []
+    assert "enqueued_at" not in job_of(redis)
+    assert events(redis) == [("j", "scheduled")]
+    assert redis.smembers("rq:queues") == {b"rq:queue:default"}
+
+
+def test_promote_tells_when_the_next_job_is_due(redis: Any) -> None:
+    add_many(redis, "a", delay=100)
+    add_many(redis, "b", delay=50)
+    assert transitions.promote(redis, ["other", "default"]).due == pytest.approx(50, abs=2)
+    assert transitions.promote(redis, ["other"]) == (0, None)
+
+
+def test_promote_takes_a_bounded_number_and_says_that_there_is_more(redis: Any) -> None:
+    redis.zadd("rq:scheduled:default", {str(number): 1 for number in range(1001)})
+    assert transitions.promote(redis, ["default"]) == (0, 0)
+    assert transitions.promote(redis, ["default"]) == (0, None)
+
+
+@pytest.mark.parametrize("group", [None, "g"])
+def test_enqueue_with_a_fingerprint_remembers_it(redis: Any, group: str | None) -> None:
+    def send(fingerprint: str) -> Any:
+        return add_many(redis, "j", group=group, group_ttl=300, fingerprint=fingerprint, key_ttl=200, limit=1)
+
+    assert isinstance(send("one"), Created)
+    assert redis.ttl(f"rq:api:key:{group or 'j'}") == 200
+    before = dump(redis)
+    assert send("two") == Exists("one")  # also now that the queue is full
+    redis.delete("rq:job:j")
+    assert send("one") == Exists("one")
+    assert set(dump(redis)) == set(before) - {b"rq:job:j"}
+
+
+# cancel
+
+
+def cancel(redis: Any, job_id: str = "j", owner: str | None = "") -> str:
+    return transitions.cancel(redis, job_id, owner, 300)
+
+
+def stop_requested(redis: Any, run: Run) -> bool:
+    return bool(redis.hexists(f"rq:execution:{run.job_id}:{run.execution}", "stop_requested"))
+
+
+def test_cancel_takes_a_waiting_job_out_of_its_queue(redis: Any) -> None:
+    add(redis)
+    add(redis, "other")
+    assert cancel(redis) == "canceled"
+    assert waiting(redis) == ["other"]
+    job = job_of(redis)
+    assert job["status"] == "canceled"
+    assert seconds_of(job["ended_at"]) == pytest.approx(time.time(), abs=2)
+    assert redis.ttl("rq:job:j") == 300
+    assert redis.zscore("rq:canceled:default", "j") == pytest.approx(time.time() + 300, abs=2)
+    assert events(redis)[-1] == ("j", "canceled")
+    before = dump(redis)
+    assert cancel(redis) == "canceled"
+    assert dump(redis) == before
+
+
+def test_take_skips_what_was_canceled(redis: Any) -> None:
+    add(redis)
+    cancel(redis)
+    redis.rpush("rq:queue:default", "j")
+    assert isinstance(take(redis), Nothing)
+    assert job_of(redis)["status"] == "canceled"
+
+
+def test_take_passes_a_bounded_number_of_stale_entries_at_a_time(redis: Any) -> None:
+    redis.rpush("rq:queue:default", *range(1500))
+    add(redis, limit=2 * MANY)
+    assert isinstance(take(redis), Again)
+    assert take_again(redis).job_id == "j"
+
+
+def test_cancel_asks_the_run_to_stop(redis: Any) -> None:
+    run = start(redis)
+    assert cancel(redis) == "started"
+    assert stop_requested(redis, run)
+    assert job_of(redis)["status"] == "started"
+    assert transitions.renew(redis, run, 30) == "stop"
+
+
+@pytest.mark.parametrize("outcome", ["finished", "failed", "stopped"])
+def test_finish_of_a_canceled_run_ends_stopped(redis: Any, outcome: Any) -> None:
+    run = start(redis, retries_left=3)
+    cancel(redis)
+    assert finish(redis, run, outcome, "1") == "stopped"
+    job = job_of(redis)
+    assert (job["status"], json.loads(job["error"])["type"]) == ("stopped", "JobStopped")
+    (result,) = redis.xrange("rq:results:j")
+    assert (result[1][b"type"], b"return_value" in result[1]) == (b"2", False)
+    assert waiting(redis) == []
+    assert redis.zcard("rq:scheduled:default") == 0
+
+
+@pytest.mark.parametrize("crashed", [False, True])
+def test_release_of_a_canceled_run_ends_stopped(redis: Any, crashed: bool) -> None:
+    run = start(redis)
+    cancel(redis)
+    assert release(redis, run, crashed=crashed) == "stopped"
+    assert (job_of(redis)["status"], waiting(redis)) == ("stopped", [])
+
+
+def test_canceled_run_of_a_dead_worker_is_recovered_as_stopped(redis: Any) -> None:
+    run = start(redis, lease=EXPIRED)
+    cancel(redis)
+    ((abandoned, _),) = transitions.recover(redis, ["default"])
+    assert abandoned == run
+    assert release(redis, abandoned, crashed=True) == "stopped"
+
+
+def test_stop_does_not_outlive_its_run(redis: Any) -> None:
+    run = start(redis)
+    cancel(redis)
+    finish(redis, run)
+    redis.hset("rq:job:j", "status", "queued")  # as `rq requeue` does
+    redis.rpush("rq:queue:default", "j")
+    again = take_again(redis)
+    assert transitions.renew(redis, again, 30) == "held"
+    assert finish(redis, again) == "finished"
+
+
+def test_cancel_that_comes_after_the_end_changes_nothing(redis: Any) -> None:
+    finish(redis, start(redis))
+    before = dump(redis)
+    assert cancel(redis) == "finished"
+    assert dump(redis) == before
+
+
+@pytest.mark.parametrize(("owner", "answer"), [("", ""), ("bob", ""), ("alice", "canceled"), (None, "canceled")])
+def test_cancel_and_retry_look_whose_job_it_is(redis: Any, owner: str | None, answer: str) -> None:
+    add(redis, owner="alice")
+    assert cancel(redis, owner=owner) == answer
+    cancel(redis, owner="alice")
+    assert transitions.retry(redis, "j", owner, MANY) == ("queued" if answer else "")
+
+
+def test_cancel_leaves_a_job_with_dependents_to_rq_when_it_ends(redis: Any) -> None:
+    run = start(redis)
+    redis.sadd("rq:job:j:dependents", "other")
+    cancel(redis)
+    assert finish(redis, run) == "rq"
+    assert release(redis, run) == "rq"
+
+
+# retry
+
+
+@pytest.mark.parametrize("status", ["failed", "stopped", "canceled"])
+def test_retry_makes_the_job_wait_behind_the_others(redis: Any, status: Any) -> None:
+    if status == "canceled":
+        add(redis, retries_left=1, retries=2)
+        cancel(redis)
+    else:
+        finish(redis, start(redis, retries_left=0, retries=2), status)
+    add(redis, "other")
+    redis.hset("rq:job:j", "crashes", 3)
+    assert transitions.retry(redis, "j", "", MANY) == "queued"
+    assert waiting(redis) == ["other", "j"]
+    job = job_of(redis)
+    assert (job["status"], job["retries_left"], redis.ttl("rq:job:j")) == ("queued", "2", -1)
+    assert {"crashes", "error", "progress"}.isdisjoint(job)
+    assert not redis.exists("rq:failed:default", "rq:canceled:default")
+    assert events(redis)[-1] == ("j", "queued")
+    before = dump(redis)
+    assert transitions.retry(redis, "j", "", MANY) == "not queued"
+    assert dump(redis) == before
+
+
+def test_retry_into_a_full_queue_changes_nothing(redis: Any) -> None:
+    finish(redis, start(redis), "failed")
+    add(redis, "other")
+    before = dump(redis)
+    assert transitions.retry(redis, "j", "", 1) == "full"
+    assert dump(redis) == before
+
+
+# The index of /jobs
+
+
+def index(redis: Any) -> dict[str, list[str]]:
+    return {
+        key.decode().removeprefix("rq:api:jobs:"): [job_id.decode() for job_id in redis.zrange(key, 0, -1)]
+        for key in redis.scan_iter("rq:api:jobs:*")
+    }
+
+
+def test_index_follows_the_status(redis: Any) -> None:
+    add(redis, owner="alice")
+    seen = [index(redis)]
+
+    def see(_: object) -> None:
+        seen.append(index(redis))
+
+    run = take_again(redis)
+    see(run)
+    see(release(redis, run))
+    see(finish(redis, take_again(redis), "failed"))
+    see(transitions.retry(redis, "j", None, MANY))
+    see(cancel(redis, owner=None))
+    see(transitions.retry(redis, "j", None, MANY))
+    see(finish(redis, take_again(redis)))
+    statuses = ["queued", "started", "queued", "failed", "queued", "canceled", "queued", "finished"]
+    assert seen == [{f":{status}": ["j"], f"alice:{status}": ["j"]} for status in statuses]
+
+
+def test_list_goes_through_all_statuses_newest_first(redis: Any) -> None:
+    for number in range(6):
+        add(redis, str(number))
+    finish(redis, take_again(redis))
+    finish(redis, take_again(redis), "failed")
+    cancel(redis, "3")
+    fields = ["status", "function", "origin", "owner", "created_at"]
+    first = transitions.list_jobs(redis, None, fields, limit=4, most=MANY)
+    assert [(job_id, (values[0] or b"").decode()) for job_id, values in first.jobs] == [
+        ("5", "queued"), ("4", "queued"), ("3", "canceled"), ("2", "queued"),
+    ]  # fmt: skip
+    second = transitions.list_jobs(redis, None, fields, limit=4, most=MANY, cursor=first.next)
+    assert ([job_id for job_id, _ in second.jobs], second.next) == (["1", "0"], None)
+    filtered = transitions.list_jobs(redis, None, fields, status="failed", limit=4, most=MANY)
+    assert ([job_id for job_id, _ in filtered.jobs], filtered.next) == (["1"], None)
+
+
+def test_list_looks_at_no_more_than_it_is_told(redis: Any) -> None:
+    for number in range(5):
+        add(redis, str(number))
+    page = transitions.list_jobs(
+        redis, None, ["status", "function", "origin", "owner", "created_at"], queue="other", limit=4, most=3
+    )
+    assert page.jobs == []
+    assert page.next
+    assert page.next.job_id == "2"
+
+
 # What all share
 
 
@@ -926,5 +1209,5 @@ def test_doorbell_rings_for_all_that_becomes_waiting(redis: Any) -> None:
     ring_of(finish(redis, take_again(redis), "failed"))
     ring_of(release(redis, take_again(redis)))
     schedule(redis, "later", 1)
-    ring_of(transitions.promote(redis, ["default"]))
+    ring_of(transitions.promote(redis, ["default"]).jobs)
     assert len(set(rings)) == 4

@@ -263,7 +263,7 @@ def test_wait_goes_on_while_the_job_is_retried(client: FlaskClient, redis: "Redi
     asked = ask("/check_status", job_id)
     assert end_run(redis, take_job(redis), "failed") == "scheduled"
     redis.zadd("rq:scheduled:default", {job_id: 1})  # its pause is over
-    assert transitions.promote(redis, ["default"]) == 1
+    assert transitions.promote(redis, ["default"]).jobs == 1
     run = take_job(redis)
     assert not asked.done()
     end_run(redis, run, value=1)

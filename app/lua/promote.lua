@@ -1,7 +1,7 @@
 -- The delayed jobs and retries whose time has come wait in their queue from now on.
 -- ARGV: queues.
--- Answers how many.
-local now, promoted = clock(), 0
+-- Answers how many, and in how many seconds the next is due (0 if there are more that are due now, '' if there is none).
+local now, promoted, due = clock(), 0, nil
 for _, queue in ipairs(ARGV) do
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', registry('scheduled', queue), '-inf', now, 'LIMIT', 0, 1000)) do
     redis.call('ZREM', registry('scheduled', queue), id)
@@ -11,5 +11,7 @@ for _, queue in ipairs(ARGV) do
       promoted = promoted + 1
     end
   end
+  local first = redis.call('ZRANGE', registry('scheduled', queue), 0, 0, 'WITHSCORES')
+  if first[2] then due = math.min(due or math.huge, math.max(0, number(first[2], math.huge) - now)) end
 end
-return promoted
+return {promoted, due and exact(due) or ''}
