@@ -217,8 +217,9 @@ class Worker(rq.Worker):
             super().handle_payload(message)
             return
         with self._stop_lock:
-            if payload.get("job_id") != self._stoppable_job_id:  # it has ended, or `renew` will say so
-                self.log.info("Worker %s: does not run job %s, which was to be stopped", self.name, payload["job_id"])
+            job_id = payload.get("job_id")
+            if not job_id or job_id != self._stoppable_job_id:  # it has ended, or `renew` will say so
+                self.log.info("Worker %s: does not run job %s, which was to be stopped", self.name, job_id)
                 return
             self._stopped_job_id = self._stoppable_job_id
             self.kill_horse()
@@ -228,11 +229,10 @@ class Worker(rq.Worker):
         return next((execution.job_id for execution in list(self.executions.values())), None)
 
     def _pubsub_exception_handler(self, exc: Exception, pubsub: Any, pubsub_thread: Any) -> None:
-        """As RQ's, which takes a time-out for the end: the worker would never hear a command again."""
-        if not isinstance(exc, RedisError):
-            raise exc
-        self.log.error("Worker %s: cannot hear commands, trying again: %s", self.name, exc)
-        time.sleep(2 * TICK)
+        """As RQ's, which ends the thread on a time-out or a malformed command, and never hears another one."""
+        self.log.error("Worker %s: a command was not heard or not understood: %r", self.name, exc)
+        if isinstance(exc, RedisError):
+            time.sleep(2 * TICK)
 
     def _is_out_of_time(self) -> bool:
         since = self._stopping_since

@@ -13,6 +13,7 @@ import zlib
 from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import ExitStack
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from rq.job import Dependency, Job
 from rq.serializers import JSONSerializer
 
 import app
+from app import transitions
 from app.config import get_settings
 from app.events import EventLog
 from app.jobs import Jobs
@@ -440,6 +442,84 @@ def test_cancel_of_a_running_job_ends_the_run(bench: Bench, tmp_path: Path) -> N
     assert bench.result_of(bench.enqueue("echo", "next")) == "next"
     assert bench.read(job_id)["status"] == "canceled"
     assert not bench.redis.exists(f"rq:results:{job_id}")
+
+
+def cancel(bench: Bench, job_id: str) -> str:
+    return transitions.cancel(bench.redis, job_id, None, 100)
+
+
+def test_cancel_through_the_api_ends_the_run_at_once(bench: Bench, tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    job_id = bench.enqueue("write_pid", {"path": str(path), "seconds": 50})
+    pid = int(wait_until(lambda: lines_of(path))[0])
+    assert cancel(bench, job_id) == "started"
+    assert bench.end_of(job_id, "stopped", 10)["error"]["type"] == "JobStopped"
+    assert not is_running(pid)
+
+
+def test_stop_whose_message_is_missed_is_followed_up(bench: Bench) -> None:
+    job_id = bench.enqueue("sleep_for", 50)
+    bench.wait_for(job_id, "started")
+    bench.redis.client_kill_filter(_type="pubsub")
+    assert bench.redis.pubsub_channels() == []
+    assert cancel(bench, job_id) == "started"
+    bench.end_of(job_id, "stopped", 10)
+
+
+def test_malformed_commands_do_not_deafen_the_worker(bench: Bench) -> None:
+    (name,) = bench.workers()
+    channel = f"rq:pubsub:{name.decode().removeprefix('rq:worker:')}"
+    wait_until(lambda: bench.redis.pubsub_channels() == [channel.encode()], 10)
+    for garbage in (b"x", b"\xff", b"[]", b"{}", b'{"command": "stop-job"}', b'{"command": "stop-job", "job_id": [1]}'):
+        bench.redis.publish(channel, garbage)
+    job_id = bench.enqueue("sleep_for", 50)
+    bench.wait_for(job_id, "started")
+    assert bench.redis.publish(channel, json.dumps({"command": "stop-job", "job_id": job_id})) == 1
+    bench.end_of(job_id, "stopped", 10)
+
+
+def test_job_that_is_stopped_keeps_no_other_from_its_run(bench: Bench, tmp_path: Path) -> None:
+    path = tmp_path / "ran"
+    stopped = [bench.enqueue("sleep_for", 0.02) for _ in range(10)]
+    neighbours = [bench.enqueue("append_line", {"path": str(path), "line": str(number)}) for number in range(10)]
+    for job_id in stopped:
+        bench.wait_for(job_id, "started", *TERMINAL)
+        cancel(bench, job_id)
+    for job_id in neighbours:
+        bench.end_of(job_id, "finished")
+    assert sorted(lines_of(path)) == sorted(map(str, range(10)))
+
+
+def test_delayed_job_runs_when_it_is_due(bench: Bench) -> None:
+    jobs: dict[str, Any] = {"later": {"data": Job.create("tests.job_functions.echo", (1,), connection=bench.redis,
+                                                         serializer=JSONSerializer).to_dict()["data"]}}  # fmt: skip
+    transitions.enqueue(bench.redis, "default", jobs, {"origin": "default"}, limit=100, delay=1.3)
+    before = time.time()
+    assert bench.wait_for("later", "scheduled", *TERMINAL)["status"] == "scheduled"
+    job = bench.end_of("later", "finished", 10)
+    assert datetime.fromisoformat(job["started_at"]).timestamp() > before + 1.2
+
+
+def test_worker_lets_jobs_that_rq_canceled_expire(own: Bench, tmp_path: Path) -> None:
+    canceled, gone, ours = (own.enqueue("echo", 1) for _ in range(3))
+    for job_id in (canceled, gone):
+        Job.fetch(job_id, connection=own.redis, serializer=JSONSerializer).cancel()
+    own.redis.delete(f"rq:job:{gone}")
+    assert cancel(own, ours) == "canceled"
+    assert own.redis.ttl(f"rq:job:{canceled}") == -1
+    with worker(environment(own.url, FAILURE_TTL=500), tmp_path / "worker.log"):
+        wait_until(lambda: own.redis.ttl(f"rq:job:{canceled}") > 0)
+        wait_until(lambda: own.redis.zscore("rq:canceled:default", gone) is None)
+    assert own.redis.ttl(f"rq:job:{canceled}") <= 500
+    assert own.redis.ttl(f"rq:job:{ours}") <= 100
+    assert own.redis.zcard("rq:canceled:default") == 2
+
+
+def test_worker_passes_a_long_row_of_canceled_jobs(bench: Bench) -> None:
+    with bench.redis.pipeline() as pipeline:
+        pipeline.rpush("rq:queue:default", *[f"gone-{number}" for number in range(2500)])
+        pipeline.execute()
+    assert bench.result_of(bench.enqueue("echo", "next")) == "next"
 
 
 def test_suspended_worker_takes_nothing_until_resumed(bench: Bench, shop: Shop) -> None:
