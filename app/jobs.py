@@ -36,8 +36,8 @@ POLL_AGAIN = 1
 TRY_AGAIN = 5
 #: Seconds that an idempotency key is remembered at least.
 KEY_TTL = 24 * 3600
-#: Seconds that a group is kept, whatever becomes of its jobs.
-GROUP_TTL = MAX_SECONDS
+#: Seconds that a group is kept, whatever becomes of its jobs: the longest delay and the longest TTL.
+GROUP_TTL = 2 * MAX_SECONDS
 #: Jobs that one page of a list looks at, at most, to find those that fit.
 MOST_LOOKED_AT = 1000
 #: Places of a request that one answer names as wrong, at most.
@@ -150,7 +150,7 @@ class Jobs:
         own = own_fields(function, payload, options)
         if fingerprint:
             own["fingerprint"] = fingerprint
-        created = self._enqueue(options, {job_id: own}, shared, fingerprint, key_ttl=KEY_TTL)
+        created = self._enqueue(options, {job_id: own}, shared, fingerprint, key_id=key and job_id, key_ttl=KEY_TTL)
         if created is None:
             # Without a key: this very request was sent to Redis twice, and did it the first time.
             return Receipt(job_id, None, is_replay=key is not None)
@@ -178,7 +178,8 @@ class Jobs:
         # An owner's name has no colon: a group's id is never taken for a job's.
         group_owner = f"group:{owner}"
         group = self.ids.derive(group_owner, key) if key else self.ids.new(group_owner)
-        fingerprint = make_fingerprint(function, payloads, asked) if key else None
+        key_id = self.ids.derive(owner, key) if key else None  # as for a single job: a key stands for one request
+        fingerprint = make_fingerprint(function, payloads, asked, is_batch=True) if key else None
         options = choose_options(function, asked, self.settings)
         job_ids = [
             self.ids.derive(owner, group, str(index)) if key else self.ids.new(owner) for index in range(len(payloads))
@@ -186,8 +187,11 @@ class Jobs:
         own = {
             job_id: own_fields(function, payload, options) for job_id, payload in zip(job_ids, payloads, strict=True)
         }
+        if fingerprint:
+            own[job_ids[0]]["fingerprint"] = fingerprint
         shared = shared_fields(self.connection, function, options, owner, group)
-        created = self._enqueue(options, own, shared, fingerprint, key_ttl=GROUP_TTL, group=group, group_ttl=GROUP_TTL)
+        kept = {"key_id": key_id, "key_ttl": GROUP_TTL, "group": group, "group_ttl": GROUP_TTL}
+        created = self._enqueue(options, own, shared, fingerprint, **kept)
         return GroupReceipt(group, job_ids, is_replay=created is None and key is not None)
 
     @staticmethod

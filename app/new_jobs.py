@@ -98,12 +98,12 @@ def own_fields(function: JobFunction, payload: Any, options: Options) -> dict[st
     return fields
 
 
-def make_fingerprint(function: JobFunction, payload: Any, asked: Options) -> str:
+def make_fingerprint(function: JobFunction, payload: Any, asked: Options, *, is_batch: bool = False) -> str:
     """What a request with an idempotency key has to have in common with the first one: all that decides the job.
 
     Only what the client sent is in it: a default that changes between the two is no difference.
     """
     options: Mapping[str, Any] = asked
     sent = {name: value.astimezone(UTC).isoformat() if name == "at" else value for name, value in options.items()}
-    text = json.dumps([function.name, payload, sent], sort_keys=True)
+    text = json.dumps([function.name, is_batch, payload, sent], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

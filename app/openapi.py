@@ -63,8 +63,12 @@ _IDEMPOTENCY_KEY = {
     "name": "Idempotency-Key",
     "in": "header",
     "required": False,
-    "description": "1 to 255 visible characters. The same request with the same key is carried out once",
-    "schema": {"type": "string", "pattern": "^[!#-~][!-~]{0,254}$", "examples": ["8e03978e-40d5-43e8-bc93"]},
+    "description": "1 to 255 visible characters, bare or quoted. The same request with the same key is done once",
+    "schema": {
+        "type": "string",
+        "pattern": r'^([!#-~][!-~]{0,254}|"[!#-\[\]-~]{1,255}")$',
+        "examples": ["8e03978e-40d5-43e8-bc93"],
+    },
 }
 
 

@@ -227,7 +227,6 @@ class IdempotencyKeyReused(Problem):
         "A request with the same `Idempotency-Key` came before, with another function, payload or option. Nothing was "
         "enqueued. Use a new key for a new request, and the same key only to send the very same one again."
     )
-    example: ClassVar = {"job_id": "abc"}
 
 
 class PayloadTooLarge(Problem):

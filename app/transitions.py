@@ -127,6 +127,7 @@ def enqueue(
     at: float | None = None,
     group: str | None = None,
     group_ttl: int | None = None,
+    key_id: str | None = None,
     fingerprint: str | None = None,
     key_ttl: int | None = None,
 ) -> Created | Exists | Full:
@@ -144,7 +145,8 @@ def enqueue(
         at: seconds since 1970 before which they do not run; wins over `delay`.
         group: id of the group that they are to be.
         group_ttl: seconds that the group is kept.
-        fingerprint: of the request, if it has an idempotency key (the ids are derived from it then).
+        key_id: what stands for the request's idempotency key, if it has one; the ids are derived from it then.
+        fingerprint: of the request, with `key_id`. One of the jobs has it among its fields, too.
         key_ttl: seconds that the key is remembered, if the job is not kept longer.
     """
     common = {
@@ -157,6 +159,7 @@ def enqueue(
         "at": at,
         "group": group,
         "group_ttl": group_ttl,
+        "key_id": key_id,
         "fingerprint": fingerprint,
         "key_ttl": key_ttl,
     }

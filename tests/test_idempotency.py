@@ -238,7 +238,20 @@ def test_batch_with_a_used_key_and_other_payloads_is_refused(
     assert len(job_ids(redis)) == 3
 
 
-def test_batch_and_single_job_may_have_the_same_key(client: FlaskClient, redis: Any) -> None:
-    assert send(client, "k", [1], "/enqueue_many/echo").status_code == 202
-    assert send(client, "k", [1]).status_code == 202
+@pytest.mark.parametrize(("first", "second"), [("enqueue", "enqueue_many"), ("enqueue_many", "enqueue")])
+def test_key_stands_for_one_request_on_both_routes(client: FlaskClient, redis: Any, first: str, second: str) -> None:
+    assert send(client, "k", [1], f"/{first}/echo").status_code == 202
+    problem_of(send(client, "k", [1], f"/{second}/echo"), 422, "idempotency-key-reused")
+    assert len(job_ids(redis)) == 1
+
+
+@pytest.mark.parametrize("lost", ["marks", "marks and the first job"])
+def test_batch_is_never_written_over_though_its_key_ran_out(client: FlaskClient, redis: Any, lost: str) -> None:
+    first = json_of(send(client, "k", [1, 2], "/enqueue_many/echo"))
+    redis.delete(*redis.keys("rq:api:key:*"), *redis.keys("rq:api:group:*"))
+    if lost == "marks":
+        assert json_of(send(client, "k", [1, 2], "/enqueue_many/echo")) == first
+    else:
+        redis.delete(f"rq:job:{first['job_ids'][0]}")
+        problem_of(send(client, "k", [1, 2], "/enqueue_many/echo"), 422, "idempotency-key-reused")
     assert len(job_ids(redis)) == 2

@@ -955,10 +955,12 @@ def test_promote_takes_a_bounded_number_and_says_that_there_is_more(redis: Any) 
 @pytest.mark.parametrize("group", [None, "g"])
 def test_enqueue_with_a_fingerprint_remembers_it(redis: Any, group: str | None) -> None:
     def send(fingerprint: str) -> Any:
-        return add_many(redis, "j", group=group, group_ttl=300, fingerprint=fingerprint, key_ttl=200, limit=1)
+        return add_many(
+            redis, "j", group=group, group_ttl=300, key_id="k", fingerprint=fingerprint, key_ttl=200, limit=1
+        )
 
     assert isinstance(send("one"), Created)
-    assert redis.ttl(f"rq:api:key:{group or 'j'}") == 200
+    assert redis.ttl("rq:api:key:k") == 200
     before = dump(redis)
     assert send("two") == Exists("one")  # also now that the queue is full
     redis.delete("rq:job:j")

@@ -9,15 +9,23 @@
 --   ttl          seconds after which it is dropped if no worker took it
 --   delay, at    not before so many seconds from now, or this time in seconds since 1970
 --   group        id of the group, with group_ttl, the seconds that it is kept
---   fingerprint  of the request, if it has an idempotency key, with key_ttl, the seconds that the key is kept at least
+--   key_id       stands for the request's idempotency key, if it has one (for a single job it is the job's id), with
+--                the request's fingerprint and key_ttl, the seconds that the key is remembered at least
 -- Answers {'created', time of it, status}, {'exists', fingerprint of the first request or ''} or {'full'}.
 local all = cjson.decode(ARGV[1])
 local shared_end = 2 + ARGV[2]
-local name = all.group or ARGV[shared_end + 1]
-local key_mark, group_mark = RQ .. ':api:key:' .. name, RQ .. ':api:group:' .. name
+local key_mark, group_mark = RQ .. ':api:key:' .. (all.key_id or ''), RQ .. ':api:group:' .. (all.group or '')
 
-local known = redis.call('GET', key_mark) or read(name, 'fingerprint')[1]
-if known or redis.call('EXISTS', job_key(name), group_mark) > 0 then return {'exists', known or ''} end
+-- Each job is asked for its fingerprint: a mark may run out before the last job of a batch does.
+local known, position = all.key_id and redis.call('GET', key_mark), shared_end + 1
+local is_known = known or (all.group and redis.call('EXISTS', group_mark) == 1)
+for _ = 1, all.count do
+  local id = ARGV[position]
+  is_known = is_known or redis.call('EXISTS', job_key(id)) == 1
+  known = known or read(id, 'fingerprint')[1]
+  position = position + 2 + ARGV[position + 1]
+end
+if is_known then return {'exists', known or ''} end
 if length(all.queue) + all.count > all.limit then return {'full'} end
 
 local now = clock()
@@ -30,7 +38,8 @@ local function write(key, first, last)
   for from = first, last, 100 do redis.call('HSET', key, unpack(ARGV, from, math.min(from + 99, last))) end
 end
 
-local ids, position = {}, shared_end + 1
+local ids = {}
+position = shared_end + 1
 for number = 1, all.count do
   local id, own_end = ARGV[position], position + 1 + ARGV[position + 1]
   local key = job_key(id)
@@ -56,7 +65,7 @@ if status == 'queued' then
   -- The order of the jobs is the order in which they run, at the front too.
   for number = 1, all.count do push(ids[all.at_front and all.count + 1 - number or number], all.queue, all.at_front) end
 end
-if all.fingerprint then redis.call('SET', key_mark, all.fingerprint, 'EX', all.key_ttl) end
+if all.key_id then redis.call('SET', key_mark, all.fingerprint, 'EX', all.key_ttl) end
 if all.group then
   redis.call('SADD', RQ .. ':groups', all.group)
   for _, id in ipairs(ids) do redis.call('SADD', RQ .. ':group:' .. all.group, id) end
