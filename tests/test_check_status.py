@@ -34,7 +34,7 @@ def test_check_status_tells_each_state(client: FlaskClient, redis: "Redis", stat
 
     assert is_time("enqueued_at")
     assert is_time("started_at") if state in {"started", "finished", "failed", "stopped"} else not status["started_at"]
-    assert is_time("ended_at") if state in {"finished", "failed", "stopped"} else status["ended_at"] is None
+    assert is_time("ended_at") if state in TERMINAL else status["ended_at"] is None
     assert (status["error"] is not None) == (state in {"failed", "stopped"})
 
 
