@@ -61,7 +61,7 @@ def test_check_status_tells_a_failure_without_its_traceback(client: FlaskClient,
 def test_check_status_tells_progress(client: FlaskClient, redis: "Redis") -> None:
     job_id = enqueue_echo(client)
     progress = '{"done": 3, "total": 10, "message": "step 3"}'
-    assert transitions.renew(redis, take_job(redis), 30, progress)
+    assert transitions.renew(redis, take_job(redis), 30, progress) == "held"
     assert check(client, job_id).json["progress"] == {"done": 3, "total": 10, "message": "step 3"}
 
 

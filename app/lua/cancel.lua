@@ -11,19 +11,20 @@ if status == 'finished' or status == 'failed' or status == 'stopped' or status =
 
 local now, ttl = clock(), whole(job[5], failure_ttl)
 if status == 'started' then
-  local is_running = false
+  local worker, is_running = job[4] or '', false
   for _, execution in ipairs(redis.call('ZRANGE', registry('executions', id), 0, -1)) do
-    if holds(id, execution, queue) and redis.call('EXISTS', execution_key(id, execution)) == 1 then
+    if redis.call('EXISTS', execution_key(id, execution)) == 0 then
+      end_execution(id, execution, queue, worker) -- its worker is long dead
+    elseif holds(id, execution, queue) then
       is_running = true
-      redis.call('HSET', execution_key(id, execution), 'stop_requested', exact(now))
+      redis.call('HSET', job_key(id), 'stop_requested', execution)
     end
   end
   if is_running then
     -- The command that RQ's own `send_stop_job_command` sends.
-    redis.call('PUBLISH', RQ .. ':pubsub:' .. (job[4] or ''), cjson.encode({command = 'stop-job', job_id = id}))
+    redis.call('PUBLISH', RQ .. ':pubsub:' .. worker, cjson.encode({command = 'stop-job', job_id = id}))
     return 'started'
   end
-  -- Nobody runs it: what had it is long dead.
   end_badly(id, status, queue, 'stopped', ttl, {'exc_string', STOPPED_EXCEPTION}, STOPPED_ERROR, now)
   return 'stopped'
 end

@@ -134,14 +134,15 @@ local function extend_lease(id, execution, queue, worker, lease, now, ...)
   redis.call('EXPIRE', execution_key(id, execution), ttl)
   redis.call('ZADD', registry('wip', queue), exact(now + ttl), id .. ':' .. execution)
   redis.call('ZADD', registry('executions', id), exact(now + ttl + 60), execution)
-  redis.call('EXPIRE', registry('executions', id), ttl + 60)
+  -- As long as the entry in `wip`, which somebody recovers: `cancel` finds by it the run that has the job.
+  redis.call('PERSIST', registry('executions', id))
   redis.call('EXPIRE', worker_key(worker) .. ':executions', ttl + 60)
 end
 
--- Whether somebody canceled the job while it runs. The request stands at the execution, and is gone with it.
+-- Whether somebody canceled the job while it runs. The request names the execution, so it is for no later run; it stands
+-- at the job, since what the execution has runs out while no worker is there to recover it.
 local function is_to_stop(id, execution)
-  local found = redis.pcall('HGET', execution_key(id, execution), 'stop_requested')
-  return found and not found.err
+  return read(id, 'stop_requested')[1] == execution
 end
 
 -- Count a run among the worker's own; a worker that is gone is not brought back by it.
