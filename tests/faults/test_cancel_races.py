@@ -1,0 +1,180 @@
+"""Cancel, against all that may happen to the job and its worker at the same time."""
+
+import os
+import random
+import signal
+import time
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from itertools import cycle, islice
+from typing import NamedTuple
+
+import pytest
+import requests
+
+from app.transitions import TERMINAL
+from tests.faults.conftest import Row
+from tests.faults.ledger import Job, Run
+from tests.faults.site import FRAGILE, FRAGILE_USER, Clients, Site
+from tests.processes import wait_until
+
+#: How the races begin, in turns. The first three are open; the others are long decided when the cancel comes, so that
+#: each outcome is there without luck.
+STARTS = (*("idle", "behind others", "idle", "behind others", "delayed") * 4, "waits", "runs", "has ended")
+
+
+class Race(NamedTuple):
+    """A job, what its cancel was answered, and the jobs beside it that are nobody's business."""
+
+    job_id: str
+    answer: requests.Response
+    neighbours: list[str]
+    #: from the answer to the end
+    seconds: float
+
+
+def run_race(clients: Clients, cancelers: ThreadPoolExecutor, start: str) -> Race:
+    """Enqueue a job and cancel it, from two threads."""
+    neighbours = []
+    options, pause = {"seconds": random.uniform(0, 0.01)}, 0.0
+    match start:
+        case "idle":
+            pause = random.uniform(0, 0.015)
+        case "behind others":
+            neighbours = [clients.enqueue_one(seconds=random.uniform(0, 0.01)) for _ in range(2)]
+            pause = random.uniform(0, 0.015)
+        case "delayed":
+            # Longer than a worker's tick: it knows of it, and promotes it some milliseconds late.
+            options["delay"] = 1.1
+            pause = 1.1 + random.uniform(0, 0.05)
+        case "waits":
+            options["delay"] = 60
+        case "runs":
+            options["seconds"] = 60
+    job_id = clients.enqueue_one(**options)
+    if start in ("runs", "has ended"):
+        status = "started" if start == "runs" else "finished"
+        wait_until(lambda: clients.status_of(job_id) == status, what=f"{job_id} {status}")
+    asked = cancelers.submit(cancel_after, pause, clients, job_id)
+    # What its worker takes next, and what a stop that comes too late would hit.
+    neighbours.append(clients.enqueue_one(seconds=random.uniform(0, 0.01)))
+    answer = asked.result()
+    begin = time.monotonic()
+    wait_until(lambda: clients.status_of(job_id) in TERMINAL, what=f"the end of {job_id}")
+    seconds = time.monotonic() - begin
+    wait_until(lambda: all(clients.status_of(each) in TERMINAL for each in neighbours), what="their ends")
+    return Race(job_id, answer, neighbours, seconds)
+
+
+def cancel_after(seconds: float, clients: Clients, job_id: str) -> requests.Response:
+    time.sleep(seconds)
+    return clients.cancel(job_id)
+
+
+def outcome_of(race: Race, job: Job) -> str:
+    """What came of the race, once it is known that the answer was true."""
+    body = race.answer.json()
+    match race.answer.status_code:
+        case 200:
+            assert body["job_status"] == "canceled", body
+            assert (job.status, job.runs) == ("canceled", []), job
+        case 202:
+            assert body["job_status"] in ("started", "stopped"), body
+            assert job.status == "stopped", job
+        case 409:
+            assert (body["type"], body["job_status"]) == ("/problems/job-already-ended", "finished"), body
+            assert (job.status, len(job.runs)) == ("finished", 1), job
+        case _:
+            raise AssertionError(race.answer.text)
+    assert job.crashes == 0
+    return str(job.status)
+
+
+@pytest.mark.fault("19", "cancel against start", timeout=900)
+def test_answer_to_a_cancel_is_true_whenever_it_comes(clients: Clients, row: Row, long: bool) -> None:
+    count = 1000 if long else len(STARTS) * 3
+    # As many as there are workers, or the queue would decide most races; those that are delayed wait beside them.
+    with ThreadPoolExecutor(2) as racers, ThreadPoolExecutor(8) as patient, ThreadPoolExecutor(10) as cancelers:
+        asked = [
+            (patient if start == "delayed" else racers).submit(run_race, clients, cancelers, start)
+            for start in islice(cycle(STARTS), count)
+        ]
+        races = [each.result() for each in asked]
+    tally = clients.ledger.settle()
+    outcomes = Counter(outcome_of(race, tally.jobs[race.job_id]) for race in races)
+    for race in races:
+        for neighbour in race.neighbours:
+            job = tally.jobs[neighbour]
+            assert (job.status, len(job.runs), job.crashes) == ("finished", 1, 0), job
+    assert set(outcomes) == {"canceled", "stopped", "finished"}
+    slowest = max(race.seconds for race in races if race.answer.status_code == 202)
+    row.close(tally, slowest, note=", ".join(f"{times} {outcome}" for outcome, times in outcomes.items()))
+
+
+def start_long_job(clients: Clients, **options: str) -> tuple[str, Run]:
+    """A job that runs for a minute, and its run."""
+    job_id = clients.enqueue_one(seconds=60, **options)
+    (run,) = wait_until(lambda: clients.ledger.runs().get(job_id, []), what=f"the run of {job_id}")
+    return job_id, run
+
+
+def await_stopped(clients: Clients, job_id: str, since: float, seconds: float) -> float:
+    """Seconds until the job was stopped, as it had to be."""
+    wait_until(lambda: clients.status_of(job_id) in TERMINAL, seconds, f"the end of {job_id}")
+    assert clients.status_of(job_id) == "stopped"
+    return time.monotonic() - since
+
+
+@pytest.mark.fault("19b", "cancel of a running job while worker and work-horse are killed", timeout=600)
+def test_canceled_job_whose_worker_is_killed_ends_stopped(clients: Clients, row: Row, site: Site, long: bool) -> None:
+    slowest = 0.0
+    with site.fragile_staff(2) as staff, ThreadPoolExecutor(1) as pool:
+        for number in range(20 if long else 1):
+            job_id, run = start_long_job(clients, queue=FRAGILE)
+            name = clients.redis.hget(f"rq:job:{job_id}", "worker_name").decode()
+            if number % 2 == 0:  # so that the worker cannot do what it hears
+                staff.workers[name].signal(signal.SIGSTOP)
+            asked: Future[requests.Response] = pool.submit(clients.cancel, job_id)
+            time.sleep(random.uniform(0, 0.02))
+            # The worker first: it would put the job back if it saw the work-horse die.
+            staff.kill(name)
+            with suppress(ProcessLookupError):
+                os.kill(run.pid, signal.SIGKILL)
+            assert asked.result().status_code == 202
+            start = time.monotonic()
+            staff.hire()
+            slowest = max(slowest, await_stopped(clients, job_id, start, 30))
+            staff.await_start()
+        tally = clients.ledger.settle()
+    row.close(tally, slowest)
+    assert {len(job.runs) for job in tally.jobs.values()} == {1}
+
+
+@pytest.mark.fault("19c", "cancel of a running job whose worker cannot hear it", timeout=300)
+def test_canceled_job_whose_worker_missed_the_message_ends_stopped(
+    clients: Clients, row: Row, site: Site, long: bool
+) -> None:
+    slowest = 0.0
+    with site.fragile_staff(1) as staff:
+        (name,) = staff.workers
+
+        def listeners() -> int:
+            ((_channel, count),) = clients.redis.pubsub_numsub(f"rq:pubsub:{name}")
+            return int(count)
+
+        wait_until(listeners, what="a worker that hears")
+        # Without a right to any channel its user is disconnected, and can subscribe to none.
+        clients.redis.execute_command("ACL", "SETUSER", FRAGILE_USER, "resetchannels")
+        try:
+            for _ in range(20 if long else 1):
+                job_id, _run = start_long_job(clients, queue=FRAGILE)
+                assert listeners() == 0
+                assert clients.cancel(job_id).status_code == 202
+                slowest = max(slowest, await_stopped(clients, job_id, time.monotonic(), 10))
+                assert listeners() == 0
+        finally:
+            clients.redis.execute_command("ACL", "SETUSER", FRAGILE_USER, "allchannels")
+        tally = clients.ledger.settle()
+    row.close(tally, slowest)
+    assert {len(job.runs) for job in tally.jobs.values()} == {1}

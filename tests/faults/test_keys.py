@@ -1,0 +1,192 @@
+"""Enqueues with an idempotency key: one job for each key, whatever is cut between client and Redis."""
+
+import os
+import random
+import signal
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Self
+
+import pytest
+import requests
+
+from tests.faults.conftest import Row
+from tests.faults.site import Clients, Site, port_of
+from tests.processes import wait_until, web
+from tests.test_stalled_redis import Proxy
+
+Answers = list[requests.Response]
+
+
+def all_at_once(count: int, ask: Callable[[int], requests.Response]) -> Answers:
+    """Each request from a thread of its own, sent when all are there."""
+    barrier = threading.Barrier(count)
+
+    def ask_together(number: int) -> requests.Response:
+        barrier.wait(30)
+        return ask(number)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(ask_together, range(count)))
+
+
+def ids_of(answers: Answers) -> set[str]:
+    return {answer.json()["job_id"] for answer in answers}
+
+
+def firsts_of(answers: Answers) -> Answers:
+    """The answers to requests that were no repetition."""
+    return [answer for answer in answers if "Idempotent-Replayed" not in answer.headers]
+
+
+@pytest.fixture
+def key() -> str:
+    return os.urandom(8).hex()
+
+
+@pytest.mark.fault("18", "identical enqueues at once with one key", timeout=300)
+def test_identical_enqueues_at_once_with_one_key_make_one_job(clients: Clients, row: Row, long: bool, key: str) -> None:
+    count = 100 if long else 40
+    answers = all_at_once(count, lambda _: clients.enqueue(key=key))
+    assert {answer.status_code for answer in answers} == {202}
+    assert len(ids_of(answers)) == 1
+    assert len(firsts_of(answers)) == 1
+    row.close(clients.ledger.settle(), note=f"{count} requests")
+
+
+@pytest.mark.fault("18", "enqueues at once with different keys", timeout=300)
+def test_enqueues_at_once_with_different_keys_make_a_job_each(clients: Clients, row: Row, long: bool, key: str) -> None:
+    count = 1000 if long else 100
+    answers = all_at_once(count, lambda number: clients.enqueue(key=f"{key}-{number}"))
+    assert {answer.status_code for answer in answers} == {202}
+    assert len(ids_of(answers)) == len(firsts_of(answers)) == count
+    row.close(clients.ledger.settle(), note=f"{count} keys")
+
+
+@contextmanager
+def proxy_to(port: int) -> Iterator[Proxy]:
+    """A proxy whose connections end with a reset."""
+    proxy = Proxy(port)
+    # Accepted sockets inherit it.
+    proxy._listener.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    try:
+        yield proxy
+    finally:
+        proxy.close()
+
+
+@pytest.mark.fault("9", "connection of the client reset after the enqueue, sent again", timeout=300)
+def test_enqueue_whose_answer_is_lost_finds_its_job_when_sent_again(
+    clients: Clients, row: Row, site: Site, long: bool, key: str
+) -> None:
+    count = 200 if long else 5
+    slowest = 0.0
+    with proxy_to(port_of(site.url)) as proxy:
+        url = f"http://127.0.0.1:{proxy.port}"
+        for number in range(count):
+            own = f"{key}-{number}"
+            proxy.lose_answer_to = own.encode()
+            with pytest.raises(requests.ConnectionError):
+                clients.enqueue(key=own, url=url)
+            start = time.monotonic()
+            assert firsts_of([clients.enqueue(key=own)]) == []
+            slowest = max(slowest, time.monotonic() - start)
+        assert proxy.lost == count
+    tally = clients.ledger.settle()
+    assert len(tally.jobs) == count
+    row.close(tally, slowest)
+
+
+@pytest.mark.fault("9", "connection to Redis reset after the enqueue", timeout=300)
+def test_enqueue_whose_answer_from_redis_is_lost_enqueues_once(
+    clients: Clients, row: Row, site: Site, long: bool, key: str, tmp_path: Path
+) -> None:
+    count = 200 if long else 5
+    with proxy_to(site.server.port) as proxy:
+        env = site.environment() | {"REDIS_URL": f"redis://127.0.0.1:{proxy.port}/0"}
+        with web(env, tmp_path / "web.log") as url:
+            slowest = 0.0
+            for number in range(count):
+                start = time.monotonic()
+                own = f"{key}-{number}"
+                proxy.lose_answer_to = b"EVALSHA"
+                answers = [clients.enqueue(key=own, url=url) for _ in range(2)]
+                assert [answer.status_code for answer in answers] == [202, 202]
+                assert len(ids_of(answers)) == 1
+                slowest = max(slowest, time.monotonic() - start)
+        assert proxy.lost == count
+    tally = clients.ledger.settle()
+    assert len(tally.jobs) == count
+    row.close(tally, slowest)
+
+
+class Load:
+    """Clients that enqueue with a key each time, as long as the block lasts; then their answers are there."""
+
+    def __init__(self, clients: Clients, key: str) -> None:
+        self._clients, self._key = clients, key
+        self._is_over = threading.Event()
+        self._pool = ThreadPoolExecutor(8)
+        self.answers: Answers = []
+
+    def _ask_on(self, client: int) -> None:
+        number = 0
+        while not self._is_over.is_set():
+            self.answers.append(self._clients.enqueue_until_answered(f"{self._key}-{client}-{number}"))
+            number += 1
+            time.sleep(0.01)  # leaves the machine to the others
+
+    def __enter__(self) -> Self:
+        self._asking = [self._pool.submit(self._ask_on, client) for client in range(8)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._pool.shutdown()
+        for each in self._asking:
+            each.result()
+
+
+def kill_behind_an_enqueue(site: Site) -> bool:
+    """Kill the web processes if Redis holds an enqueue of theirs: it will carry it out, and nobody will say so."""
+    worker_ports = site.worker_ports()
+    site.server._process.send_signal(signal.SIGSTOP)
+    try:
+        with suppress(AssertionError):  # all of the requests are elsewhere
+            wait_until(lambda: site.unread_enqueues(worker_ports), 0.2)
+            for pid in site.web_processes():
+                os.kill(pid, signal.SIGKILL)
+            return True
+    finally:
+        site.server._process.send_signal(signal.SIGCONT)
+    return False
+
+
+@pytest.mark.fault("22", "web process killed between accepting and answering", timeout=600)
+def test_enqueue_whose_web_process_is_killed_finds_its_job_when_sent_again(
+    clients: Clients, row: Row, site: Site, long: bool, key: str
+) -> None:
+    kills = 15 if long else 1
+    assert clients.enqueue().ok  # Redis has the script then, so that one command is the whole enqueue
+    with Load(clients, key) as load:
+        for _ in range(kills):
+            wait_until(lambda: len(site.web_processes()) == 2, what="gunicorn's new processes")
+            wait_until(lambda: kill_behind_an_enqueue(site), what="an enqueue that is cut")
+        for _ in range(kills):
+            wait_until(lambda: len(site.web_processes()) == 2, what="gunicorn's new processes")
+            time.sleep(random.uniform(0, 0.3))
+            os.kill(random.choice(site.web_processes()), signal.SIGKILL)
+    wait_until(lambda: len(site.web_processes()) == 2, what="gunicorn's new processes")
+    assert {answer.status_code for answer in load.answers} == {202}
+    assert len(ids_of(load.answers)) == len(load.answers)
+    # The enqueue was done, and its process did not live to say so.
+    replayed = len(load.answers) - len(firsts_of(load.answers))
+    assert replayed >= kills
+    note = f"{clients.sent_again} sent again, {replayed} were done"
+    row.close(clients.ledger.settle(), clients.slowest_recovery, note=note)
