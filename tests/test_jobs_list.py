@@ -320,6 +320,16 @@ def test_sweep_forgets_owners_that_have_no_jobs_left(as_key: Any, redis: "Redis"
     assert not redis.exists("rq:api:owners", "rq:api:jobs:alice:queued", "rq:api:jobs::queued")
 
 
+def test_sweep_looks_at_a_bounded_number_of_owners_at_a_time(jobs: Jobs, redis: "Redis") -> None:
+    for number in range(50):
+        receipt = jobs.enqueue(jobs.find_function("echo"), number, {}, owner=f"owner-{number}")
+        redis.delete(f"rq:job:{receipt.job_id}")
+    swept = [sweep(redis) for _ in range(5)]
+    assert swept[0] == 50 + 10  # the index of all jobs, and those of some owners
+    assert sum(swept) == 2 * 50
+    assert not redis.exists("rq:api:owners")
+
+
 def test_job_that_keeps_no_result_leaves_the_index_at_once(redis: "Redis", jobs: Jobs) -> None:
     client = create_app(Settings(), redis).test_client()
     job_id = enqueue_echo(client)

@@ -64,7 +64,7 @@ end
 -- The index that `/jobs` reads: for each scope (the jobs of one owner, and '' for all jobs) and each status a sorted
 -- set of job ids, by the microsecond of their creation. A job is in one set of a scope at a time, so its status is
 -- found without looking at other jobs, and the jobs of all statuses are the merger of a few sets. An entry takes 111
--- bytes (Valkey 9.1, 300 000 jobs of some 780 bytes in all); a job of an owner has two.
+-- bytes (benchmarks/RESULTS.md); a job of an owner has two.
 local STATUSES = {'queued', 'started', 'deferred', 'scheduled', 'finished', 'failed', 'stopped', 'canceled'}
 local OWNERS = RQ .. ':api:owners'
 local function index(scope, status) return RQ .. ':api:jobs:' .. scope .. ':' .. status end

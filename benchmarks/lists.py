@@ -1,0 +1,155 @@
+"""What `/jobs` costs, a page and a job, and what an idempotency key costs: `pipenv run bench` (a few minutes, 2 GB).
+
+Two servers stand side by side, one with a hundred jobs and one with a million. The same page is asked of both in turns,
+so that whatever else the machine does hits both; only their ratio is claimed.
+"""
+
+import argparse
+import platform
+import statistics
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+from redis import Redis
+
+from app import transitions
+from app.config import Settings
+from app.functions import count_words
+from app.job_function import FUNCTIONS
+from app.jobs import Jobs
+from app.main import create_app
+from tests.processes import valkey_server
+
+RESULTS = Path(__file__).parent / "RESULTS.md"
+FUNCTION = FUNCTIONS[count_words.__name__]
+PAYLOAD = {"text": "a word or two"}
+BATCH, ROUNDS, PAGES_A_ROUND = 100, 9, 200
+
+#: The pages, and whether they begin in the middle of all jobs instead of at the newest one.
+PAGES: dict[str, tuple[dict[str, str], bool]] = {
+    "the newest 20": ({}, False),
+    "20 from the middle": ({}, True),
+    "20 that failed, where one in a hundred did": ({"status": "failed"}, False),
+    "20 of one queue and function": ({"queue": "default", "function": FUNCTION.name}, False),
+}
+
+
+class Store(NamedTuple):
+    """The jobs of one server, and the cursor at which the older half of them begins."""
+
+    jobs: Jobs
+    middle: str | None
+
+    def page(self, filters: dict[str, str], from_middle: bool) -> float:
+        """Seconds that one page takes, from the call to the status objects."""
+        start = time.perf_counter()
+        listed, _ = self.jobs.list_jobs(filters, 20, self.middle if from_middle else None)
+        seconds = time.perf_counter() - start
+        assert len(listed) == 20
+        return seconds
+
+    def memory(self) -> int:
+        """Bytes that the server holds."""
+        return int(self.jobs.connection.info("memory")["used_memory"])
+
+
+def fill(jobs: Jobs, count: int) -> str | None:
+    """Make so many jobs, a page of them failed and then one of each batch; returns the cursor at their middle."""
+    ending = transitions.Ending("failed", 9999, 9999, failure=transitions.describe_failure("ValueError", "boom"))
+    middle = None
+    for made in range(0, count, BATCH):
+        jobs.enqueue_many(FUNCTION, [PAYLOAD] * BATCH, {})
+        for number in range(made, made + (20 if made == 0 else 1)):  # enough for a page, then few among many
+            taken = transitions.take(jobs.connection, "bench", str(number), 60, ["default"])
+            assert isinstance(taken, transitions.Taken)
+            run = transitions.Run(taken.job_id, str(number), taken.queue, "bench")
+            assert transitions.finish(jobs.connection, run, ending) == "failed"
+        if middle is None and made >= count // 2 - BATCH:
+            _, middle = jobs.list_jobs({}, 1, None)
+    return middle
+
+
+def compare_pages(few: Store, many: Store) -> list[str]:
+    """A row for each kind of page: medians of the rounds' medians, and the median and spread of their ratios."""
+    rows = []
+    for name, page in PAGES.items():
+        medians: tuple[list[float], list[float]] = ([], [])
+        for _ in range(ROUNDS):
+            times: tuple[list[float], list[float]] = ([], [])
+            for _ in range(PAGES_A_ROUND):
+                for store, taken in zip((few, many), times, strict=True):
+                    taken.append(store.page(*page))
+            for found, taken in zip(medians, times, strict=True):
+                found.append(statistics.median(taken) * 1000)
+        ratios = [theirs / ours for ours, theirs in zip(*medians, strict=True)]
+        one, other = map(statistics.median, medians)
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        rows.append(f"| {name} | {one:.2f} | {other:.2f} | {statistics.median(ratios):.2f} | {spread} |")
+    return rows
+
+
+def bytes_of_keys(store: Store, count: int) -> float:
+    """Bytes that a job with an idempotency key takes more than one without."""
+    before = store.memory()
+    for _ in range(count):
+        store.jobs.enqueue(FUNCTION, PAYLOAD, {})
+    between = store.memory()
+    for number in range(count):
+        store.jobs.enqueue(FUNCTION, PAYLOAD, {}, key=f"order-{number:08}")
+    return (store.memory() - between - (between - before)) / count
+
+
+def bytes_of_index(store: Store, count: int) -> tuple[float, float]:
+    """Bytes of one job in all, and those of them that its entry in the index takes; the index is gone after it."""
+    before = store.memory()
+    store.jobs.connection.delete(*store.jobs.connection.scan_iter("rq:api:jobs:*"))
+    return before / count, (before - store.memory()) / count
+
+
+def main() -> None:
+    """Measure, and write RESULTS.md."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--jobs", type=int, default=1_000_000)
+    count = parser.parse_args().jobs
+    with ExitStack() as stack:
+        stores = []
+        for number in (BATCH, count):
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            server = stack.enter_context(valkey_server(folder, lazyfree_lazy_user_del="no", save=""))
+            connection = stack.enter_context(Redis(port=server.port))
+            jobs: Jobs = create_app(Settings(max_queue_length=10**9), connection).extensions["jobs"]
+            stores.append(Store(jobs, fill(jobs, number)))
+        few, many = stores
+        version = many.jobs.connection.info("server").get("valkey_version", "?")
+        pages = compare_pages(few, many)
+        key = bytes_of_keys(few, 20_000)
+        all_bytes, index = bytes_of_index(many, count)
+    heading = f"{platform.machine()}, 2 shared cores, CPython {platform.python_version()}, Valkey {version}"
+    lines = [
+        "# Measured",
+        "",
+        f"{heading}; {time.strftime('%Y-%m-%d')}. Made by `pipenv run bench`; see [lists.py](lists.py).",
+        "",
+        f"A page of `/jobs`, from the call of `Jobs.list_jobs` to its status objects: ms with {BATCH} and with {count} "
+        f"jobs in Redis, asked in turns; medians of {ROUNDS} rounds of {PAGES_A_ROUND} pages.",
+        "",
+        f"| page | ms, {BATCH} jobs | ms, {count} jobs | ratio | its spread |",
+        "| --- | --- | --- | --- | --- |",
+        *pages,
+        "",
+        "| bytes of Redis | a job |",
+        "| --- | --- |",
+        f"| a waiting job of {FUNCTION.name} with a payload of a few words, in all | {all_bytes:.0f} |",
+        f"| its entry in the index of `/jobs`, one more with an API key | {index:.0f} |",
+        f"| its idempotency key | {key:.0f} |",
+        "| telling `410` from `404` | 0 |",
+        "",
+    ]
+    RESULTS.write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
