@@ -14,8 +14,9 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
 
 from app import problems
-from app.jobs import POLL_AGAIN, TRY_AGAIN, StatusObject
+from app.jobs import POLL_AGAIN, TRY_AGAIN
 from app.openapi import PROBLEM_JSON
+from app.status import StatusObject
 from app.transitions import TERMINAL
 
 logger = logging.getLogger(__name__)

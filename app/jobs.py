@@ -4,7 +4,6 @@ Knows neither Flask nor the environment: it takes the settings and the connectio
 """
 
 import base64
-import binascii
 import json
 import re
 import threading
@@ -15,20 +14,16 @@ from contextlib import suppress
 from queue import Empty
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ValidationError
-from pydantic_core import from_json
 from redis import Redis
-from rq.exceptions import DeserializationError
-from rq.job import Job
-from rq.serializers import JSONSerializer
 
-from app import problems, schemas, transitions
+from app import problems, transitions
 from app.config import MAX_SECONDS, Settings
 from app.events import Bell, EventLog
 from app.job_function import JobFunction
 from app.job_ids import JobIds
 from app.new_jobs import Options, choose_options, find_errors, make_fingerprint, own_fields, shared_fields
-from app.transitions import TERMINAL, UNREADABLE
+from app.status import STATUS_FIELDS, StatusObject, decode_fields, make_status_object, read_return_value
+from app.transitions import TERMINAL
 
 #: Seconds after which a client should ask again for a job that has not ended.
 POLL_AGAIN = 1
@@ -42,29 +37,6 @@ GROUP_TTL = 2 * MAX_SECONDS
 MOST_LOOKED_AT = 1000
 #: Places of a request that one answer names as wrong, at most.
 MOST_ERRORS = 100
-
-# The first five in the order that `list.lua` wants.
-_STATUS_FIELDS = (
-    "status", "function", "origin", "owner", "created_at", "enqueued_at", "started_at", "ended_at", "progress",
-    "retries_left", "error",
-)  # fmt: skip
-
-StatusObject = dict[str, Any]
-
-
-def _read_object(stored: str | None, model: type[BaseModel]) -> dict[str, Any] | None:
-    """JSON of a job's hash, if it is what we write there: anybody may have written to Redis."""
-    try:
-        return model.model_validate_json(stored).model_dump() if stored else None
-    except ValidationError:
-        return None
-
-
-def _decode_fields(values: list[bytes | None]) -> dict[str, str | None]:
-    return {
-        name: value.decode(errors="replace") if value else None
-        for name, value in zip(_STATUS_FIELDS, values, strict=True)
-    }
 
 
 def _encode_cursor(cursor: transitions.Cursor) -> str:
@@ -156,7 +128,7 @@ class Jobs:
             return Receipt(job_id, None, is_replay=key is not None)
         enqueued_at = created.at if created.status == "queued" else None
         fields = {**shared, **own, "status": created.status, "enqueued_at": enqueued_at}
-        return Receipt(job_id, self._status_object(job_id, fields), is_replay=False)
+        return Receipt(job_id, make_status_object(self.connection, job_id, fields), is_replay=False)
 
     def enqueue_many(
         self, function: JobFunction, payloads: Any, asked: Options, *, owner: str = "", key: str | None = None
@@ -314,13 +286,16 @@ class Jobs:
         page = transitions.list_jobs(
             self.connection,
             owner,
-            _STATUS_FIELDS,
+            STATUS_FIELDS,
             **filters,
             limit=limit,
             most=MOST_LOOKED_AT,
             cursor=_decode_cursor(cursor) if cursor else None,
         )
-        listed = [self._status_object(job_id, _decode_fields(values), is_listed=True) for job_id, values in page.jobs]
+        listed = [
+            make_status_object(self.connection, job_id, decode_fields(values), is_listed=True)
+            for job_id, values in page.jobs
+        ]
         return listed, _encode_cursor(page.next) if page.next else None
 
     # Status
@@ -336,14 +311,14 @@ class Jobs:
             JobNotFound: there is no such job, or it is somebody else's.
             ResultExpired: it existed, and is not kept any more.
         """
-        values: Any = self.connection.hmget(transitions.job_key(job_id), _STATUS_FIELDS)
-        return self._status_object(job_id, self._decode(job_id, owner, values))
+        values: Any = self.connection.hmget(transitions.job_key(job_id), STATUS_FIELDS)
+        return make_status_object(self.connection, job_id, self._decode(job_id, owner, values))
 
     def _owners(self, owner: str | None) -> list[str]:
         return ["", *(key.name for key in self.settings.api_keys)] if owner is None else [owner]
 
     def _decode(self, job_id: str, owner: str | None, values: list[bytes | None]) -> dict[str, str | None]:
-        fields = _decode_fields(values)
+        fields = decode_fields(values)
         # A stock worker's late heartbeat can leave a hash with nothing else in it (rq#1450).
         exists = fields["status"] is not None and fields["created_at"] is not None
         if exists and owner in (None, fields["owner"] or ""):
@@ -351,53 +326,6 @@ class Jobs:
         if not exists and any(self.ids.is_ours(job_id, name) for name in self._owners(owner)):
             raise problems.ResultExpired(f"The job {job_id} is not kept any more.", job_id=job_id)
         raise problems.JobNotFound(f"No job has the id {job_id!r}.", job_id=job_id)
-
-    def _status_object(self, job_id: str, fields: Mapping[str, Any], *, is_listed: bool = False) -> StatusObject:
-        """The status object; in a list, without what only another look at Redis would tell of a job of RQ's own."""
-        status = fields["status"]
-        retries_left = fields.get("retries_left")
-        return {
-            "job_id": job_id,
-            "job_status": status,
-            "function": fields.get("function") or (None if is_listed else self._function_of_foreign_job(job_id)),
-            "queue": fields.get("origin") or None,
-            "enqueued_at": fields.get("enqueued_at") or None,
-            "started_at": fields.get("started_at") or None,
-            "ended_at": fields.get("ended_at") or None,
-            "progress": _read_object(fields.get("progress"), schemas.JobProgress),
-            "retries_left": int(str(retries_left)) if str(retries_left).isdecimal() else None,
-            "error": self._error(job_id, fields.get("error"), is_listed) if status in ("failed", "stopped") else None,
-            "links": {
-                "check_status": f"/check_status?job_id={job_id}",
-                "get_result": f"/get_result?job_id={job_id}",
-                "cancel": f"/cancel?job_id={job_id}",
-            },
-        }
-
-    def _foreign_job(self, job_id: str) -> Job | None:
-        """The job as RQ sees it, for what only RQ's own code wrote: None if it cannot be read."""
-        try:
-            return Job.fetch(job_id, connection=self.connection, serializer=JSONSerializer)
-        except UNREADABLE:
-            return None
-
-    def _function_of_foreign_job(self, job_id: str) -> str | None:
-        job = self._foreign_job(job_id)
-        try:
-            return (job.func_name or "").rpartition(".")[2] or None if job else None
-        except (DeserializationError, AttributeError):  # AttributeError: the function's name is no text
-            return None
-
-    def _error(self, job_id: str, stored: str | None, is_listed: bool) -> dict[str, Any] | None:
-        error = _read_object(stored, schemas.JobError)
-        if error or is_listed:
-            return error
-        # A stock worker ran it: the last line of the traceback is the exception's class and text.
-        job = self._foreign_job(job_id)
-        result = job.latest_result() if job else None
-        lines = ((result.exc_string if result else None) or "").strip().splitlines()
-        kind, _, message = lines[-1].partition(": ") if lines else ("", "", "")
-        return {"type": kind.rpartition(".")[2] or "Error", "message": message}
 
     # Wait
 
@@ -445,40 +373,22 @@ class Jobs:
             ResultExpired, JobNotFound: as `read_status`.
         """
         with self.connection.pipeline() as pipeline:
-            pipeline.hmget(transitions.job_key(job_id), _STATUS_FIELDS)
+            pipeline.hmget(transitions.job_key(job_id), STATUS_FIELDS)
             pipeline.xrevrange(transitions.results_key(job_id), count=1)
             values, results = pipeline.execute()
         fields = self._decode(job_id, owner, values)
         status = fields["status"]
         if status == "finished" and results:
-            return self._result_text(job_id, results[0][1])
+            return read_return_value(job_id, results[0][1])
         members: dict[str, Any] = {"job_id": job_id, "job_status": status}
         if status == "finished":  # its hash outlived its result
             raise problems.ResultExpired(f"The result of the job {job_id} is not kept any more.", job_id=job_id)
         if status not in TERMINAL:
             raise problems.ResultNotReady(f"The job is {status}.", retry_after=POLL_AGAIN, **members)
-        members["error"] = self._status_object(job_id, fields)["error"]
+        members["error"] = make_status_object(self.connection, job_id, fields)["error"]
         problem = {"failed": problems.JobFailed, "stopped": problems.JobStopped, "canceled": problems.JobCanceled}
         raise problem[status or ""](f"The job was {status}." if status != "failed" else "The job failed.", **members)
 
     def read_result_value(self, job_id: str, owner: str | None = "") -> Any:
         """The job's return value, as JSON data; raises as `read_result`."""
         return json.loads(self.read_result(job_id, owner))
-
-    def _result_text(self, job_id: str, entry: Mapping[bytes, bytes]) -> bytes:
-        """The value as it was stored. Our worker stores strict JSON only; what a stock worker stored is checked."""
-        encoded = entry.get(b"return_value")
-        if encoded is None:
-            return b"null"
-        try:
-            text = base64.b64decode(encoded, validate=True)
-            if b"is_json" not in entry:
-                from_json(text, allow_inf_nan=False)
-        except (ValueError, binascii.Error):
-            raise problems.JobFailed(
-                "The job finished, but what it returned is not JSON.",
-                job_id=job_id,
-                job_status="finished",
-                error={"type": "ValueError", "message": "The return value is not JSON."},
-            ) from None
-        return text

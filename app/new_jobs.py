@@ -6,7 +6,7 @@ import random
 import zlib
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, TypedDict
+from typing import Any
 
 from pydantic import ValidationError
 from redis import Redis
@@ -14,22 +14,14 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 
 from app.config import Settings
-from app.job_function import JobFunction
+from app.job_function import Defaults, JobFunction
 from app.problems import ErrorItem
 from app.transitions import Argument
 
 
-class Options(TypedDict, total=False):
+class Options(Defaults, total=False):
     """The options of `/enqueue`; those missing are the function's own defaults, or the settings'."""
 
-    queue: str
-    at_front: bool
-    timeout: int
-    result_ttl: int
-    failure_ttl: int
-    ttl: int
-    retries: int
-    delay: float
     at: datetime
 
 
