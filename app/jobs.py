@@ -48,7 +48,7 @@ def _decode_cursor(text: str) -> transitions.Cursor:
     with suppress(ValueError):
         decoded = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)).decode(errors="surrogateescape")
         created, _, job_id = decoded.partition(" ")
-        if re.fullmatch(r"\d{1,17}", created) and job_id:
+        if re.fullmatch(r"[0-9]{1,17}", created) and job_id:
             return transitions.Cursor(created, job_id)
     error: problems.ErrorItem = {"loc": ["query", "cursor"], "msg": "It does not come from `next` of a page."}
     raise problems.InvalidRequest("The cursor is none of ours.", errors=[error])

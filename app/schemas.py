@@ -69,7 +69,7 @@ class JobsQuery(Query):
 def _read_time(value: object) -> object:
     """Want RFC 3339 (pydantic takes numbers, too), and forgive a `+` that came as a space, as in many a URL."""
     text = re.sub(r" (\d\d:\d\d)$", r"+\1", str(value))
-    if not re.fullmatch(r"(?i)\d{4}-\d\d-\d\d[t ]\d\d:\d\d:\d\d(\.\d+)?(z|[+-]\d\d:\d\d)", text):
+    if not re.fullmatch(r"(?ai)\d{4}-\d\d-\d\d[t ]\d\d:\d\d:\d\d(\.\d+)?(z|[+-]\d\d:\d\d)", text):
         raise ValueError("a time as in RFC 3339 is wanted: 2026-11-23T10:00:00Z")
     return text
 

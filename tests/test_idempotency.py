@@ -175,6 +175,7 @@ def test_key_is_remembered_as_long_as_its_job(client: FlaskClient, redis: Any) -
     redis.delete(f"rq:api:key:{job_id}")
     assert json_of(send(client, "k"))["job_id"] == job_id
     problem_of(send(client, "k", 2), 422, "idempotency-key-reused")
+    problem_of(send(client, "k", [1], "/enqueue_many/echo"), 422, "idempotency-key-reused")
     assert len(job_ids(redis)) == 1
 
 

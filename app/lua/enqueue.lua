@@ -16,8 +16,9 @@ local all = cjson.decode(ARGV[1])
 local shared_end = 2 + ARGV[2]
 local key_mark, group_mark = RQ .. ':api:key:' .. (all.key_id or ''), RQ .. ':api:group:' .. (all.group or '')
 
--- Each job is asked for its fingerprint: a mark may run out before the last job of a batch does.
-local known, position = all.key_id and redis.call('GET', key_mark), shared_end + 1
+-- Each job is asked for its fingerprint, and so is the single job that the key may stand for: the mark may have run out
+-- before them.
+local known, position = all.key_id and (redis.call('GET', key_mark) or read(all.key_id, 'fingerprint')[1]), shared_end + 1
 local is_known = known or (all.group and redis.call('EXISTS', group_mark) == 1)
 for _ = 1, all.count do
   local id = ARGV[position]
