@@ -27,7 +27,7 @@ class Options(Defaults, total=False):
 
 def choose_options(function: JobFunction, asked: Options, settings: Settings) -> Options:
     """The options of a request, completed with the function's defaults and then the settings'."""
-    chosen: Options = {
+    return {
         "queue": settings.queues[0],
         "timeout": settings.job_timeout,
         "result_ttl": settings.result_ttl,
@@ -35,9 +35,6 @@ def choose_options(function: JobFunction, asked: Options, settings: Settings) ->
         **function.defaults,
         **asked,
     }
-    if "at" in asked:
-        chosen.pop("delay", None)
-    return chosen
 
 
 def find_errors(function: JobFunction, payload: Any, place: Sequence[str | int]) -> list[ErrorItem]:

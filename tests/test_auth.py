@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from app.auth import PUBLIC
 from app.config import Settings
 from app.main import create_app
+from tests.processes import problem_of
 
 ALICE, BOB, OPS = ("alice's long key", "bob's own long key", "the operator's key")
 KEYS: list[dict[str, Any]] = [
@@ -75,6 +76,9 @@ def test_auth_forbids_functions_that_the_key_does_not_name(client: FlaskClient) 
     assert answer.json
     assert answer.json["type"] == "/problems/forbidden"
     assert client.post("/enqueue/count_words", json={"text": "a"}, headers=_bearer(BOB)).status_code == 202
+    batch = client.post("/enqueue_many/some_long_function", json=[1], headers=_bearer(BOB))
+    problem_of(batch, 403, "forbidden")
+    assert client.post("/enqueue_many/count_words", json=[{"text": "a"}], headers=_bearer(BOB)).status_code == 202
 
 
 @pytest.mark.parametrize("route", ["/check_status", "/get_result"])

@@ -206,6 +206,14 @@ def test_cursor_of_another_owner_shows_nothing_of_theirs(as_key: Any) -> None:
     assert ids_of(json_of(as_key("alice").get(following))) == [alices[1]]
 
 
+def test_service_that_wants_no_keys_any_more_does_not_list_the_jobs_that_keys_made(
+    as_key: Any, client: FlaskClient
+) -> None:
+    enqueue_echo(as_key("alice"))
+    anybodys = enqueue_echo(client)
+    assert ids_of(list_page(client)) == [anybodys]
+
+
 @pytest.mark.parametrize("route", ["/cancel", "/retry"])
 def test_control_of_somebody_elses_job_is_404(as_key: Any, redis: "Redis", route: str) -> None:
     job_id = enqueue_echo(as_key("alice"))
@@ -249,7 +257,8 @@ def test_key_that_may_not_use_a_function_may_not_retry_or_enqueue_many_of_it(red
         {"limit": 0}, {"limit": 101}, {"limit": -1}, {"limit": "x"}, {"limit": 1.5}, {"limit": ""},
         {"status": "nope"}, {"status": ""}, {"status": "FINISHED"}, {"queue": ""}, {"queue": "a b"}, {"queue": "*"},
         {"function": "x" * 65}, {"function": "\x00"}, {"cursor": ""}, {"cursor": "x"}, {"cursor": "é"},
-        {"cursor": "MTc"}, {"cursor": "A" * 3000}, {"cursor": "eCB5"}, {"cursor": "MSA"}, {"cursor": "2aHZotmjIHg"}, {"x": 1}, {"page": 2},
+        {"cursor": "MTc"}, {"cursor": "A" * 3000}, {"cursor": "eCB5"}, {"cursor": "MSA"}, {"cursor": "2aHZotmjIHg"},
+        {"x": 1}, {"page": 2},
     ],
 )  # fmt: skip
 def test_jobs_with_a_bad_query_is_422(client: FlaskClient, query: dict[str, Any]) -> None:

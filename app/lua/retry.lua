@@ -11,7 +11,7 @@ if length(queue) >= tonumber(limit) then return 'full' end
 local key = job_key(id)
 redis.call('ZREM', registry('failed', queue), id)
 redis.call('ZREM', registry('canceled', queue), id)
-redis.call('HDEL', key, 'crashes', 'stop_requested')
+redis.call('HDEL', key, 'crashes')
 if job[5] then redis.call('HSET', key, 'retries_left', job[5]) end
 local ttl = whole(job[6], 0)
 if ttl > 0 then redis.call('EXPIRE', key, ttl) else redis.call('PERSIST', key) end
