@@ -47,7 +47,9 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
     any_option = job_options(settings.model_copy(update={**widest, "max_retries": MAX_RETRIES}))
     for function in functions.values():
         try:
-            any_option.model_validate(function.defaults)
+            # Strictly, since they are used as they are. None, which an option that is not there has, is no value.
+            given = {name: "None" if value is None else value for name, value in function.defaults.items()}
+            any_option.model_validate(given, strict=True)
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(map(str, first["loc"]))

@@ -5,7 +5,7 @@ import json
 import random
 import zlib
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from pydantic import ValidationError
@@ -93,6 +93,6 @@ def make_fingerprint(function: JobFunction, payload: Any, asked: Options, *, is_
     Only what the client sent is in it: a default that changes between the two is no difference.
     """
     options: Mapping[str, Any] = asked
-    sent = {name: value.astimezone(UTC).isoformat() if name == "at" else value for name, value in options.items()}
+    sent = {name: value.timestamp() if name == "at" else value for name, value in options.items()}
     text = json.dumps([function.name, is_batch, payload, sent], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

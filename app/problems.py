@@ -175,11 +175,11 @@ class JobStopped(Problem):
 
 
 class JobCanceled(Problem):
-    """The job was canceled before it ran; it has no result."""
+    """The job was canceled while it waited; it has no result."""
 
     status = 409
     title = "Job canceled"
-    explanation = "Somebody canceled the job before it ran, so there is no result. Enqueue it again if you need one."
+    explanation = "Somebody canceled the job while it waited, so it has no result. `POST /retry` lets it run after all."
     example: ClassVar = {"job_id": "abc", "job_status": "canceled", "error": None}
 
 

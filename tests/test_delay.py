@@ -171,7 +171,19 @@ def test_function_declares_its_own_defaults_and_a_request_overrides_them(client:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("timeout", 0), ("timeout", "x"), ("retries", -1), ("delay", -1), ("result_ttl", 10**9), ("at_front", "maybe")],
+    [
+        ("timeout", 0),
+        ("timeout", "x"),
+        ("retries", -1),
+        ("delay", -1),
+        ("result_ttl", 10**9),
+        ("at_front", "maybe"),
+        ("at_front", "false"),
+        ("retries", "2"),
+        ("ttl", True),
+        ("queue", None),
+        ("ttl", None),
+    ],
 )
 def test_function_with_a_default_that_cannot_be_stops_the_start(redis: "Redis", name: str, value: Any) -> None:
     echo = FUNCTIONS["echo"]

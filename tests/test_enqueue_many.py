@@ -1,4 +1,5 @@
 import json
+import time
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ from rq.group import Group
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
+from app import transitions
 from app.config import Settings
 from app.jobs import GROUP_TTL, Jobs
 from app.main import create_app
@@ -98,6 +100,14 @@ def test_enqueue_many_with_a_delay_schedules_all(client: FlaskClient, redis: Any
     assert json_of(check_group(client, group["group_id"]))["counts"] == {"scheduled": 3}
     assert redis.zcard("rq:scheduled:default") == 3
     assert [redis.ttl(f"rq:job:{job_id}") for job_id in group["job_ids"]] == [105] * 3
+
+
+@pytest.mark.parametrize("at_front", ["true", "false"])
+def test_enqueue_many_with_a_delay_keeps_the_order(client: FlaskClient, redis: Any, at_front: str) -> None:
+    group = json_of(enqueue_many(client, list(range(20)), delay=0.01, at_front=at_front))
+    time.sleep(0.02)
+    assert transitions.promote(redis, ["default"]).jobs == 20
+    assert waiting(redis) == group["job_ids"]
 
 
 def test_each_job_of_a_batch_has_its_own_jitter(client: FlaskClient, redis: Any) -> None:

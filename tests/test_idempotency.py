@@ -179,6 +179,13 @@ def test_key_is_remembered_as_long_as_its_job(client: FlaskClient, redis: Any) -
     assert len(job_ids(redis)) == 1
 
 
+@pytest.mark.parametrize("at", ["0001-01-01T00:00:00+14:00", "0001-01-01T00:00:00Z"])
+def test_key_with_an_early_time_is_no_bug_of_ours(client: FlaskClient, at: str) -> None:
+    for replayed in (None, "true"):
+        answer = client.post("/enqueue/echo", json=1, query_string={"at": at}, headers={"Idempotency-Key": "k"})
+        assert (answer.status_code, answer.headers.get(REPLAYED)) == (202, replayed), answer.text
+
+
 def test_owners_have_keys_of_their_own(redis: Any) -> None:
     keys = [{"name": name, "key": f"the long key of {name}"} for name in ("alice", "bob")]
     client = create_app(Settings(api_keys=json.dumps(keys)), redis).test_client()

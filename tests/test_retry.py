@@ -1,4 +1,5 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ from redis import Redis
 
 from app import transitions
 from app.jobs import Jobs
-from tests.processes import STATES, end_run, enqueue_echo, job_in_state, json_of, problem_of, take_job
+from tests.processes import STATES, end_run, enqueue_echo, job_in_state, json_of, problem_of, take_job, wait_until
 from tests.test_transitions import BOOM
 
 RETRYABLE = ("failed", "stopped", "canceled")
@@ -99,6 +100,17 @@ def test_wait_on_a_retried_job_waits_for_the_new_run(client: FlaskClient, redis:
     retry(client, job_id)
     assert json_of(client.get(f"/check_status?job_id={job_id}&wait=0.2"))["job_status"] == "queued"
     problem_of(client.get(f"/get_result?job_id={job_id}&wait=0.2"), 409, "result-not-ready")
+
+
+def test_wait_on_a_retried_job_returns_the_end_of_the_new_run(client: FlaskClient, redis: "Redis", jobs: Jobs) -> None:
+    job_id = job_in_state(client, redis, "failed")
+    retry(client, job_id)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(client.application.test_client().get, f"/get_result?job_id={job_id}&wait=20")
+        wait_until(lambda: jobs.events._bells, what="the waiting request")
+        assert end_run(redis, take_job(redis), value="new") == "finished"
+        answer = asked.result(10)
+    assert (answer.status_code, json_of(answer)) == (200, "new")
 
 
 def test_retry_after_a_stop_is_not_stopped_again(client: FlaskClient, redis: "Redis") -> None:

@@ -36,7 +36,6 @@ DIFFERENT = {
     ("rq:job:.*", "function"): "the name that the API shows; RQ has it in `data` only, with the payload",
     ("rq:job:j", "error"): "class and text of the exception, so that no status poll reads a traceback",
     ("rq:execution:.*", "lease_until"): "the lease; RQ's is the score in its started registry",
-    ("rq:executions:j", r"\(expires\)"): "it goes with its last run; by it `cancel` finds a run that nobody recovered",
     ("rq:results:j", "is_json"): "our word that the value is strict JSON",
     ("rq:worker:w", "last_heartbeat"): "a heartbeat a second, not with each transition",
     ("rq:job:j", "started_at"): "a job that waits again has not started: RQ leaves the time of its last run",

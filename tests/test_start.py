@@ -158,9 +158,11 @@ def test_start_ends_a_valkey_that_a_killed_start_left_behind(tmp_path: Path, mon
     with valkey_server(tmp_path / "other") as left_behind:
         (start.DATA / "valkey.pid").write_text(str(left_behind._process.pid))
         # Its parent is this process, which has to take note of its end; an orphan's is init.
-        threading.Thread(target=left_behind._process.wait, daemon=True).start()
+        noting = threading.Thread(target=left_behind._process.wait, daemon=True)
+        noting.start()
         with start.embedded_valkey() as url, Redis.from_url(url) as connection:
-            assert left_behind._process.wait(10) == 0
+            noting.join(30)
+            assert left_behind._process.returncode == 0
             assert connection.ping()
             assert int((start.DATA / "valkey.pid").read_text()) == connection.info("server")["process_id"]
 

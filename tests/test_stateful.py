@@ -106,9 +106,11 @@ class Model:
         due = sorted((job.due, job) for jobs in self.scheduled.values() for job in jobs if job.due)
         for _, job in due:
             self.scheduled[job.queue].remove(job)
-            if job.status == "scheduled":
-                self.wait([job], at_front=job.at_front)
-        return sum(job.status == "queued" for _, job in due)
+        ready = [job for _, job in due if job.status == "scheduled"]
+        # The one that is due first goes to the very front.
+        for job in [*(job for job in ready if not job.at_front), *(job for job in ready[::-1] if job.at_front)]:
+            self.wait([job], at_front=job.at_front)
+        return len(ready)
 
     def take(self, queues: tuple[str, ...]) -> Job | None:
         for queue in queues:
@@ -276,7 +278,7 @@ class Service(RuleBasedStateMachine):
         self.stale_runs: list[Run] = []
         #: by owner and idempotency key: the first request, and what it was answered
         self.sent: dict[tuple[str, str], tuple[Request, Any]] = {}
-        self.unswept = self.count = 0
+        self.count = 0
 
     @property
     def kept(self) -> list[Job]:
@@ -450,9 +452,10 @@ class Service(RuleBasedStateMachine):
                 assert release(run, "crash") == self.model.release(out[run.execution], crashed=True)
             expected, promoted = self.model.promote(), transitions.promote(redis, QUEUES)
             assert (promoted.jobs, promoted.due is not None) == (expected, any(self.model.scheduled.values()))
-            assert transitions.sweep(redis) == self.unswept
+            transitions.sweep(redis)
             redis.delete("rq:api:swept")  # a second has passed
-            self.unswept = 0
+            indexed = {entry.decode() for key in redis.keys("rq:api:jobs:*") for entry in redis.zrange(key, 0, -1)}
+            assert indexed == {job.job_id for job in self.kept}
 
     def time_passes(self, job: Job) -> None:
         """As much as there is to this job's next moment."""
@@ -469,7 +472,6 @@ class Service(RuleBasedStateMachine):
             redis.zadd(f"rq:scheduled:{job.queue}", {job.job_id: job.due})
         elif job.may_expire:
             job.status = "expired"
-            self.unswept += 2  # in the index of its owner, and in that of all jobs
             redis.delete(f"rq:job:{job.job_id}", f"rq:results:{job.job_id}")
 
     @invariant()

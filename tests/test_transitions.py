@@ -1072,11 +1072,19 @@ def test_canceled_run_that_was_forgotten_cannot_write_into_the_next_one(redis: A
     assert finish(redis, again) == "finished"
 
 
-def test_entry_of_the_run_is_there_for_cancel_as_long_as_the_fence(redis: Any) -> None:
+def test_entry_of_the_run_is_there_for_cancel_long_after_the_lease(redis: Any) -> None:
     run = start(redis)
-    assert redis.ttl("rq:executions:j") == -1
+    assert redis.ttl("rq:executions:j") > 6 * 86400
     finish(redis, run)
     assert not redis.exists("rq:executions:j")
+
+
+def test_run_that_lost_its_job_leaves_nothing_behind_when_it_hears_of_it(redis: Any) -> None:
+    run = start(redis)
+    redis.zrem("rq:wip:default", f"j:{run.execution}")  # as RQ's own code does
+    assert transitions.renew(redis, run, 30) == "lost"
+    assert not redis.keys("rq:execution*")
+    assert not redis.smembers("rq:worker:w:executions")
 
 
 def test_stop_does_not_outlive_its_run(redis: Any) -> None:

@@ -77,19 +77,28 @@ end
 
 local function microseconds(seconds) return string.format('%.0f', seconds * 1e6) end
 
-local function remove_from_index(id, status)
-  for _, scope in ipairs(scopes(id)) do redis.call('ZREM', index(scope, status), id) end
+-- Take a job out of a scope of the index. Answers the microsecond of its creation, nil if it was not there.
+local function remove_from_index(scope, id, status)
+  local created = redis.call('ZSCORE', index(scope, status), id)
+  if created then
+    redis.call('ZREM', index(scope, status), id)
+    return created
+  end
+  -- RQ's own code gave it another status meanwhile, and knows no index.
+  for _, other in ipairs(STATUSES) do
+    created = redis.call('ZSCORE', index(scope, other), id)
+    if created then
+      redis.call('ZREM', index(scope, other), id)
+      return created
+    end
+  end
 end
 
 -- A job goes from one status to another: the index follows, and the event log says so.
 local function move(id, was, status)
   for _, scope in ipairs(scopes(id)) do
-    local created = redis.call('ZSCORE', index(scope, was), id)
-    if created then
-      redis.call('ZREM', index(scope, was), id)
-    elseif scope ~= '' then
-      redis.call('SADD', OWNERS, scope)
-    end
+    local created = remove_from_index(scope, id, was)
+    if not created and scope ~= '' then redis.call('SADD', OWNERS, scope) end
     redis.call('ZADD', index(scope, status), created or microseconds(clock()), id)
   end
   tell(id, status)
@@ -102,7 +111,6 @@ end
 local function push(id, queue, at_front)
   redis.call('SADD', RQ .. ':queues', queue_key(queue))
   redis.call(at_front and 'LPUSH' or 'RPUSH', queue_key(queue), id)
-  ring()
 end
 
 -- A job that was elsewhere waits in its queue again.
@@ -111,6 +119,7 @@ local function make_waiting(id, was, queue, at_front, now)
     'worker_name', '')
   redis.call('HDEL', job_key(id), 'progress', 'error')
   push(id, queue, at_front)
+  ring()
   move(id, was, 'queued')
 end
 
@@ -134,8 +143,8 @@ local function extend_lease(id, execution, queue, worker, lease, now, ...)
   redis.call('EXPIRE', execution_key(id, execution), ttl)
   redis.call('ZADD', registry('wip', queue), exact(now + ttl), id .. ':' .. execution)
   redis.call('ZADD', registry('executions', id), exact(now + ttl + 60), execution)
-  -- As long as the entry in `wip`, which somebody recovers: `cancel` finds by it the run that has the job.
-  redis.call('PERSIST', registry('executions', id))
+  -- Longer than workers are away: `cancel` finds by it the run that has the job, which somebody is to recover.
+  redis.call('EXPIRE', registry('executions', id), 7 * 86400)
   redis.call('EXPIRE', worker_key(worker) .. ':executions', ttl + 60)
 end
 

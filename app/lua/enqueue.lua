@@ -50,7 +50,7 @@ for number = 1, all.count do
   if status == 'queued' then
     redis.call('HSET', key, 'enqueued_at', stamp)
   else
-    redis.call('ZADD', registry('scheduled', all.queue), exact(due), id)
+    redis.call('ZADD', registry('scheduled', all.queue), exact(due + (number - 1) * 1e-6), id) -- in their order
   end
   if all.ttl then redis.call('EXPIRE', key, math.ceil(due > now and due - now or 0) + all.ttl) end
   for _, scope in ipairs(scopes(id)) do
@@ -65,6 +65,7 @@ redis.call('SADD', RQ .. ':queues', queue_key(all.queue))
 if status == 'queued' then
   -- The order of the jobs is the order in which they run, at the front too.
   for number = 1, all.count do push(ids[all.at_front and all.count + 1 - number or number], all.queue, all.at_front) end
+  ring()
 end
 if all.key_id then redis.call('SET', key_mark, all.fingerprint, 'EX', all.key_ttl) end
 if all.group then

@@ -28,7 +28,7 @@ if progress ~= '' then redis.call('HSET', key, 'progress', progress) end
 if outcome == 'finished' then
   local ttl = whole(job[1], result_ttl)
   if ttl == 0 then
-    remove_from_index(id, 'started')
+    for _, scope in ipairs(scopes(id)) do remove_from_index(scope, id, 'started') end
     redis.call('DEL', key, registry('results', id), registry('executions', id))
     tell(id, 'finished')
     return 'finished'

@@ -20,7 +20,7 @@ local function newest_first(key)
       end
       local id, created = page[at], page[at + 1]
       at = at + 2
-      if created ~= from or id < after then return {id = id, created = created} end
+      if created ~= from or id < after then return {id = id, created = created, key = key} end
     end
   end
 end
@@ -36,21 +36,30 @@ for number, each in ipairs(status == '' and STATUSES or {status}) do
   heads[number] = nexts[number]() or nil
 end
 
+-- Jobs that are not kept any more leave the index where they are met, or the sweep may come to them in hours only.
+local gone = {}
+local function answer(created, id, found)
+  for _, entry in ipairs(gone) do redis.pcall('ZREM', entry.key, entry.id) end -- if Redis takes writes at all
+  return {created, id, unpack(found)}
+end
+
 local found, last = {}, nil
 while #found < limit and most > 0 do
   local newest
   for number = 1, #nexts do
     if heads[number] and (not newest or is_newer(heads[number], heads[newest])) then newest = number end
   end
-  if not newest then return {'', '', unpack(found)} end
+  if not newest then return answer('', '', found) end
   last, heads[newest], most = heads[newest], nexts[newest](), most - 1
   local job = read(last.id, unpack(ARGV, 10))
-  if job[1] and job[5] and (owner == '*' or owner == (job[4] or '')) and (status == '' or status == job[1])
+  if not (job[1] and job[5]) then
+    gone[#gone + 1] = last
+  elseif (owner == '*' or owner == (job[4] or '')) and (status == '' or status == job[1])
     and (queue == '' or queue == job[3]) and (fn == '' or fn == job[2]) then
     found[#found + 1] = {last.id, job}
   end
 end
 for number = 1, #nexts do
-  if heads[number] then return {last.created, last.id, unpack(found)} end
+  if heads[number] then return answer(last.created, last.id, found) end
 end
-return {'', '', unpack(found)}
+return answer('', '', found)

@@ -3,14 +3,21 @@
 -- Answers how many, and in how many seconds the next is due (0 if there are more that are due now, '' if there is none).
 local now, promoted, due = clock(), 0, nil
 for _, queue in ipairs(ARGV) do
+  local front = {}
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', registry('scheduled', queue), '-inf', now, 'LIMIT', 0, 1000)) do
     redis.call('ZREM', registry('scheduled', queue), id)
     local job = read(id, 'status', 'enqueue_at_front', 'enqueue_at_front_on_retry')
     if job[1] == 'scheduled' then
-      make_waiting(id, job[1], queue, job[2] == '1' or job[3] == '1', now)
       promoted = promoted + 1
+      if job[2] == '1' or job[3] == '1' then
+        front[#front + 1] = id
+      else
+        make_waiting(id, job[1], queue, false, now)
+      end
     end
   end
+  -- The one that is due first goes to the very front.
+  for number = #front, 1, -1 do make_waiting(front[number], 'scheduled', queue, true, now) end
   local first = redis.call('ZRANGE', registry('scheduled', queue), 0, 0, 'WITHSCORES')
   if first[2] then due = math.min(due or math.huge, math.max(0, number(first[2], math.huge) - now)) end
 end

@@ -2,7 +2,10 @@
 -- ARGV: job id, execution id, queue, worker, lease in seconds, progress as JSON or ''.
 -- Answers 'held', 'lost', or 'stop' if somebody canceled the job; after both the worker ends the run.
 local id, execution, queue, worker, lease, progress = unpack(ARGV)
-if not holds(id, execution, queue) then return 'lost' end
+if not holds(id, execution, queue) then
+  end_execution(id, execution, queue, worker)
+  return 'lost'
+end
 
 local now = clock()
 extend_lease(id, execution, queue, worker, tonumber(lease), now)

@@ -20,6 +20,7 @@ from tests.faults.conftest import Row
 from tests.faults.site import Clients, Site, port_of
 from tests.processes import wait_until, web
 from tests.test_stalled_redis import Proxy
+from tests.test_worker import is_running
 
 Answers = list[requests.Response]
 
@@ -153,6 +154,14 @@ class Load:
             each.result()
 
 
+def kill(pids: list[int]) -> None:
+    """SIGKILL; none of them lives when this returns."""
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    for pid in pids:
+        wait_until(lambda pid=pid: not is_running(pid), what=f"the end of {pid}")  # type: ignore[misc]
+
+
 def kill_behind_an_enqueue(site: Site) -> bool:
     """Kill the web processes if Redis holds an enqueue of theirs: it will carry it out, and nobody will say so."""
     worker_ports = site.worker_ports()
@@ -160,8 +169,7 @@ def kill_behind_an_enqueue(site: Site) -> bool:
     try:
         with suppress(AssertionError):  # all of the requests are elsewhere
             wait_until(lambda: site.unread_enqueues(worker_ports), 0.2)
-            for pid in site.web_processes():
-                os.kill(pid, signal.SIGKILL)
+            kill(site.web_processes())
             return True
     finally:
         site.server._process.send_signal(signal.SIGCONT)
@@ -181,7 +189,7 @@ def test_enqueue_whose_web_process_is_killed_finds_its_job_when_sent_again(
         for _ in range(kills):
             wait_until(lambda: len(site.web_processes()) == 2, what="gunicorn's new processes")
             time.sleep(random.uniform(0, 0.3))
-            os.kill(random.choice(site.web_processes()), signal.SIGKILL)
+            kill([random.choice(site.web_processes())])
     wait_until(lambda: len(site.web_processes()) == 2, what="gunicorn's new processes")
     assert {answer.status_code for answer in load.answers} == {202}
     assert len(ids_of(load.answers)) == len(load.answers)
