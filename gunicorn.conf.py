@@ -5,7 +5,8 @@ from gevent import monkey
 # Before anything else is imported: many clients wait in one process, each in a greenlet.
 monkey.patch_all()
 
-from typing import Any  # noqa: E402  # see above
+import sys  # noqa: E402  # see above
+from typing import Any  # noqa: E402
 
 from app.config import get_settings, is_loopback  # noqa: E402
 
@@ -29,3 +30,11 @@ def on_starting(server: Any) -> None:
         is_open = isinstance(address, tuple) and not is_loopback(address[0])
         if is_open and not (_settings.api_keys or _settings.allow_anonymous):
             raise SystemExit(f"Listening on {address[0]} wants API_KEYS, or ALLOW_ANONYMOUS=true.")
+
+
+def worker_exit(server: Any, worker: Any) -> None:
+    """End gunicorn when the app will not start, as with a job function's bad default: it would try again for ever."""
+    reason = sys.exc_info()[1]
+    if not worker.booted and isinstance(reason, SystemExit) and isinstance(reason.code, str):
+        print(reason.code, file=sys.stderr, flush=True)
+        raise SystemExit(3)  # gunicorn's own word for it, Arbiter.WORKER_BOOT_ERROR

@@ -62,14 +62,14 @@ def _is_outage(error: RedisError) -> bool:
 def _redis_answer(error: RedisError) -> Response:
     if not _is_outage(error):
         return _bug_answer(error)
-    logger.error("%s %s: Redis: %s", request.method, request.path, error)
+    logger.error("%s %r: Redis: %s", request.method, request.path, error)
     detail = "Redis did not do what it was asked."
     return _problem_answer(problems.RedisUnavailable(detail, retry_after=TRY_AGAIN))
 
 
 def _bug_answer(error: Exception) -> Response:
     request_id = uuid.uuid4().hex[:16]
-    logger.error("request %s: %s %s", request_id, request.method, request.path, exc_info=error)
+    logger.error("request %s: %s %r", request_id, request.method, request.path, exc_info=error)
     return _problem_answer(problems.InternalError("Something went wrong on our side.", request_id=request_id))
 
 

@@ -129,8 +129,7 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
         receipt = jobs.enqueue(found, payload, asked, owner=current_key().name, key=idempotency_key())
         if receipt.is_replay:
             add_header("Idempotent-Replayed", "true")
-        status = receipt.status if not wait else None
-        status = status or jobs.wait(receipt.job_id, wait, current_key().name)
+        status = jobs.wait_for_new(receipt, wait, current_key().name)
         headers = {"Location": status["links"]["check_status"], **ask_again(status)}
         if not wait or status["job_status"] not in TERMINAL:
             return json_answer(status, 202, headers)

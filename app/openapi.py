@@ -66,7 +66,7 @@ _IDEMPOTENCY_KEY = {
     "description": "1 to 255 visible characters, bare or quoted. The same request with the same key is done once",
     "schema": {
         "type": "string",
-        "pattern": r'^([!#-~][!-~]{0,254}|"[!#-\[\]-~]{1,255}")$',
+        "pattern": r'^([!#-+\--~][!-+\--~]{0,254}|"[!#-\[\]-~]{1,255}")$',
         "examples": ["8e03978e-40d5-43e8-bc93"],
     },
 }

@@ -78,8 +78,10 @@ def idempotency_key() -> str | None:
     if given.startswith('"'):
         quoted = re.fullmatch(r'"((?:[^"\\]|\\["\\])*)"', given)
         key = re.sub(r"\\(.)", r"\1", quoted[1]) if quoted else ""
-    if not re.fullmatch(r"[!-~]{1,255}", key):
-        error: problems.ErrorItem = {"loc": ["header", "Idempotency-Key"], "msg": "1 to 255 visible characters"}
+    # A header that is there twice comes as one, with a comma: which of them would win is anybody's guess.
+    if not re.fullmatch(r"[!-~]{1,255}", key) or ("," in key and key is given):
+        what = "one key of 1 to 255 visible characters, in quotes if it has a comma"
+        error: problems.ErrorItem = {"loc": ["header", "Idempotency-Key"], "msg": what}
         raise problems.InvalidRequest("The header Idempotency-Key is malformed.", errors=[error])
     return key
 

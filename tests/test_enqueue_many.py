@@ -222,6 +222,20 @@ def test_group_is_one_of_rqs(client: FlaskClient, redis: Any) -> None:
     assert {job.group_id for job in jobs} == {found.name}
 
 
+def test_admin_sees_the_group_of_a_key_that_is_gone(redis: Any) -> None:
+    def client_of(name: str, *names: str) -> tuple[FlaskClient, dict[str, str]]:
+        keys = [{"name": each, "key": f"the long key of {each}", "admin": each == "ops"} for each in names]
+        app = create_app(Settings(api_keys=json.dumps(keys)), redis)
+        return app.test_client(), {"Authorization": f"Bearer the long key of {name}"}
+
+    alice, headers = client_of("alice", "alice", "ops")
+    group_id = json_of(alice.post("/enqueue_many/echo", json=[1], headers=headers))["group_id"]
+    ops, headers = client_of("ops", "bob", "ops")
+    assert ops.get(f"/check_group?group_id={group_id}", headers=headers).status_code == 200
+    bob, headers = client_of("bob", "bob", "ops")
+    problem_of(bob.get(f"/check_group?group_id={group_id}", headers=headers), 404, "group-not-found")
+
+
 def test_group_that_rq_made_can_be_looked_at(client: FlaskClient, redis: Any) -> None:
     redis.sadd("rq:group:theirs", "a", "b")
     redis.hset("rq:job:a", "status", "queued")

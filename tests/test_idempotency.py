@@ -121,7 +121,7 @@ def test_what_means_the_same_is_the_same_request(
 
 
 def test_each_key_is_a_job_of_its_own(client: FlaskClient, redis: Any) -> None:
-    keys = ["a", "A", "a ".strip() + "b", "x" * 255, "!", "~", "a,b", "é".encode().hex(), "a:b", "0"]
+    keys = ["a", "A", "a ".strip() + "b", "x" * 255, "!", "~", '"a,b"', "é".encode().hex(), "a:b", "0"]
     assert len({json_of(send(client, key))["job_id"] for key in keys}) == len(keys) == len(job_ids(redis))
 
 
@@ -184,6 +184,13 @@ def test_key_with_an_early_time_is_no_bug_of_ours(client: FlaskClient, at: str) 
     for replayed in (None, "true"):
         answer = client.post("/enqueue/echo", json=1, query_string={"at": at}, headers={"Idempotency-Key": "k"})
         assert (answer.status_code, answer.headers.get(REPLAYED)) == (202, replayed), answer.text
+
+
+def test_key_that_is_there_twice_is_refused(client: FlaskClient, redis: Any) -> None:
+    for given in ("d", '"d"'):
+        headers = [("Idempotency-Key", given)] * 2
+        problem_of(client.post("/enqueue/echo", json=1, headers=headers), 422, "invalid-request")
+    assert job_ids(redis) == []
 
 
 def test_owners_have_keys_of_their_own(redis: Any) -> None:

@@ -223,18 +223,28 @@ def test_enqueue_sent_twice_enqueues_once(redis: "Redis", limit: int) -> None:
     assert redis.hget("rq:job:id", "data") == b"0"
 
 
-def test_stalled_redis_is_noticed_while_a_request_waits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("route", ["/enqueue/echo", "/check_status"])
+def test_stalled_redis_is_noticed_while_a_request_waits(tmp_path: Path, route: str) -> None:
     with valkey_server(tmp_path) as server:
         settings = Settings(redis_url=f"redis://127.0.0.1:{server.port}/0")
         with connect(settings) as connection, ThreadPoolExecutor(1) as pool:
             app = create_app(settings, connection)
             jobs = app.extensions["jobs"]
-            asked = pool.submit(app.test_client().post, "/enqueue/echo?wait=30", json=1)
+            if route == "/enqueue/echo":
+                asked = pool.submit(app.test_client().post, f"{route}?wait=30", json=1)
+            else:
+                job_id = json_of(app.test_client().post("/enqueue/echo", json=1))["job_id"]
+                asked = pool.submit(app.test_client().get, f"{route}?wait=30&job_id={job_id}")
             wait_until(lambda: jobs.events._bells, 5, "the waiting request")
             wait_until(lambda: connection.llen("rq:queue:default") == 1, 5, "the job")
             server._process.send_signal(signal.SIGSTOP)
             try:
                 # A look at the job now and then, at the latest after 5 s.
-                problem_of(asked.result(10), 503, "redis-unavailable")
+                answer = asked.result(10)
+                if route == "/enqueue/echo":  # it is enqueued, and whoever is told otherwise sends it again
+                    assert (answer.status_code, json_of(answer)["job_status"]) == (202, "queued")
+                    assert answer.headers["Location"]
+                else:
+                    problem_of(answer, 503, "redis-unavailable")
             finally:
                 server._process.send_signal(signal.SIGCONT)

@@ -95,6 +95,16 @@ def _fails_with(env: dict[str, str], *args: str) -> str:
     return done.stderr.strip()
 
 
+def test_gunicorn_ends_when_the_app_will_not_start(env: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "bad_functions.py").write_text(
+        "from app.job_function import job_function\n\n\n@job_function(retries=-1)\ndef bad(payload):\n    pass\n"
+    )
+    env |= {"FUNCTION_MODULES": "app.functions,bad_functions", "PYTHONPATH": str(tmp_path), "PORT": str(free_port())}
+    with running(python("gunicorn", "app.main:app"), env, tmp_path / "web.log") as process:
+        assert process.popen.wait(30) == 3
+        assert process.log.count("The job function bad has the default retries=-1") == 1
+
+
 def test_start_refuses_a_port_in_use(env: dict[str, str]) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", int(env["PORT"])))

@@ -147,7 +147,7 @@ class Model:
         job.is_canceled = True
         if job.status == "started":
             job.is_to_stop = True
-            if job.lease != "forgotten":
+            if job.lease == "held":
                 return 202
             self.end(job, "stopped")
         elif job.status not in TERMINAL:

@@ -13,8 +13,10 @@ local now, ttl = clock(), whole(job[5], failure_ttl)
 if status == 'started' then
   local worker, is_running = job[4] or '', false
   for _, execution in ipairs(redis.call('ZRANGE', registry('executions', id), 0, -1)) do
-    if redis.call('EXISTS', execution_key(id, execution)) == 0 then
-      end_execution(id, execution, queue, worker) -- its worker is long dead
+    local run = redis.call('HMGET', execution_key(id, execution), 'job_id', 'lease_until')
+    -- A stock worker's run has no lease.
+    if not run[1] or number(run[2], math.huge) < now then
+      end_execution(id, execution, queue, worker) -- its worker is dead, or can write nothing more
     elseif holds(id, execution, queue) then
       is_running = true
       redis.call('HSET', job_key(id), 'stop_requested', execution)

@@ -7,8 +7,9 @@ local DOORBELL = RQ .. ':api:doorbell' -- a stream of length 1: "some queue has 
 local EVENTS_KEPT = 10000
 
 -- RQ's cleaners fail a job once its score in the started registry has passed. Ours is this many seconds later than the
--- lease, so that `recover` always comes first, also when `rq info` or a stock worker runs RQ's cleanup.
-local GRACE = 60
+-- lease, so that `recover` comes first: also when `rq info` runs RQ's cleanup while all workers are away for the night.
+-- What the run has of its own is kept as long.
+local GRACE = 86400
 
 local function job_key(id) return RQ .. ':job:' .. id end
 local function queue_key(queue) return RQ .. ':queue:' .. queue end
@@ -143,13 +144,12 @@ local function extend_lease(id, execution, queue, worker, lease, now, ...)
   redis.call('EXPIRE', execution_key(id, execution), ttl)
   redis.call('ZADD', registry('wip', queue), exact(now + ttl), id .. ':' .. execution)
   redis.call('ZADD', registry('executions', id), exact(now + ttl + 60), execution)
-  -- Longer than workers are away: `cancel` finds by it the run that has the job, which somebody is to recover.
-  redis.call('EXPIRE', registry('executions', id), 7 * 86400)
+  redis.call('EXPIRE', registry('executions', id), ttl + 60)
   redis.call('EXPIRE', worker_key(worker) .. ':executions', ttl + 60)
 end
 
 -- Whether somebody canceled the job while it runs. The request names the execution, so it is for no later run; it stands
--- at the job, since what the execution has runs out while no worker is there to recover it.
+-- at the job, which is there however late somebody recovers it.
 local function is_to_stop(id, execution)
   return read(id, 'stop_requested')[1] == execution
 end
