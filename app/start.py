@@ -55,7 +55,9 @@ def end_orphan() -> None:
     """End a Valkey that a killed `start` left behind: two on the same data would destroy it."""
     with contextlib.suppress(OSError, ValueError):  # there is none
         pid = int((DATA / "valkey.pid").read_text())
-        command = subprocess.run(["ps", "-o", "command=", "-p", str(pid)], capture_output=True, text=True, check=False)
+        # -ww: the whole command, however narrow the terminal and long the path.
+        asked = ["ps", "-ww", "-o", "command=", "-p", str(pid)]
+        command = subprocess.run(asked, capture_output=True, text=True, check=False)
         if "valkey" in command.stdout:
             os.kill(pid, signal.SIGTERM)
             for _ in range(100):

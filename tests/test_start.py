@@ -164,6 +164,7 @@ def test_embedded_valkey_says_that_it_cannot_live_in_a_folder_with_a_space(
 
 def test_start_ends_a_valkey_that_a_killed_start_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(start, "DATA", tmp_path / "data")
+    monkeypatch.setenv("COLUMNS", "20")  # a narrow terminal
     start.DATA.mkdir()
     with valkey_server(tmp_path / "other") as left_behind:
         (start.DATA / "valkey.pid").write_text(str(left_behind._process.pid))
