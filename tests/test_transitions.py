@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import fakeredis
 import pytest
+from rq.registry import StartedJobRegistry
+from rq.serializers import JSONSerializer
 
 from app import transitions
 from app.transitions import (
@@ -1052,6 +1054,13 @@ def forget(redis: Any, run: Run) -> None:
     """Let Redis drop what the run has of its own, as it does where no worker is there to recover it in time."""
     redis.delete(f"rq:execution:{run.job_id}:{run.execution}")
     redis.zadd("rq:wip:default", {f"{run.job_id}:{run.execution}": time.time() - 1}, xx=True)
+
+
+def test_rqs_own_cleanup_fails_no_job_while_all_workers_are_away(redis: Any) -> None:
+    run = start(redis, lease=-3600)  # an hour ago; `rq info` cleans up like this
+    StartedJobRegistry("default", connection=redis, serializer=JSONSerializer).cleanup()
+    assert job_of(redis)["status"] == "started"
+    assert [abandoned for abandoned, _ in transitions.recover(redis, ["default"])] == [run]
 
 
 def test_cancel_of_a_run_whose_lease_ran_out_ends_it_at_once(redis: Any) -> None:
