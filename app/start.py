@@ -145,7 +145,7 @@ def call(url: str, payload: Any = None) -> Any:
     """GET a JSON document, or POST one and read the answer."""
     body = None if payload is None else json.dumps(payload).encode()
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})  # noqa: S310  # our own address
-    with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
+    with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310  # as above
         return json.load(answer)
 
 

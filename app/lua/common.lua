@@ -80,16 +80,11 @@ local function microseconds(seconds) return string.format('%.0f', seconds * 1e6)
 
 -- Take a job out of a scope of the index. Answers the microsecond of its creation, nil if it was not there.
 local function remove_from_index(scope, id, status)
-  local created = redis.call('ZSCORE', index(scope, status), id)
-  if created then
-    redis.call('ZREM', index(scope, status), id)
-    return created
-  end
-  -- RQ's own code gave it another status meanwhile, and knows no index.
-  for _, other in ipairs(STATUSES) do
-    created = redis.call('ZSCORE', index(scope, other), id)
+  -- In another status' set if RQ's own code changed it meanwhile, which knows no index.
+  for _, each in ipairs({status, unpack(STATUSES)}) do
+    local created = redis.call('ZSCORE', index(scope, each), id)
     if created then
-      redis.call('ZREM', index(scope, other), id)
+      redis.call('ZREM', index(scope, each), id)
       return created
     end
   end
