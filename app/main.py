@@ -57,13 +57,8 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
                 f"The job function {function.name} has the default {name}={first['input']!r}: {first['msg']}."
             ) from None
 
-    def connect_reader() -> Redis:
-        """The event log's reads block for a while, on a client of their own, which it closes; but not a pool given."""
-        if connection:
-            return Redis(connection_pool=connection.connection_pool)
-        return connect(settings, socket_timeout=BLOCK + 4)
-
-    events = EventLog(connection or redis_conn, connect_reader)
+    # The event log's reads block for a while, on a client of their own.
+    events = EventLog(connection or redis_conn, lambda: connection or connect(settings, socket_timeout=BLOCK + 4))
     jobs = Jobs(settings, connection or redis_conn, functions, events)
 
     app = APIFlask(
