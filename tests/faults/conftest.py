@@ -20,6 +20,7 @@ def _is_long(config: pytest.Config) -> bool:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="the fault suite as often as its table says, with a report")
+    parser.addoption("--stock", action="store_true", help="with RQ's own workers, to see what they lose")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -89,10 +90,16 @@ def long(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture(scope="session")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+def stock(request: pytest.FixtureRequest) -> bool:
+    """Whether the workers are to be RQ's own."""
+    return bool(request.config.getoption("--stock", default=False))
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory, stock: bool) -> Iterator[Site]:
     """One for all faults, since its start takes longer than most of them."""
     with ExitStack() as stack:
-        yield Site(stack, tmp_path_factory.mktemp("site"))
+        yield Site(stack, tmp_path_factory.mktemp("site"), stock=stock)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,21 +23,23 @@ MODULES = "app.functions,tests.job_functions,tests.faults.job_functions"
 #: The queue of workers that are killed: the other workers do not look at it.
 FRAGILE = "fragile"
 #: The users as which workers log in to Redis: those of the fragile queue, and the others.
-FRAGILE_USER, WORKER_USER = "fragile", "worker"
+USERS = FRAGILE_USER, WORKER_USER = "fragile", "worker"
 
 
 class Staff:
-    """Workers of one queue."""
+    """Workers of the same queues and settings."""
 
-    def __init__(self, env: dict[str, str], folder: Path, queue: str) -> None:
-        self._env, self._folder, self._queue = env, folder, queue
+    def __init__(self, env: dict[str, str], folder: Path, *queues: str, stock: bool = False) -> None:
+        self._env, self._folder, self._queues = env, folder, queues
+        # RQ's own worker: what it loses shows that a fault is one.
+        self._options = ("-S", "json", "-w", "rq.Worker") if stock else ()
         self.workers: dict[str, Process] = {}
 
     def hire(self, count: int = 1) -> None:
         """Start so many workers; `await_start` waits for them."""
         for _ in range(count):
-            name = f"{self._queue}-{os.urandom(4).hex()}"
-            command = python("rq.cli", "worker", "--name", name, self._queue)
+            name = f"{self._queues[0]}-{os.urandom(4).hex()}"
+            command = python("rq.cli", "worker", *self._options, "--name", name, *self._queues)
             self.workers[name] = Process(command, self._env, self._folder / f"{name}.log")
 
     def await_start(self) -> None:
@@ -60,16 +63,18 @@ class Staff:
 
 
 class Site:
-    """A Redis, two web processes behind one address, and two workers."""
+    """A Redis, two web processes behind one address, and two workers, which are RQ's own if they are to be `stock`."""
 
-    def __init__(self, stack: ExitStack, folder: Path) -> None:
-        self._folder = folder
-        self.server: ValkeyServer = stack.enter_context(valkey_server(folder / "valkey"))
-        self.redis: Any = stack.enter_context(Redis(port=self.server.port))
-        for user in (FRAGILE_USER, WORKER_USER):
-            self.redis.execute_command("ACL", "SETUSER", user, "on", "nopass", "~*", "&*", "+@all")
+    def __init__(self, stack: ExitStack, folder: Path, *, stock: bool = False) -> None:
+        self._folder, self._stock = folder, stock
+        users = folder / "users.acl"  # in a file, so that they outlive the server
+        users.write_text("".join(f"user {user} on nopass ~* &* +@all\n" for user in ("default", *USERS)))
+        config = {"appendonly": "yes", "appendfsync": "always", "save": '""', "aclfile": str(users)}
+        self.server: ValkeyServer = stack.enter_context(valkey_server(folder / "valkey", **config))
+        self.redis_port: int = self.server.port  # the server itself forgets it as it ends
+        self.redis: Any = stack.enter_context(Redis(port=self.redis_port))
         self._web_log = folder / "web.log"
-        self.staff = Staff(self.environment(WORKER_USER), folder, "default")
+        self.staff = Staff(self.environment(WORKER_USER), folder, "default", stock=stock)
         stack.callback(self.staff.kill_all)
         self.staff.hire(2)
         self.url = stack.enter_context(web(self.environment(WEB_CONCURRENCY=2), self._web_log))
@@ -80,14 +85,15 @@ class Site:
         settings = {"QUEUES": f"default,{FRAGILE}", "FUNCTION_MODULES": MODULES} | settings
         # Redis' default user needs no greeting.
         login = "" if user == "default" else f"{user}:any@"
-        env = environment(f"redis://{login}127.0.0.1:{self.server.port}/0", **settings)
+        env = environment(f"redis://{login}127.0.0.1:{self.redis_port}/0", **settings)
         # Not measured for coverage: a process that is killed as it writes what was measured spoils the report.
         return {name: value for name, value in env.items() if not name.startswith("COVERAGE")}
 
     @contextmanager
-    def fragile_staff(self, count: int) -> Iterator[Staff]:
+    def fragile_staff(self, count: int, *more_queues: str, **settings: Any) -> Iterator[Staff]:
         """Workers to be killed, whose jobs are given to others after three seconds. The others have to survive."""
-        staff = Staff(self.environment(FRAGILE_USER, WORKER_LEASE=3), self._folder, FRAGILE)
+        env = self.environment(FRAGILE_USER, **{"WORKER_LEASE": 3} | settings)
+        staff = Staff(env, self._folder, FRAGILE, *more_queues, stock=self._stock)
         try:
             staff.hire(count)
             staff.await_start()
@@ -95,6 +101,20 @@ class Site:
             staff.check()
         finally:
             staff.kill_all()
+
+    def signal_redis(self, number: signal.Signals) -> None:
+        """Send the server a signal."""
+        self.server._process.send_signal(number)
+
+    def kill_redis(self) -> None:
+        """SIGKILL to the server, as when its host is gone."""
+        self.server._process.kill()
+        self.server._process.wait()
+        self.server._process = None
+
+    def start_redis(self) -> None:
+        """Start it again with what is on its disk, and wait until it answers."""
+        self.server.start()
 
     def web_processes(self) -> list[int]:
         """The web processes that live, by gunicorn's log."""

@@ -165,14 +165,14 @@ def kill(pids: list[int]) -> None:
 def kill_behind_an_enqueue(site: Site) -> bool:
     """Kill the web processes if Redis holds an enqueue of theirs: it will carry it out, and nobody will say so."""
     worker_ports = site.worker_ports()
-    site.server._process.send_signal(signal.SIGSTOP)
+    site.signal_redis(signal.SIGSTOP)
     try:
         with suppress(AssertionError):  # all of the requests are elsewhere
             wait_until(lambda: site.unread_enqueues(worker_ports), 0.2)
             kill(site.web_processes())
             return True
     finally:
-        site.server._process.send_signal(signal.SIGCONT)
+        site.signal_redis(signal.SIGCONT)
     return False
 
 
