@@ -11,6 +11,7 @@ from urllib.parse import quote
 from pydantic import (
     AliasChoices,
     BaseModel,
+    ByteSize,
     ConfigDict,
     Field,
     FilePath,
@@ -141,6 +142,11 @@ class Settings(BaseSettings):
     max_wait: int = Field(default=60, ge=0, le=60, description="The longest `wait` that is granted, in seconds")
     max_waiting: int = Field(default=3000, ge=0, le=100_000, description="Requests that may wait in one web process")
 
+    worker_max_memory: ByteSize | None = Field(
+        default=None,
+        ge=16 * 2**20,
+        description="Memory that a work-horse and what it starts may use, as `2GiB`; one that uses more is ended",
+    )
     worker_lease: int = Field(
         default=30, ge=3, le=3600, description="Seconds after which a silent worker's job is given to another"
     )

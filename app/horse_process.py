@@ -1,4 +1,4 @@
-"""The work-horse as its worker sees it: a process, and a channel to it."""
+"""The work-horse as its worker sees it: a process, a channel to it, how much memory it uses, and how it ended."""
 
 import contextlib
 import os
@@ -6,12 +6,28 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
+
+import psutil
 
 from app.frames import Channel
+
+#: Seconds between two looks at the memory that a work-horse uses. Each looks at all processes there are.
+MEMORY_EVERY = 0.2
 
 
 class HorseDied(Exception):
     """The work-horse's process ended; the text says how."""
+
+
+def _count_out_of_memory_kills() -> int:
+    """How often the kernel's out-of-memory killer was at work since boot (Linux 4.13 and later; else 0)."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
 
 
 class WorkHorse:
@@ -23,6 +39,8 @@ class WorkHorse:
         Raises:
             HorseDied: it could not load them; it printed why.
         """
+        self._out_of_memory_kills = _count_out_of_memory_kills()
+        self._next_look_at_memory = 0.0
         ours, its = socket.socketpair()
         # A fresh interpreter: forking a process that has threads (RQ's pubsub) can deadlock the child.
         code = f"import sys; sys.path[:] = {sys.path!r}; from app.work_horse import main; main({its.fileno()})"
@@ -33,13 +51,34 @@ class WorkHorse:
         self.pid = self._process.pid
         self.channel = Channel(ours)
         try:
-            self.channel.receive()
+            hello = self.channel.receive()
         except EOFError:
             raise HorseDied(self.bury()) from None
+        assert hello
+        #: By path of a function, how often its jobs may be run again after a crash, where it says so itself.
+        self.crash_limits: dict[str, int] = hello[0]["crash_limits"]
 
     def has_died(self) -> bool:
         """Whether the process has ended by itself."""
         return self._process.poll() is not None
+
+    def is_over(self, limit: int | None) -> bool:
+        """Whether it and what it started use more bytes of memory than this; False between two looks."""
+        if limit is None or time.monotonic() < self._next_look_at_memory:
+            return False
+        self._next_look_at_memory = time.monotonic() + MEMORY_EVERY
+        used = 0
+        with contextlib.suppress(psutil.NoSuchProcess):
+            horse = psutil.Process(self.pid)
+            for process in (horse, *horse.children(recursive=True)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    used += process.memory_info().rss
+        return used > limit
+
+    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """Send a signal to it and to all that it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
 
     def bury(self) -> str:
         """Make sure that the process and all that it started are gone, and tell how it ended."""
@@ -48,7 +87,12 @@ class WorkHorse:
             code = self._process.wait(timeout=1)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            code = self._process.wait()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
-        return f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
+            self._process.wait()
+            return "it closed its connection to the worker"
+        finally:
+            self.kill()
+        if code >= 0:
+            return f"exit code {code}"
+        is_out_of_memory = -code == signal.SIGKILL and _count_out_of_memory_kills() > self._out_of_memory_kills
+        hint = ", as the system was out of memory" if is_out_of_memory else ""
+        return f"signal {-code} ({signal.Signals(-code).name}){hint}"

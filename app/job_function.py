@@ -47,6 +47,8 @@ class JobFunction:
     payload: TypeAdapter[Any] | None
     defaults: Defaults
     signature: inspect.Signature
+    #: How often a job is run again after its process died; None for MAX_CRASHES.
+    max_crashes: int | None = None
 
     @property
     def path(self) -> str:
@@ -89,7 +91,9 @@ class JobFunction:
 FUNCTIONS: dict[str, JobFunction] = {}
 
 
-def job_function(**defaults: Unpack[Defaults]) -> Callable[[AnyCallable], AnyCallable]:
+def job_function(
+    *, max_crashes: int | None = None, **defaults: Unpack[Defaults]
+) -> Callable[[AnyCallable], AnyCallable]:
     """Let jobs run the decorated callable, which stays the plain callable it is.
 
     The callable takes one argument, the payload. Its type hint, any type that pydantic can validate, says what
@@ -97,13 +101,17 @@ def job_function(**defaults: Unpack[Defaults]) -> Callable[[AnyCallable], AnyCal
     data, and raises on failure.
 
     Args:
+        max_crashes: how often a job is run again after the process that ran it died, instead of MAX_CRASHES; 0 for
+            work that must not be done twice.
         defaults: for the options of `/enqueue`, of the same names and meanings; a request overrides them, within
             the configured limits, which are not for the defaults themselves.
 
     Raises:
         TypeError: the callable does not take exactly one argument, or there is no option of such a name.
-        ValueError: another job function has the same name.
+        ValueError: another job function has the same name, or `max_crashes` is no integer from 0 on.
     """
+    if max_crashes is not None and (type(max_crashes) is not int or max_crashes < 0):
+        raise ValueError(f"max_crashes is an integer from 0 on, not {max_crashes!r}.")
     if unknown := defaults.keys() - Defaults.__annotations__.keys():
         raise TypeError(f"A job function has no default for {', '.join(sorted(unknown))}.")
 
@@ -115,7 +123,7 @@ def job_function(**defaults: Unpack[Defaults]) -> Callable[[AnyCallable], AnyCal
             raise TypeError(f"The job function {name} must take one argument, the payload; it takes {len(parameters)}.")
         hint = get_type_hints(call, include_extras=True).get(parameters[0], Any)
         payload = None if hint in (Any, object, dict) else TypeAdapter(hint)
-        function = JobFunction(name, call, payload, defaults, signature)
+        function = JobFunction(name, call, payload, defaults, signature, max_crashes)
         if name in FUNCTIONS and FUNCTIONS[name].path != function.path:
             raise ValueError(f"Two job functions are named {name}: {FUNCTIONS[name].path} and {function.path}.")
         FUNCTIONS[name] = function

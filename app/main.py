@@ -60,11 +60,7 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
     # The event log's reads block for a while, on a connection of their own, which the reader closes in the end.
     events = EventLog(
         connection or redis_conn,
-        lambda: (
-            connection.client()  # type: ignore[no-untyped-call]  # redis-py has no annotation
-            if connection
-            else connect(settings, socket_timeout=BLOCK + 4)
-        ),
+        lambda: connection.client() if connection else connect(settings, socket_timeout=BLOCK + 4),
     )
     jobs = Jobs(settings, connection or redis_conn, functions, events)
 

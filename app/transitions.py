@@ -250,13 +250,16 @@ class Run(NamedTuple):
     worker: str
 
 
-def renew(connection: Redis, run: Run, lease: int, progress: str = "") -> Literal["held", "lost", "stop"]:
-    """Extend the run's lease and pass its progress (JSON) on.
+def renew(
+    connection: Redis, run: Run, lease: int, progress: str = "", max_crashes: int | None = None
+) -> Literal["held", "lost", "stop"]:
+    """Extend the run's lease and pass its progress (JSON) on; note the job's own crash limit, if it has one.
 
     Returns:
         `held`; `lost` if the job is not this run's any more; `stop` if somebody canceled it.
     """
-    return cast('Literal["held", "lost", "stop"]', _text(_run(connection, "renew", *run, lease, progress)))
+    limit = "" if max_crashes is None else max_crashes
+    return cast('Literal["held", "lost", "stop"]', _text(_run(connection, "renew", *run, lease, progress, limit)))
 
 
 class Ending(NamedTuple):
@@ -312,17 +315,22 @@ def release(
 
 
 class Abandoned(NamedTuple):
-    """A run whose worker let the lease run out, and how often the job's runs crashed before."""
+    """A run whose worker let the lease run out, how often the job's runs crashed before, and its own limit of that."""
 
     run: Run
     crashes: int
+    max_crashes: int | None
 
 
 def recover(connection: Redis, queues: Sequence[str]) -> list[Abandoned]:
     """Name the runs whose lease ran out, and put back what a stock worker popped but never started."""
     return [
-        Abandoned(Run(_text(job_id), _text(execution), _text(queue), _text(worker)), crashes)
-        for queue, job_id, execution, worker, crashes in _run(connection, "recover", *queues)
+        Abandoned(
+            Run(_text(job_id), _text(execution), _text(queue), _text(worker)),
+            crashes,
+            int(limit) if limit.isdigit() else None,
+        )
+        for queue, job_id, execution, worker, crashes, limit in _run(connection, "recover", *queues)
     ]
 
 

@@ -118,12 +118,9 @@ def run_job(header: Header, data: bytes, functions: Mapping[str, JobFunction], c
 
 def _die_with_worker(channel: Channel) -> None:
     """End this process when the worker's end of the socket is closed, also in the middle of a job."""
-    worker = os.getppid()
     poll = select.poll()
     poll.register(channel.fileno(), 0)  # hang-ups are reported always; data is none of this thread's business
-    # A process that the worker forked (RQ's scheduler) may hold its end of the socket open after its death.
-    while not poll.poll(1000) and os.getppid() == worker:
-        pass
+    poll.poll()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -135,7 +132,8 @@ def main(file_descriptor: int) -> None:
     # Ctrl-C in a terminal is the worker's to handle.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     functions = {function.path: function for function in load_functions(get_settings().function_modules).values()}
-    channel.send({"ready": sorted(functions)})
+    limits = {path: each.max_crashes for path, each in functions.items() if each.max_crashes is not None}
+    channel.send({"crash_limits": limits})
     while True:
         try:
             frame = channel.receive()

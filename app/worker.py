@@ -1,7 +1,7 @@
 """The worker that `rq worker` runs: takes jobs, has the work-horse run them, renews, finishes, releases, recovers.
 
-RQ's own `work()` loop, signals, registration, suspension and scheduler are around it; overridden is what loses jobs or
-costs round trips. Each override names the behaviour of RQ 3.0.0 that it answers.
+RQ's own `work()` loop, signals, registration and suspension are around it, made steady in rq_worker.py; overridden here
+is what loses jobs or costs round trips. Each override names the behaviour of RQ 3.0.0 that it answers.
 """
 
 import base64
@@ -9,94 +9,73 @@ import contextlib
 import copy
 import json
 import math
-import os
+import re
 import signal
 import threading
 import time
 import uuid
 import zlib
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeVar
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import rq
-from redis import Redis
-from redis.backoff import NoBackoff
-from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
-from redis.retry import Retry
-from rq import worker_registration
 from rq.command import parse_payload
 from rq.exceptions import StopRequested, TimeoutFormatError
 from rq.executions import Execution
 from rq.job import Job, JobStatus
-from rq.registry import CanceledJobRegistry, FailedJobRegistry, FinishedJobRegistry, ReadyJobRegistry
 from rq.serializers import JSONSerializer
 from rq.utils import now as utc_now
-from rq.utils import parse_timeout, utcformat
+from rq.utils import parse_timeout
 from rq.worker import WorkerStatus
 
 from app import transitions
-from app.config import get_settings
 from app.frames import Header
-from app.horse_process import HorseDied, WorkHorse
-from app.redis_resc import Queue
+from app.horse_process import MEMORY_EVERY, HorseDied, WorkHorse
+from app.rq_worker import LONGEST_PAUSE, TICK, SteadyWorker
 from app.transitions import DOORBELL_KEY, STOPPED, UNREADABLE, Ending, Failure, Run, describe_failure
 
-#: Seconds between two looks at what is due: leases, delayed jobs, its own heartbeat. Also the longest block.
-TICK = 1.0
 #: Seconds between two writes of a job's progress.
 PROGRESS_EVERY = 0.1
 #: Seconds that a function has to end after its timeout was raised inside it, before its process is killed.
 KILL_AFTER = 5.0
-#: Seconds after its last heartbeat at which a worker counts as dead in `/readyz` and `rq info`.
-ALIVE = 35
-#: Longest pause, in seconds, between two tries to reach Redis.
-LONGEST_PAUSE = 5.0
-
-Answer = TypeVar("Answer")
 
 
 class Assignment(NamedTuple):
-    """A job as the work-horse gets it, and how often its runs crashed before."""
+    """A job as the work-horse gets it, how often its runs crashed before, and its function's own limit of that."""
 
     run: Run
-    header: Header
-    data: bytes
-    crashes: int
+    header: Header = {}  # noqa: RUF012  # never changed
+    data: bytes = b""
+    crashes: int = 0
+    max_crashes: int | None = None
+
+    @property
+    def path(self) -> str:
+        """The function's path, without reading the whole payload; an empty one if there is none."""
+        found = re.match(rb'\s*\[\s*"([\w.]*)"', self.data)
+        return found[1].decode(errors="replace") if found else ""
 
 
-class Worker(rq.Worker):
+class Worker(SteadyWorker):
     """An RQ worker whose every change to a job is one atomic transition under a lease."""
 
     def __init__(self, queues: Any, name: str | None = None, **kwargs: Any) -> None:
-        """Take what `rq worker` passes; JSON is forced, whatever serializer it names (RQ's default is pickle)."""
-        queues = [queues] if isinstance(queues, str | rq.Queue) else list(queues)
-        connection = kwargs.pop("connection", None) or queues[0].connection
-        self.settings = get_settings()
-        kwargs |= {"serializer": JSONSerializer, "queue_class": Queue, "default_result_ttl": self.settings.result_ttl}
-        own = [Queue(queue if isinstance(queue, str) else queue.name, connection=connection) for queue in queues]
-        super().__init__(own, name, connection=connection, **kwargs)
+        """Take what `rq worker` passes."""
+        super().__init__(queues, name, **kwargs)
         self._horse: WorkHorse | None = None
         self._next_execution = uuid.uuid4().hex
         # One connection of its own: a third of the time that redis-py spends on a command goes into its pool.
-        self._redis = connection.client()
+        self._redis = self.connection.client()
         self._taken_ahead: transitions.TakeAnswer | None = None
         self._assignment: Assignment | None = None
-        #: The job that a message from the pubsub thread may stop: not one whose end is being written down already.
-        self._stoppable_job_id: str | None = None
+        #: The run that a message from the pubsub thread may stop: not one whose end is being written down already.
+        self._stoppable_run: Run | None = None
         self._stop_lock = threading.Lock()
-        self._blank_job = Job("blank", connection=connection, serializer=JSONSerializer)
-        self._is_suspended = True  # until the first `take` knows
-        self._next_tick = self._last_beat = 0.0
-        self._stopping_since: float | None = None
+        self._blank_job = Job("blank", connection=self.connection, serializer=JSONSerializer)
+        self._next_tick = 0.0
 
     # Around RQ's loop
-
-    def _set_connection(self, connection: Redis) -> Redis:
-        """RQ waits 415 s for an answer, and redis-py tries ten times. Nothing here blocks longer than a tick."""
-        connection.connection_pool.connection_kwargs["socket_timeout"] = TICK + 4
-        connection.set_retry(Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)))
-        return connection
 
     def bootstrap(self, *args: Any, **kwargs: Any) -> None:
         """As RQ's, once there is a work-horse: a worker that cannot load the functions takes no job."""
@@ -114,89 +93,10 @@ class Worker(rq.Worker):
         try:
             if isinstance(self._taken_ahead, transitions.Taken):  # `--max-jobs`, or a signal just now
                 run = Run(self._taken_ahead.job_id, self._next_execution, self._taken_ahead.queue, self.name)
-                self._release(run, crashed=False, how="its worker ended before the run began")
-            super().teardown()
-        except RedisError as error:
-            self.log.warning("Worker %s: could not sign off: %s", self.name, error)
-
-    def check_for_suspension(self, burst: bool) -> None:
-        """RQ asks Redis before each job; here `take` says it with its answer."""
-        if self._is_suspended:
-            self._is_suspended = False
-            try:
-                super().check_for_suspension(burst)
-            except RedisError as error:  # RQ's loop would end the worker; `take` will ask again
-                self.log.error("Worker %s: %s", self.name, error)
-
-    def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
-        """RQ sends three commands five times a job; here one round trip a tick.
-
-        A worker that Redis has forgotten (it was flushed, or lost its disk) signs on again.
-        """
-        if pipeline is not None:
-            super().heartbeat(timeout, pipeline)
-            return
-        if time.monotonic() - self._last_beat < TICK:
-            return
-        try:
-            self._beat()
-        except RedisError as error:  # RQ's loop would end the worker, over a Redis that is full for example
-            self.log.error("Worker %s: no heartbeat: %s", self.name, error)
-
-    def _beat(self) -> None:
-        self._last_beat = time.monotonic()
-        self.last_heartbeat = utc_now()
-        with self.connection.pipeline() as beat:
-            beat.hexists(self.key, "birth")
-            beat.hset(self.key, "last_heartbeat", utcformat(self.last_heartbeat))
-            beat.expire(self.key, ALIVE)
-            known = beat.execute()[0]
-            if not known and self.birth_date:
-                beat.hset(self.key, mapping=self.serialize())
-                worker_registration.register(self, beat)
-                beat.execute()
-
-    def clean_registries(self) -> None:
-        """As RQ's, without what would fail the jobs of dead workers: `recover` runs them again."""
-        for queue in self.queues:
-            if queue.acquire_maintenance_lock():
-                for registry in (FinishedJobRegistry, FailedJobRegistry, ReadyJobRegistry):
-                    registry(queue=queue).cleanup()
-                self._clean_canceled(queue)
-                worker_registration.clean_worker_registry(queue)
-                queue.release_maintenance_lock()
-        self.last_cleaned_at = utc_now()  # type: ignore[assignment]  # RQ's own annotation is None
-
-    def _clean_canceled(self, queue: rq.Queue) -> None:
-        """Let canceled jobs expire as failed ones do. RQ 3.0.0 keeps those of `Job.cancel` for ever."""
-        key, now = CanceledJobRegistry(queue=queue).key, time.time()
-        due: Any = self.connection.zrangebyscore(key, "-inf", now, start=0, num=1000)
-        job_ids = [job_id.decode(errors="surrogateescape") for job_id in due]
-        with self.connection.pipeline() as pipeline:
-            for job_id in job_ids:
-                pipeline.ttl(transitions.job_key(job_id))
-            for job_id, left in zip(job_ids, pipeline.execute(), strict=True):
-                if left == -2:  # the job is gone
-                    pipeline.zrem(key, job_id)
-                    continue
-                if left == -1:  # it has no end yet
-                    left = self.settings.failure_ttl
-                    pipeline.expire(transitions.job_key(job_id), left)
-                pipeline.zadd(key, {job_id: now + left})
-            pipeline.execute()
-
-    def run_maintenance_tasks(self) -> None:
-        """As RQ's; an outage in the middle of it does not end the worker."""
-        try:
-            super().run_maintenance_tasks()
-        except RedisError as error:
-            self.log.warning("Worker %s: maintenance put off: %s", self.name, error)
-            self.last_cleaned_at = utc_now()  # type: ignore[assignment]  # RQ's own annotation is None
-
-    def request_stop(self, signum: Any, frame: Any) -> None:
-        """As RQ's; the running job's time is bounded from now on (WORKER_SHUTDOWN_SECONDS)."""
-        self._stopping_since = time.monotonic()
-        super().request_stop(signum, frame)
+                self._release(Assignment(run), crashed=False, how="its worker ended before the run began")
+        except RedisError as error:  # its lease runs out
+            self.log.warning("Worker %s: could not put a job back: %s", self.name, error)
+        super().teardown()
 
     def kill_horse(self, sig: signal.Signals = signal.SIGKILL) -> None:
         """Kill the work-horse and what it started. Called from RQ's pubsub thread, too.
@@ -204,8 +104,7 @@ class Worker(rq.Worker):
         RQ asks for the process group of `horse_pid`; without a horse that is 0, and the group is the worker's own.
         """
         if horse := self._horse:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(horse.pid, sig)
+            horse.kill(sig)
 
     def handle_payload(self, message: Any) -> None:
         """As RQ's; a stop is for one job only.
@@ -217,33 +116,18 @@ class Worker(rq.Worker):
             super().handle_payload(message)
             return
         with self._stop_lock:
-            job_id = payload.get("job_id")
-            if not job_id or job_id != self._stoppable_job_id:  # it has ended, or `renew` will say so
+            run, job_id = self._stoppable_run, payload.get("job_id")
+            # RQ's own message names no execution; ours does (cancel.lua), so that one that is read late, after the job
+            # was retried, is not taken for the new run.
+            if not run or run.job_id != job_id or payload.get("execution", run.execution) != run.execution:
                 self.log.info("Worker %s: does not run job %s, which was to be stopped", self.name, job_id)
                 return
-            self._stopped_job_id = self._stoppable_job_id
+            self._stopped_job_id = job_id
             self.kill_horse()
 
     def get_current_job_id(self) -> str | None:
         """The job that runs. RQ asks Redis where it knows of none, and would kill a work-horse that has not begun."""
         return next((execution.job_id for execution in list(self.executions.values())), None)
-
-    def _pubsub_exception_handler(self, exc: Exception, pubsub: Any, pubsub_thread: Any) -> None:
-        """As RQ's, which ends the thread on a time-out or a malformed command, and never hears another one."""
-        self.log.error("Worker %s: a command was not heard or not understood: %r", self.name, exc)
-        if isinstance(exc, RedisError):
-            time.sleep(2 * TICK)
-
-    def _is_out_of_time(self) -> bool:
-        since = self._stopping_since
-        return since is not None and time.monotonic() - since > self.settings.worker_shutdown_seconds
-
-    def set_shutdown_requested_date(self) -> None:
-        """As RQ's, which runs inside the signal handler: an outage must not raise there."""
-        try:
-            super().set_shutdown_requested_date()
-        except RedisError:
-            self.log.debug("Worker %s: could not note the shutdown request", self.name)
 
     # Idle
 
@@ -303,7 +187,12 @@ class Worker(rq.Worker):
 
     def _ensure_horse(self) -> WorkHorse:
         if self._horse and self._horse.has_died():  # while idle: no job's fault
-            self.log.error("Worker %s: the idle work-horse died: %s", self.name, self._kill_horse())
+            self.log.error("Worker %s: the idle work-horse died: %s", self.name, self._bury_horse())
+        if self._horse and self._horse.is_over(self.settings.worker_max_memory):  # what many jobs left behind
+            self.log.warning(
+                "Worker %s: a new work-horse, after the jobs of the old one: %s", self.name, self._too_much_memory
+            )
+            self._bury_horse()
         if self._horse is None:
             self._horse = WorkHorse()
             self._horse_pid = self._horse.pid
@@ -357,8 +246,9 @@ class Worker(rq.Worker):
         self._next_tick = time.monotonic() + TICK
         self.heartbeat()
         names = [queue.name for queue in self.queues]
-        for run, crashes in transitions.recover(self.connection, names):
-            self._release(run, crashed=True, how="its worker died", crashes=crashes)
+        for run, crashes, max_crashes in transitions.recover(self.connection, names):
+            abandoned = Assignment(run, crashes=crashes, max_crashes=max_crashes)
+            self._release(abandoned, crashed=True, how=f"its worker, {run.worker}, died or was cut off")
         due = transitions.promote(self.connection, names).due
         # A job that is due before the next tick moves it forward; so delays are right to some milliseconds.
         self._next_tick = time.monotonic() + (TICK if due is None else min(TICK, due))
@@ -370,13 +260,13 @@ class Worker(rq.Worker):
         """Have the work-horse run the job, and write down what came of it."""
         assert self._assignment
         run = self._assignment.run
-        self._stoppable_job_id = run.job_id
+        self._stoppable_run = run
         # What RQ's other commands look at.
         self.executions[run.execution] = Execution(run.execution, job.id, self.connection, self.name)
         try:
             self._run(self._assignment)
         except SystemExit:  # a second signal (RQ's cold shutdown): the job is not to blame
-            self._release(run, crashed=False, how="its worker was told to end at once")
+            self._release(self._assignment, crashed=False, how="its worker was told to end at once")
             raise
         finally:
             self._close_to_stops(run)
@@ -385,60 +275,82 @@ class Worker(rq.Worker):
     def _close_to_stops(self, run: Run) -> bool:
         """From now on no message stops the run; True if one did before, and the work-horse was killed for it."""
         with self._stop_lock:
-            self._stoppable_job_id = None
+            self._stoppable_run = None
             is_stopped, self._stopped_job_id = self._stopped_job_id == run.job_id, None
         if is_stopped and self._horse:
-            self._kill_horse()
+            self._bury_horse()
         return is_stopped
 
     def _run(self, assignment: Assignment) -> None:
-        run, header, data, crashes = assignment
-        limit = header["timeout"]
-        start = last_renewal = last_progress = time.monotonic()
-        progress = ""
+        run = assignment.run
         try:
             horse = self._ensure_horse()
-            horse.channel.send(header, data, timeout=KILL_AFTER)
-            while True:
-                frame = horse.channel.receive(PROGRESS_EVERY if progress else TICK)
-                if frame and "outcome" in frame[0]:
-                    self._end(run, *frame, progress)
+            own_limit = horse.crash_limits.get(assignment.path)
+            if own_limit is not None:  # written down before the run begins: another worker may have to know
+                assignment = assignment._replace(max_crashes=own_limit)
+                renew = partial(transitions.renew, self._redis, run, self.settings.worker_lease, "", own_limit)
+                if (held := self._insist(renew)) != "held":
+                    self._end_unheld(run, held)
                     return
-                if frame is None and horse.has_died():
-                    raise EOFError  # the socket is still open in a process that the job forked
-                if frame:
-                    progress = json.dumps(frame[0]["progress"])
-                now = time.monotonic()
-                due = progress and now - last_progress >= PROGRESS_EVERY
-                # Each tick, which is oftener than the lease needs: a stop whose message was missed is seen here.
-                if due or now - last_renewal >= TICK:
-                    held = self._renew(run, progress)
-                    if held != "held":
-                        self._kill_horse()
-                        if held == "stop":
-                            self._finish_stopped(run)
-                        else:
-                            message = "%s: job %s is lost to this worker; its run was ended"
-                            self.log.warning(message, run.queue, run.job_id)
-                        return
-                    last_renewal = last_progress = now
-                    progress = ""
-                if limit > 0 and now - start > limit + KILL_AFTER:
-                    self._kill_horse()
-                    message = f"The job ran longer than its limit of {limit} s, and its process was killed."
-                    self._fail(run, "JobTimeoutException", message)
-                    return
-                if self._is_out_of_time():
-                    self._kill_horse()
-                    self._release(run, crashed=False, how="its worker was told to end")
-                    return
-                self._tick_quietly()
+            horse.channel.send(assignment.header, assignment.data, timeout=KILL_AFTER)
+            self._watch(horse, assignment)
         except (EOFError, OSError, HorseDied) as error:  # OSError: it was gone, or did not read, as we sent
-            how = self._kill_horse() if self._horse else str(error)
+            how = self._horse.bury() if self._horse else str(error)
+            self._horse, self._horse_pid = None, 0
             if self._close_to_stops(run):
                 self._finish_stopped(run)
+            else:
+                self._release(assignment, crashed=True, how=how)
+
+    def _watch(self, horse: WorkHorse, assignment: Assignment) -> None:
+        """Renew the lease and keep the limits until the run has an end, and write that down.
+
+        Raises:
+            EOFError: the work-horse died.
+        """
+        run, limit, progress = assignment.run, assignment.header["timeout"], ""
+        start = last_renewal = last_progress = time.monotonic()
+        patience = MEMORY_EVERY if self.settings.worker_max_memory else TICK
+        while True:
+            frame = horse.channel.receive(PROGRESS_EVERY if progress else patience)
+            if frame and "outcome" in frame[0]:
+                self._end(run, *frame, progress)
                 return
-            self._release(run, crashed=True, how=how, crashes=crashes)
+            if frame is None and horse.has_died():
+                raise EOFError  # the socket is still open in a process that the job forked
+            if frame:
+                progress = json.dumps(frame[0]["progress"])
+            now = time.monotonic()
+            due = progress and now - last_progress >= PROGRESS_EVERY
+            # Each tick, which is oftener than the lease needs: a stop whose message was missed is seen here.
+            if due or now - last_renewal >= TICK:
+                if (held := self._renew(run, progress)) != "held":
+                    self._bury_horse()
+                    self._end_unheld(run, held)
+                    return
+                last_renewal = last_progress = now
+                progress = ""
+            if limit > 0 and now - start > limit + KILL_AFTER:
+                self._bury_horse()
+                message = f"The job ran longer than its limit of {limit} s, and its process was killed."
+                self._fail(run, "JobTimeoutException", message)
+                return
+            if horse.is_over(self.settings.worker_max_memory):
+                self._bury_horse()
+                self._release(assignment, crashed=True, how=self._too_much_memory)
+                return
+            if self._is_out_of_time():
+                self._bury_horse()
+                self._release(assignment, crashed=False, how="its worker was told to end")
+                return
+            self._tick_quietly()
+
+    def _end_unheld(self, run: Run, held: Literal["lost", "stop"]) -> None:
+        """Nothing more is written for a run that lost its lease; one that was canceled is stopped."""
+        if held == "stop":
+            self._finish_stopped(run)
+        else:
+            self.log.warning("%s: job %s is lost to this worker; its run was ended", run.queue, run.job_id)
 
     def _finish_stopped(self, run: Run) -> None:
         self._finish(run, self._ending("stopped", STOPPED))
@@ -489,28 +401,21 @@ class Worker(rq.Worker):
         self.log.error("%s: job %s failed: %s", run.queue, run.job_id, message)
         self._finish(run, self._ending("failed", describe_failure(kind, message)))
 
-    def _kill_horse(self) -> str:
+    def _bury_horse(self) -> str:
         """End the work-horse and whatever it started; the next job gets a new one. Returns how it ended."""
         assert self._horse
-        self.kill_horse()
+        self._horse.kill()
         how = self._horse.bury()
         self._horse, self._horse_pid = None, 0
         return how
 
-    # Redis, whether it is there or not
+    @property
+    def _too_much_memory(self) -> str:
+        limit = self.settings.worker_max_memory
+        assert limit
+        return f"it used more memory than WORKER_MAX_MEMORY allows, {limit.human_readable()}"
 
-    def _insist(self, call: Callable[[], Answer]) -> Answer:
-        """Do it as soon as Redis lets us: what a job computed during an outage is not thrown away."""
-        pause = 0.1
-        while True:
-            try:
-                return call()
-            except RedisError as error:
-                if self._is_out_of_time():
-                    raise
-                self.log.error("Worker %s: %s; trying again in %.1f s", self.name, error, pause)
-                time.sleep(pause)
-                pause = min(pause * 2, LONGEST_PAUSE)
+    # Redis, whether it is there or not
 
     def _renew(self, run: Run, progress: str) -> Literal["held", "lost", "stop"]:
         try:
@@ -557,15 +462,21 @@ class Worker(rq.Worker):
         )
         self._close(run, ending, status)
 
-    def _release(self, run: Run, *, crashed: bool, how: str, crashes: int = 0) -> None:
-        message = f"The job's process died {crashes + 1} times, more often than it may; the last time: {how}."
+    def _release(self, assignment: Assignment, *, crashed: bool, how: str) -> None:
+        run, crashes, limit = assignment.run, assignment.crashes, assignment.max_crashes
+        limit = self.settings.max_crashes if limit is None else limit
+        message = (
+            f"The job's process died {crashes + 1} times, more often than it may; the last time: {how}."
+            if crashes
+            else f"The job's process died, and the job may not be run again: {how}."
+        )
         failure = describe_failure("WorkHorseDied", message)
         status: str = self._insist(
             lambda: transitions.release(
                 self.connection,
                 run,
                 crashed=crashed,
-                limit=self.settings.max_crashes,
+                limit=limit,
                 failure=failure,
                 failure_ttl=self.settings.failure_ttl,
             )

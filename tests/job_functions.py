@@ -4,6 +4,8 @@ import datetime
 import math
 import os
 import signal
+import subprocess
+import sys
 import time
 from functools import cache
 from pathlib import Path
@@ -65,6 +67,33 @@ def die(payload: dict[str, Any]) -> None:
             os.kill(os.getpid(), signal.SIGSEGV)
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+@job_function(max_crashes=0)
+def die_once(payload: dict[str, Any]) -> None:
+    """End the process, or wait to be killed; this must not be done twice."""
+    die(payload)
+    time.sleep(60)
+
+
+_leaked: list[bytes] = []
+
+
+@job_function()
+def eat_memory(payload: dict[str, Any]) -> None:
+    """Use so much memory for a while, in this process or in one that it starts."""
+    code = f"import time; eaten = b'x' * {payload['bytes']}; time.sleep({2 if payload['bytes'] > 2**24 else 0})"
+    if payload["where"] == "child":
+        subprocess.run([sys.executable, "-c", code], check=True)
+    else:
+        exec(code, {})
+
+
+@job_function()
+def leak_memory(payload: dict[str, Any]) -> None:
+    """Keep so much memory for ever, and tell which process did."""
+    _leaked.append(b"x" * payload["bytes"])
+    append_line({"path": payload["path"], "line": str(os.getpid())})
 
 
 @job_function()

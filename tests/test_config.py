@@ -40,6 +40,7 @@ BAD = [
     ("JOB_TIMEOUT", "1h"), ("MAX_JOB_TIMEOUT", "0"), ("MAX_JOB_TIMEOUT", "2592001"), ("RESULT_TTL", "0"),
     ("RESULT_TTL", "-1"), ("RESULT_TTL", "2592001"), ("FAILURE_TTL", "0"), ("FAILURE_TTL", "2592001"),
     ("MAX_TTL", "0"), ("MAX_TTL", "2592001"), ("MAX_CRASHES", "-1"), ("MAX_CRASHES", "101"),
+    ("WORKER_MAX_MEMORY", "1MiB"), ("WORKER_MAX_MEMORY", "much"),
     ("MAX_RETRIES", "-1"), ("MAX_RETRIES", "101"), ("MAX_DELAY", "0"), ("MAX_DELAY", "2592001"),
     ("MAX_BATCH", "0"), ("MAX_BATCH", "10001"),
     ("MAX_QUEUE_LENGTH", "0"), ("MAX_PAYLOAD_BYTES", "0"), ("MAX_PAYLOAD_BYTES", "536870913"),

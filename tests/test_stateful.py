@@ -446,8 +446,10 @@ class Service(RuleBasedStateMachine):
         for _ in range(times):
             out = {job.run.execution: job for job in self.running if job.run and job.lease != "held"}
             abandoned = transitions.recover(redis, QUEUES)
-            assert {run.execution: crashes for run, crashes in abandoned} == {key: out[key].crashes for key in out}
-            for run, _crashes in abandoned:
+            assert {run.execution: crashes for run, crashes, _limit in abandoned} == {
+                key: out[key].crashes for key in out
+            }
+            for run, *_ in abandoned:
                 self.stale_runs.append(run)
                 assert release(run, "crash") == self.model.release(out[run.execution], crashed=True)
             expected, promoted = self.model.promote(), transitions.promote(redis, QUEUES)

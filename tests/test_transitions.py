@@ -370,7 +370,7 @@ def test_renew_passes_progress_on(redis: Any) -> None:
 
 
 def lose_to_recover(redis: Any, run: Run) -> None:
-    ((lost, _),) = transitions.recover(redis, ["default"])
+    ((lost, *_),) = transitions.recover(redis, ["default"])
     assert lost == run
     assert release(redis, lost, crashed=True) == "queued"
 
@@ -755,8 +755,10 @@ def test_recover_names_the_runs_whose_lease_ran_out(redis: Any) -> None:
     start(redis, "alive", lease=30)
     assert transitions.recover(redis, ["other"]) == []
     found = transitions.recover(redis, ["other", "default"])
-    assert found == [Abandoned(dead, 2)]
+    assert found == [Abandoned(dead, 2, None)]
     assert transitions.recover(redis, ["default"]) == found  # it only names them
+    assert transitions.renew(redis, dead, EXPIRED, max_crashes=0) == "held"
+    assert transitions.recover(redis, ["default"]) == [Abandoned(dead, 2, 0)]
     assert release(redis, dead, crashed=True) == "queued"
     assert transitions.recover(redis, ["default"]) == []
     assert (waiting(redis), job_of(redis, "dead")["crashes"]) == (["dead"], "3")
@@ -775,14 +777,14 @@ def test_recover_leaves_a_run_of_a_stock_worker_until_rq_gives_it_up(redis: Any)
     redis.zadd("rq:wip:default", {"j:e": time.time() + 5})
     assert transitions.recover(redis, ["default"]) == []
     redis.zadd("rq:wip:default", {"j:e": time.time() - 5})
-    assert transitions.recover(redis, ["default"]) == [Abandoned(Run("j", "e", "default", "stock"), 0)]
+    assert transitions.recover(redis, ["default"]) == [Abandoned(Run("j", "e", "default", "stock"), 0, None)]
 
 
 def test_recover_names_a_run_whose_execution_has_expired(redis: Any) -> None:
     run = start(redis)
     redis.delete(f"rq:execution:j:{run.execution}")
     redis.zadd("rq:wip:default", {f"j:{run.execution}": time.time() - 1})
-    ((found, _),) = transitions.recover(redis, ["default"])
+    ((found, *_),) = transitions.recover(redis, ["default"])
     assert found == run._replace(worker="")
     assert release(redis, found, crashed=True) == "queued"
 
@@ -790,7 +792,7 @@ def test_recover_names_a_run_whose_execution_has_expired(redis: Any) -> None:
 def test_recover_ends_what_is_left_of_a_run_that_was_lost(redis: Any) -> None:
     run = start(redis, lease=EXPIRED)
     redis.delete("rq:job:j")
-    ((found, _),) = transitions.recover(redis, ["default"])
+    ((found, *_),) = transitions.recover(redis, ["default"])
     assert release(redis, found, crashed=True) == "lost"
     assert redis.keys("rq:execution*") == redis.keys("rq:wip*") == []
     assert run.job_id not in waiting(redis)
@@ -806,7 +808,7 @@ def test_recover_is_not_held_up_by_a_job_of_the_wrong_type(redis: Any) -> None:
     good = start(redis, "good", lease=EXPIRED)
     redis.set("rq:job:bad", "x")
     redis.zadd("rq:wip:default", {"bad:e": 1})
-    assert good in [run for run, _ in transitions.recover(redis, ["default"])]
+    assert good in [run for run, *_ in transitions.recover(redis, ["default"])]
 
 
 def test_release_of_a_job_of_the_wrong_type_ends_its_run(redis: Any) -> None:
@@ -821,7 +823,7 @@ def test_release_of_a_job_of_the_wrong_type_ends_its_run(redis: Any) -> None:
 def test_recover_is_not_held_up_by_a_corrupt_lease(redis: Any) -> None:
     bad, good = (start(redis, name, lease=EXPIRED) for name in ("bad", "good"))
     redis.hset(f"rq:execution:bad:{bad.execution}", "lease_until", "long")
-    assert good in [run for run, _ in transitions.recover(redis, ["default"])]
+    assert good in [run for run, *_ in transitions.recover(redis, ["default"])]
 
 
 @pytest.mark.parametrize("value", NO_NUMBERS)
@@ -1045,7 +1047,7 @@ def test_canceled_run_of_a_dead_worker_is_recovered_as_stopped(redis: Any) -> No
     run = start(redis)
     cancel(redis)
     assert transitions.renew(redis, run, EXPIRED) == "stop"
-    ((abandoned, _),) = transitions.recover(redis, ["default"])
+    ((abandoned, *_),) = transitions.recover(redis, ["default"])
     assert abandoned == run
     assert release(redis, abandoned, crashed=True) == "stopped"
 
@@ -1060,7 +1062,7 @@ def test_rqs_own_cleanup_fails_no_job_while_all_workers_are_away(redis: Any) -> 
     run = start(redis, lease=-3600)  # an hour ago; `rq info` cleans up like this
     StartedJobRegistry("default", connection=redis, serializer=JSONSerializer).cleanup()
     assert job_of(redis)["status"] == "started"
-    assert [abandoned for abandoned, _ in transitions.recover(redis, ["default"])] == [run]
+    assert [abandoned for abandoned, *_ in transitions.recover(redis, ["default"])] == [run]
 
 
 def test_cancel_of_a_run_whose_lease_ran_out_ends_it_at_once(redis: Any) -> None:
@@ -1074,7 +1076,7 @@ def test_stop_is_kept_however_late_the_dead_workers_run_is_recovered(redis: Any)
     run = start(redis)
     cancel(redis)
     forget(redis, run)
-    ((abandoned, _),) = transitions.recover(redis, ["default"])
+    ((abandoned, *_),) = transitions.recover(redis, ["default"])
     assert release(redis, abandoned, crashed=True) == "stopped"
 
 

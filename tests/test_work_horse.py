@@ -246,6 +246,12 @@ def test_job_function_leaves_the_callable_as_it_is_and_keeps_its_defaults() -> N
         del FUNCTIONS["resize"]
 
 
+@pytest.mark.parametrize("limit", [-1, True, 1.0, "1"])
+def test_job_function_wants_a_number_of_crashes(limit: Any) -> None:
+    with pytest.raises(ValueError, match="max_crashes is an integer from 0 on"):
+        job_function(max_crashes=limit)
+
+
 def test_job_function_wants_one_argument() -> None:
     for call in (lambda: None, lambda a, b: None, lambda *, a: None, lambda *a: None):
         with pytest.raises(TypeError, match="must take one argument"):

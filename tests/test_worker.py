@@ -371,6 +371,15 @@ def test_payload_that_does_not_fit_fails_the_job(bench: Bench) -> None:
     assert "greater than or equal to 0" in error["message"]
 
 
+def test_stop_that_was_meant_for_an_earlier_run_stops_no_later_one(bench: Bench) -> None:
+    (name,) = wait_until(bench.workers)
+    channel = f"rq:pubsub:{name.decode().removeprefix('rq:worker:')}"
+    job_id = bench.enqueue("sleep_for", 0.5)
+    bench.wait_for(job_id, "started")
+    assert bench.redis.publish(channel, json.dumps({"command": "stop-job", "job_id": job_id, "execution": "older"}))
+    bench.end_of(job_id, "finished")
+
+
 @pytest.mark.parametrize(
     ("how", "told"), [("exit", "exit code 0"), ("segfault", "SIGSEGV"), ("kill", "signal 9 (SIGKILL)")]
 )
@@ -381,6 +390,48 @@ def test_job_whose_process_dies_is_run_again_up_to_the_limit(bench: Bench, tmp_p
     assert job["error"]["type"] == "WorkHorseDied"
     assert "died 2 times" in job["error"]["message"]
     assert told in job["error"]["message"]
+
+
+def test_job_that_must_not_run_twice_is_failed_at_the_first_crash(bench: Bench, tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    job = bench.end_of(bench.enqueue("die_once", {"how": "kill", "path": str(path)}), "failed")
+    assert lines_of(path) == ["kill"]
+    assert job["error"]["message"] == ("The job's process died, and the job may not be run again: signal 9 (SIGKILL).")
+
+
+def test_job_that_must_not_run_twice_is_failed_by_a_worker_that_never_ran_it(own: Bench, tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    env = environment(own.url, WORKER_LEASE=3)
+    with worker(env, tmp_path / "first.log") as first:
+        job_id = own.enqueue("die_once", {"how": "sleep", "path": str(path)})
+        wait_until(lambda: lines_of(path))
+        first.kill()
+    with worker(env, tmp_path / "second.log"):
+        message = own.end_of(job_id, "failed", 20)["error"]["message"]
+    assert lines_of(path) == ["sleep"]
+    assert "may not be run again: its worker, " in message
+
+
+@pytest.mark.parametrize("where", ["itself", "child"])
+def test_job_that_uses_too_much_memory_is_ended_with_that_reason(own: Bench, tmp_path: Path, where: str) -> None:
+    env = environment(own.url, WORKER_MAX_MEMORY="150MiB", MAX_CRASHES=1)
+    with worker(env, tmp_path / "worker.log") as process:
+        job = own.end_of(own.enqueue("eat_memory", {"bytes": 300 * 2**20, "where": where}), "failed")
+        assert own.end_of(own.enqueue("eat_memory", {"bytes": 2**20, "where": where}), "finished")
+    assert job["error"]["type"] == "WorkHorseDied"
+    assert job["error"]["message"].endswith("it used more memory than WORKER_MAX_MEMORY allows, 150.0MiB.")
+    assert job["crashes"] == "2"
+    assert process.popen.returncode == 0
+
+
+def test_memory_that_jobs_leave_behind_ends_the_work_horse_and_no_job(own: Bench, tmp_path: Path) -> None:
+    env = environment(own.url, WORKER_MAX_MEMORY="150MiB", MAX_CRASHES=0)
+    path = tmp_path / "pids"
+    with worker(env, tmp_path / "worker.log"):
+        for _ in range(8):
+            own.end_of(own.enqueue("leak_memory", {"bytes": 30 * 2**20, "path": str(path)}), "finished")
+            time.sleep(0.25)  # longer than between two looks at the memory
+    assert len(set(lines_of(path))) > 1
 
 
 def test_death_of_a_process_is_seen_though_one_that_it_forked_lives_on(bench: Bench) -> None:
@@ -778,17 +829,11 @@ def test_worker_lives_on_while_redis_is_full(own: Bench, tmp_path: Path) -> None
         assert process.popen.poll() is None
 
 
-def test_work_horse_ends_with_its_worker_though_the_scheduler_holds_the_socket(own: Bench, tmp_path: Path) -> None:
-    path = tmp_path / "pid"
+def test_worker_starts_no_scheduler_of_rq(own: Bench, tmp_path: Path) -> None:
     with worker(environment(own.url), tmp_path / "worker.log", "--with-scheduler") as process:
-        own.enqueue("write_pid", {"path": str(path), "seconds": 50})
-        pid = int(wait_until(lambda: lines_of(path))[0])
-        # The scheduler is a child of the worker, and outlives it.
-        os.killpg(process.popen.pid, signal.SIGSTOP)
-        process.popen.kill()
-        os.killpg(process.popen.pid, signal.SIGCONT)
-        wait_until(lambda: not is_running(pid), 10, "the work-horse's end")
-        os.killpg(process.popen.pid, signal.SIGKILL)
+        assert "needs no scheduler" in process.log
+        own.end_of(own.enqueue("echo"), "finished")
+        assert not own.redis.keys("rq:scheduler*")
 
 
 def test_work_horse_that_does_not_read_is_replaced(own: Bench, tmp_path: Path) -> None:

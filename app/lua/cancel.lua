@@ -11,20 +11,20 @@ if status == 'finished' or status == 'failed' or status == 'stopped' or status =
 
 local now, ttl = clock(), whole(job[5], failure_ttl)
 if status == 'started' then
-  local worker, is_running = job[4] or '', false
+  local worker, running = job[4] or '', nil
   for _, execution in ipairs(redis.call('ZRANGE', registry('executions', id), 0, -1)) do
     local run = redis.call('HMGET', execution_key(id, execution), 'job_id', 'lease_until')
     -- A stock worker's run has no lease.
     if not run[1] or number(run[2], math.huge) < now then
       end_execution(id, execution, queue, worker) -- its worker is dead, or can write nothing more
     elseif holds(id, execution, queue) then
-      is_running = true
+      running = execution
       redis.call('HSET', job_key(id), 'stop_requested', execution)
     end
   end
-  if is_running then
-    -- The command that RQ's own `send_stop_job_command` sends.
-    redis.call('PUBLISH', RQ .. ':pubsub:' .. worker, cjson.encode({command = 'stop-job', job_id = id}))
+  if running then
+    -- The command that RQ's own `send_stop_job_command` sends, and which run it is for.
+    redis.call('PUBLISH', RQ .. ':pubsub:' .. worker, cjson.encode({command = 'stop-job', job_id = id, execution = running}))
     return 'started'
   end
   end_badly(id, status, queue, 'stopped', ttl, {'exc_string', STOPPED_EXCEPTION}, STOPPED_ERROR, now)

@@ -1,7 +1,7 @@
 -- Extend the lease of a running job, and pass its progress on.
--- ARGV: job id, execution id, queue, worker, lease in seconds, progress as JSON or ''.
+-- ARGV: job id, execution id, queue, worker, lease in seconds, progress as JSON or '', crash limit of its function or ''.
 -- Answers 'held', 'lost', or 'stop' if somebody canceled the job; after both the worker ends the run.
-local id, execution, queue, worker, lease, progress = unpack(ARGV)
+local id, execution, queue, worker, lease, progress, max_crashes = unpack(ARGV)
 if not holds(id, execution, queue) then
   end_execution(id, execution, queue, worker)
   return 'lost'
@@ -10,6 +10,8 @@ end
 local now = clock()
 extend_lease(id, execution, queue, worker, tonumber(lease), now)
 redis.call('HSET', job_key(id), 'last_heartbeat', timestamp(now))
+-- `recover` reads it, wherever it runs.
+if max_crashes ~= '' then redis.call('HSET', job_key(id), 'max_crashes', max_crashes) end
 if progress ~= '' then
   redis.call('HSET', job_key(id), 'progress', progress)
   tell(id, 'started')
