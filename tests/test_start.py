@@ -75,17 +75,42 @@ def test_start_prints_three_curls_that_work(env: dict[str, str], tmp_path: Path)
             assert expected in subprocess.run(command, shell=True, capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.parametrize("name", ["gunicorn", "rq.cli"])
-def test_start_says_so_when_a_process_dies_and_leaves_none_behind(
-    env: dict[str, str], tmp_path: Path, name: str
-) -> None:
-    with _started(env, tmp_path / "start.log") as (process, _):
+def _run_echo(url: str, payload: object) -> bool:
+    try:
+        answer = requests.post(f"{url}/enqueue/echo?wait=5", json=payload, timeout=10)
+    except requests.ConnectionError:
+        return False
+    return answer.status_code == 200 and bool(answer.json()["result"] == payload)
+
+
+def test_start_starts_again_what_ends_by_itself(tmp_path: Path) -> None:
+    env = environment("", PORT=free_port(), WORKER_SHUTDOWN_SECONDS=10, MAX_CRASHES=0)
+    del env["REDIS_URL"]
+    data = tmp_path / "data"
+    code = "import sys, app.start as s; from pathlib import Path; s.DATA = Path(sys.argv.pop()); sys.exit(s.main())"
+    with running([sys.executable, "-c", code, str(data)], env, tmp_path / "start.log") as process:
+        process.wait_for_log("Ready: ", 60)
+        url = f"http://127.0.0.1:{env['PORT']}"
         below = _children(process.popen.pid)
-        victims = [pid for pid in below if f"-m\0{name}" in Path(f"/proc/{pid}/cmdline").read_text()]
-        os.kill(victims[0], signal.SIGKILL)
-        assert process.popen.wait(30) == 1
-        assert "ended by itself" in process.log
+        for name in ("-m\0gunicorn", "-m\0rq.cli", "valkey-server"):
+            victims = [pid for pid in below if name in Path(f"/proc/{pid}/cmdline").read_text(errors="replace")]
+            os.kill(victims[0], signal.SIGKILL)
+        wait_until(lambda: process.log.count("started again") == 3, 20, "three restarts")
+        assert "worker.1 | ended by itself: signal 9 (SIGKILL); it is started again in 1 s" in process.log
+        wait_until(lambda: _run_echo(url, "after"), 40, "a job after it")
+        below += _children(process.popen.pid)
+        process.signal(signal.SIGTERM)
+        assert process.popen.wait(30) == 0
         wait_until(lambda: not any(map(_is_running, below)), what="the children's end")
+
+
+@pytest.mark.parametrize("module", ["no_such_module", "nothing_in_it"])
+def test_start_ends_all_when_a_process_ends_before_all_is_ready(
+    env: dict[str, str], tmp_path: Path, module: str
+) -> None:
+    (tmp_path / "nothing_in_it.py").write_text("raise SystemExit('not today')")
+    env |= {"FUNCTION_MODULES": f"app.functions,{module}", "PYTHONPATH": str(tmp_path)}
+    assert "A process ended by itself (" in _fails_with(env)
 
 
 def _fails_with(env: dict[str, str], *args: str) -> str:
@@ -142,13 +167,13 @@ def test_embedded_valkey_keeps_jobs_over_a_restart_and_serves_one_start_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(start, "DATA", tmp_path / "data")
-    with start.embedded_valkey() as url:
+    with start.embedded_valkey() as (url, _):
         connection = Redis.from_url(url)
         connection.set("key", "value")
         connection.close()
         with pytest.raises(SystemExit, match="Another `start` uses the data"), start.embedded_valkey():
             pass
-    with start.embedded_valkey() as url:
+    with start.embedded_valkey() as (url, _):
         connection = Redis.from_url(url)
         assert connection.get("key") == b"value"
         connection.close()
@@ -171,7 +196,7 @@ def test_start_ends_a_valkey_that_a_killed_start_left_behind(tmp_path: Path, mon
         # Its parent is this process, which has to take note of its end; an orphan's is init.
         noting = threading.Thread(target=left_behind._process.wait, daemon=True)
         noting.start()
-        with start.embedded_valkey() as url, Redis.from_url(url) as connection:
+        with start.embedded_valkey() as (url, _), Redis.from_url(url) as connection:
             noting.join(30)
             assert left_behind._process.returncode == 0
             assert connection.ping()

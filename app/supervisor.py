@@ -1,0 +1,129 @@
+"""Processes that are one service: their logs as one, started again when they end, and ended together."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
+from typing import TextIO
+
+#: Seconds before a process that ended is started again, at first and at most: doubled each time it ends early.
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
+#: Seconds after which an end is no early one.
+STEADY = 60.0
+#: Seconds between two looks at the processes.
+LOOK_EVERY = 0.1
+
+
+class _Child:
+    def __init__(self, name: str, command: Sequence[str]) -> None:
+        self.name, self.command = name, command
+        self.popen: subprocess.Popen[bytes] | None = None
+        self.started_at = self.start_at = 0.0
+        self.pause = FIRST_PAUSE
+
+    def note_end(self) -> str | None:
+        """How it ended, if it did since the last look."""
+        if self.popen is None or (code := self.popen.poll()) is None:
+            return None
+        self.popen = None
+        now = time.monotonic()
+        if now - self.started_at > STEADY:
+            self.pause = FIRST_PAUSE
+        self.start_at, self.pause = now + self.pause, min(2 * self.pause, LONGEST_PAUSE)
+        return f"exit code {code}" if code >= 0 else f"signal {-code} ({signal.Signals(-code).name})"
+
+
+class Supervisor:
+    """Runs processes until it is told to end. While `restarts` is false, the end of one is the end of all."""
+
+    def __init__(self, output: TextIO, kill_after: float) -> None:
+        """Take where the logs go, and how many seconds the processes have for their end."""
+        self._output, self._kill_after = output, kill_after
+        self._children: list[_Child] = []
+        self._width = 0
+        self._printing = threading.Lock()
+        self._is_ending = threading.Event()
+        self.restarts = False
+        #: Why all were ended, if one of them ended by itself.
+        self.failure = ""
+
+    def add(self, name: str, command: Sequence[str]) -> None:
+        """Have a process run this command, under a name for its lines in the log."""
+        self._children.append(_Child(name, command))
+        self._width = max(self._width, len(name))
+
+    def end(self) -> None:
+        """Tell all processes to end; from any thread."""
+        self._is_ending.set()
+
+    def run(self, env: Mapping[str, str], look: Callable[[], None]) -> None:
+        """Start the processes and look after them until `end`, SIGINT or SIGTERM, and all are gone.
+
+        Args:
+            env: their environment.
+            look: called at each look at them, from this thread.
+        """
+
+        def on_signal(_number: int, _frame: FrameType | None) -> None:
+            self.end()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, on_signal)
+        try:
+            while not self._is_ending.wait(LOOK_EVERY):
+                look()
+                self._look_after(env)
+        finally:
+            self._end_all()
+
+    def _look_after(self, env: Mapping[str, str]) -> None:
+        for child in self._children:
+            if how := child.note_end():
+                if not self.restarts:
+                    self.failure = f"A process ended by itself ({child.name}: {how}); all others were stopped."
+                    self.end()
+                    return
+                pause = child.start_at - time.monotonic()
+                self._print(child.name, f"ended by itself: {how}; it is started again in {pause:.0f} s")
+            if child.popen is None and time.monotonic() >= child.start_at:
+                self._start(child, env)
+
+    def _start(self, child: _Child, env: Mapping[str, str]) -> None:
+        # In a session of its own: Ctrl-C in the terminal is ours to pass on.
+        child.popen = subprocess.Popen(
+            child.command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        child.started_at = time.monotonic()
+        threading.Thread(target=self._copy_log, args=(child.name, child.popen), daemon=True).start()
+
+    def _copy_log(self, name: str, popen: subprocess.Popen[bytes]) -> None:
+        assert popen.stdout
+        with popen.stdout:
+            for line in popen.stdout:
+                self._print(name, line.decode(errors="replace").rstrip("\n"))
+
+    def _print(self, name: str, line: str) -> None:
+        with self._printing:
+            self._output.write(f"{time.strftime('%H:%M:%S')} {name:<{self._width}} | {line}\n")
+            self._output.flush()
+
+    def _end_all(self) -> None:
+        running = [child.popen for child in self._children if child.popen]
+        for popen in running:
+            popen.terminate()
+        deadline = time.monotonic() + self._kill_after
+        for popen in running:
+            try:
+                popen.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                os.killpg(popen.pid, signal.SIGKILL)
+                popen.wait()
+
+
+def python(*arguments: str) -> list[str]:
+    """The command that runs a module with this interpreter."""
+    return [sys.executable, "-m", *arguments]
