@@ -63,6 +63,11 @@ class Row:
     def __init__(self, cells: list[str]) -> None:
         self._cells = cells
 
+    def note(self, text: str) -> None:
+        """Write down what there is to say of a row that puts no jobs of clients at risk."""
+        self._cells[1] += f": {text}"
+        self._cells[2:] = ["–"] * 5
+
     def close(
         self, tally: Tally, seconds: float | None = None, note: str = "", may_run_again: dict[str, int] | None = None
     ) -> None:

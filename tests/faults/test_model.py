@@ -1,0 +1,388 @@
+"""A model check of the transitions: every interleaving of two workers, a client and what goes wrong, on a real server.
+
+The scripts themselves are run, no copy of them. From each state that can be reached (times aside), each step that any of
+the actors may take next is taken, once. What has to hold is looked at in every state:
+
+- the job is in one place, the one that its status names, and at most one run holds it;
+- it was taken as often as it was enqueued, raised, crashed, was given back and was retried, and not once more;
+- what ended stays as it is until the client retries it, and what was answered as canceled never finishes;
+- each script sent twice, since an answer was lost, is as good as sent once;
+- a worker that is left alone brings it to an end: it is not stuck.
+"""
+
+import re
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import pytest
+from redis import Redis
+
+from app import transitions
+from app.transitions import TERMINAL, Abandoned, Ending, Failure, Run, describe_failure
+from tests.faults.conftest import Row
+
+JOB, QUEUE, LEASE, MOST_CRASHES = "j", "default", 1000, 1
+BOOM = describe_failure("ValueError", "boom")
+
+#: The second answer has to be the first one again.
+SAME = object()
+
+#: All keys but the logs, which only wake those who wait.
+_SNAPSHOT = """
+local found = {}
+for _, key in ipairs(redis.call('KEYS', '*')) do
+  if not string.find(key, ':api:events') and not string.find(key, ':api:doorbell') then
+    found[#found + 1] = {key, redis.call('PTTL', key), redis.call('DUMP', key)}
+  end
+end
+return found
+"""
+_READ = """
+local read = {hash = 'HGETALL', list = 'LRANGE', set = 'SMEMBERS', zset = 'ZRANGE', stream = 'XLEN', string = 'GET'}
+local found = {}
+for _, key in ipairs(redis.call('KEYS', '*')) do
+  if not string.find(key, ':api:events') and not string.find(key, ':api:doorbell') then
+    local kind = redis.call('TYPE', key).ok
+    local range = (kind == 'list' or kind == 'zset') and {0, -1} or {}
+    found[#found + 1] = {key, kind, redis.call('TTL', key) < 0 and 1 or 0, redis.call(read[kind], key, unpack(range))}
+  end
+end
+return found
+"""
+_RESTORE = """
+redis.call('FLUSHALL')
+for at = 1, #ARGV, 3 do redis.call('RESTORE', ARGV[at], math.max(0, tonumber(ARGV[at + 1])), ARGV[at + 2]) end
+"""
+#: What differs between two states that are the same: times, and who did it last.
+_TIMES = re.compile(rb".*_at|last_heartbeat|total_working_time|.*_job_count|last_.*|birth|worker_name|state")
+
+
+class WorkerState(NamedTuple):
+    """What one worker process knows; None if it is dead."""
+
+    run: Run | None = None
+    #: runs that `recover` named, which it is to release one by one
+    abandoned: tuple[Abandoned, ...] = ()
+
+
+class State(NamedTuple):
+    """All actors; what is in Redis stands beside it."""
+
+    workers: tuple[WorkerState | None, ...] = (WorkerState(), WorkerState())
+    is_enqueued: bool = False
+    #: how often each may yet be done; so there is an end
+    budget: tuple[tuple[str, int], ...] = ()
+    #: how often the job was made waiting, in whatever way, less how often it was taken or canceled as it waited
+    waits: int = 0
+    #: how it was answered to have ended, until it is retried
+    answered: str = ""
+    executions: int = 0
+
+
+class World:
+    """The server, and the steps that the actors may take on it."""
+
+    def __init__(self, redis: Any) -> None:
+        self.redis = redis
+        self._snapshot, self._restore = redis.register_script(_SNAPSHOT), redis.register_script(_RESTORE)
+        self._read = redis.register_script(_READ)
+        #: Send each script twice, as if its answer had been lost.
+        self.sends_twice = False
+
+    def save(self) -> list[Any]:
+        return [part for entry in self._snapshot() for part in entry]
+
+    def load(self, saved: list[Any]) -> None:
+        self._restore(args=saved)
+
+    def read(self) -> dict[str, Any]:
+        """What is in Redis, without times: by key, whether it is kept for ever, and its value."""
+        found: dict[str, Any] = {}
+        for key, kind, is_kept, value in sorted(self._read()):
+            if kind == b"hash":
+                pairs = dict(zip(value[::2], value[1::2], strict=True))
+                is_due = pairs.pop(b"lease_until", b"9") == b"0"
+                value = [*sorted(pair for pair in pairs.items() if not _TIMES.fullmatch(pair[0])), is_due]
+            elif kind == b"set":
+                value = sorted(value)
+            elif kind == b"stream":  # of results, some ten of which are kept
+                value = value > 0
+            found[key.decode()] = is_kept, value
+        return found
+
+    def look(self, state: State, found: dict[str, Any]) -> str:
+        """What tells this state from others: not the names of executions, nor which worker is which."""
+        texts = []
+        for order in ((0, 1), (1, 0)):
+            workers = tuple(state.workers[number] for number in order)
+            text = repr((state._replace(executions=0, workers=workers), found))
+            if order == (1, 0):
+                text = text.replace("w0", "w?").replace("w1", "w0").replace("w?", "w1")
+            for number, name in enumerate(dict.fromkeys(re.findall(r"e\d+e", text))):
+                text = text.replace(name, f"execution {number}")
+            texts.append(text)
+        return min(texts)
+
+    # What the actors do
+
+    def steps(self, state: State) -> Iterator[tuple[str, Callable[[], State]]]:
+        """Each step that may be taken next, by name."""
+        if not state.is_enqueued:
+            yield "enqueue", lambda: self._enqueue(state)
+            return
+        yield "promote", lambda: self._promote(state)
+        if self._may(state, "cancel") and not state.answered:
+            yield "cancel", lambda: self._cancel(self._spend(state, "cancel"))
+        if self._may(state, "retry"):
+            yield "retry", lambda: self._retry(self._spend(state, "retry"))
+        if self._may(state, "expire"):
+            for key in self.redis.keys(f"rq:execution:{JOB}:*"):
+                yield f"expire {key}", lambda key=key: self._expire(self._spend(state, "expire"), key)  # type: ignore[misc]
+        for number, worker in enumerate(state.workers):
+            yield from self._steps_of(state, number, worker)
+
+    def _steps_of(
+        self, state: State, number: int, worker: WorkerState | None
+    ) -> Iterator[tuple[str, Callable[[], State]]]:
+        if worker is None:
+            yield f"{number} starts", lambda: self._set(state, number, WorkerState())
+            return
+        if self._may(state, "die") and worker != WorkerState():
+            yield f"{number} dies", lambda: self._set(self._spend(state, "die"), number, None)
+        if worker.abandoned:
+            yield f"{number} releases what another left", lambda: self._release_abandoned(state, number, worker)
+            return
+        yield f"{number} recovers", lambda: self._recover(state, number, worker)
+        if worker.run is None:
+            yield f"{number} takes", lambda: self._take(state, number)
+            return
+        yield f"{number} renews", lambda: self._renew(state, number, worker)
+        for outcome in ("finished", "failed", "stopped"):
+            yield f"{number} ends {outcome}", lambda outcome=outcome: self._finish(state, number, outcome)  # type: ignore[misc]
+        yield f"{number} loses its work-horse", lambda: self._release(state, number, worker.run, crashed=True)
+        if self._may(state, "shutdown"):
+            spent = self._spend(state, "shutdown")
+            yield f"{number} shuts down", lambda: self._release(spent, number, worker.run, crashed=False)
+
+    def _may(self, state: State, what: str) -> bool:
+        return dict(state.budget).get(what, 0) > 0
+
+    def _spend(self, state: State, what: str) -> State:
+        return state._replace(budget=tuple((name, left - (name == what)) for name, left in state.budget))
+
+    def _set(self, state: State, number: int, worker: WorkerState | None) -> State:
+        workers = list(state.workers)
+        workers[number] = worker
+        return state._replace(workers=tuple(workers))
+
+    def _send(self, call: Callable[[], Any], second: object = None) -> Any:
+        """Run a script; its answer. The second time it must change nothing, and may have to answer so."""
+        answer = call()
+        if self.sends_twice:
+            before = self.read()
+            again = call()
+            assert self.read() == before, (answer, again)
+            assert again == (answer if second is SAME else second) or second is None, (answer, again)
+        return answer
+
+    def _enqueue(self, state: State) -> State:
+        fields: dict[str, transitions.Argument] = {
+            "origin": QUEUE,
+            "data": "x",
+            "owner": "",
+            "retries_left": 1,
+            "retries": 1,
+            "retry_intervals": "[5]",
+        }
+        answer = self._send(lambda: transitions.enqueue(self.redis, QUEUE, {JOB: {}}, fields, limit=9))
+        assert isinstance(answer, transitions.Created)
+        return state._replace(is_enqueued=True, waits=1)
+
+    def _promote(self, state: State) -> State:
+        for job_id in self.redis.zrange(f"rq:scheduled:{QUEUE}", 0, -1):
+            self.redis.zadd(f"rq:scheduled:{QUEUE}", {job_id: 1})
+        promoted = self._send(lambda: transitions.promote(self.redis, [QUEUE])).jobs
+        return state._replace(waits=state.waits + promoted)
+
+    def _cancel(self, state: State) -> State:
+        was = self.redis.hget(f"rq:job:{JOB}", "status")
+        answer = self._send(lambda: transitions.cancel(self.redis, JOB, None, 1000))
+        assert answer in {*TERMINAL, "started"}
+        state = state._replace(waits=state.waits - (was == b"queued"))
+        return state._replace(answered="stopped" if answer == "started" else answer)
+
+    def _retry(self, state: State) -> State:
+        answer = self._send(lambda: transitions.retry(self.redis, JOB, None, 9))
+        if answer != "queued":
+            return state
+        return state._replace(waits=state.waits + 1, answered="")
+
+    def _expire(self, state: State, key: bytes) -> State:
+        """The time of a lease passes: its worker is dead, was paused or is cut off."""
+        self.redis.hset(key, "lease_until", "0")
+        member = f"{JOB}:{key.decode().rpartition(':')[2]}"
+        self.redis.zadd(f"rq:wip:{QUEUE}", {member: 1}, xx=True)
+        return state
+
+    def _take(self, state: State, number: int) -> State:
+        execution = f"e{state.executions}e"
+        state = state._replace(executions=state.executions + 1)
+        # The second answer has the fields as they are then; all else is the same.
+        answer = self._send(lambda: transitions.take(self.redis, f"w{number}", execution, LEASE, [QUEUE])[:3], SAME)
+        if answer[:2] != (QUEUE, JOB):
+            return state
+        run = Run(JOB, execution, QUEUE, f"w{number}")
+        return self._set(state, number, WorkerState(run))._replace(waits=state.waits - 1)
+
+    def _renew(self, state: State, number: int, worker: WorkerState) -> State:
+        assert worker.run
+        run = worker.run
+        answer = self._send(lambda: transitions.renew(self.redis, run, LEASE))
+        if answer == "lost":
+            return self._set(state, number, WorkerState())
+        return self._finish(state, number, "stopped") if answer == "stop" else state
+
+    def _finish(self, state: State, number: int, outcome: Literal["finished", "failed", "stopped"]) -> State:
+        worker = state.workers[number]
+        assert worker
+        assert worker.run
+        run = worker.run
+        ending = Ending(outcome, 1000, 1000, failure=Failure() if outcome == "finished" else BOOM)
+        answer = self._send(lambda: transitions.finish(self.redis, run, ending), "lost")
+        if answer in TERMINAL:
+            assert state.answered in ("", answer), (state, answer)
+            state = state._replace(answered=answer)
+        return self._set(state, number, WorkerState())
+
+    def _release(self, state: State, number: int, run: Run | None, *, crashed: bool) -> State:
+        assert run
+        answer = self._send(
+            lambda: transitions.release(
+                self.redis, run, crashed=crashed, limit=MOST_CRASHES, failure=BOOM, failure_ttl=1000
+            ),
+            "lost",
+        )
+        if answer in TERMINAL:
+            assert state.answered in ("", answer), (state, answer)
+            state = state._replace(answered=answer)
+        return self._set(state._replace(waits=state.waits + (answer == "queued")), number, WorkerState())
+
+    def _recover(self, state: State, number: int, worker: WorkerState) -> State:
+        found = tuple(self._send(lambda: transitions.recover(self.redis, [QUEUE]), SAME))
+        for abandoned in found:
+            assert self.redis.hget(f"rq:execution:{JOB}:{abandoned.run.execution}", "lease_until") in (b"0", None)
+        return self._set(state, number, worker._replace(abandoned=found))
+
+    def _release_abandoned(self, state: State, number: int, worker: WorkerState) -> State:
+        first, *rest = worker.abandoned
+        state = self._release(state, number, first.run, crashed=True)
+        return self._set(state, number, worker._replace(abandoned=tuple(rest)))
+
+    # What has to hold
+
+    def check(self, state: State, found: dict[str, Any]) -> None:
+        if not state.is_enqueued:
+            return
+        status = dict(found[f"rq:job:{JOB}"][1][:-1])[b"status"].decode()
+        place = {"queued": "queue", "started": "wip", "stopped": "failed"}.get(status, status)
+        for name in ("queue", "wip", "scheduled", "finished", "failed", "canceled"):
+            _, members = found.get(f"rq:{name}:{QUEUE}", (True, []))
+            assert len(members) == (name == place), (status, name, members)
+        crashes = int(dict(found[f"rq:job:{JOB}"][1][:-1]).get(b"crashes", 0))
+        assert crashes <= MOST_CRASHES + (status in ("failed", "stopped")), (status, crashes)
+        indexed = [key for key, (_, members) in found.items() if key.startswith("rq:api:jobs:") and members]
+        assert indexed == [f"rq:api:jobs::{status}"], (status, indexed)
+        assert state.waits == (status == "queued"), (status, state)
+        if status in TERMINAL or state.answered not in ("", "stopped"):
+            assert status == state.answered, (status, state)
+        # What is left when it has ended goes by itself.
+        if status in TERMINAL:
+            kept = [key for key, (is_kept, _) in found.items() if is_kept and JOB in key.split(":")]
+            assert not kept, kept
+
+    def drain(self, state: State) -> None:
+        """One worker that is left alone, with no more faults, brings the job to an end."""
+        if not state.is_enqueued:
+            return
+        for key in self.redis.keys(f"rq:execution:{JOB}:*"):
+            if not any(worker and worker.run and worker.run.execution in key.decode() for worker in state.workers):
+                self._expire(state, key)  # in time, since nobody renews it
+        for number, worker in enumerate(state.workers):
+            if worker and worker.run:
+                state = self._renew(state, number, worker)
+                if (left := state.workers[number]) and left.run:
+                    state = self._finish(state, number, "finished")
+        for _ in range(6):
+            if self.redis.hget(f"rq:job:{JOB}", "status").decode() in TERMINAL:
+                return
+            state = self._recover(self._set(state, 0, WorkerState()), 0, WorkerState())
+            while (worker := state.workers[0]) and worker.abandoned:
+                state = self._release_abandoned(state, 0, worker)
+            state = self._take(self._promote(state), 0)
+            if (worker := state.workers[0]) and worker.run:
+                state = self._finish(state, 0, "finished")
+        raise AssertionError(f"stuck: {state}")
+
+
+def explore(world: World, start: State) -> tuple[int, int]:
+    """Take each step of each state; how many states and steps there are."""
+    first = world.look(start, {})
+    came_from: dict[str, tuple[str, str]] = {}
+    pending: deque[tuple[str, State, list[Any]]] = deque([(first, start, [])])
+    seen, steps = {first}, 0
+
+    def path(place: str) -> list[str]:
+        names: list[str] = []
+        while place in came_from:
+            place, name = came_from[place]
+            names.insert(0, name)
+        return names
+
+    while pending:
+        place, state, saved = pending.popleft()
+        world.load(saved)
+        for name, step in list(world.steps(state)):
+            steps += 1
+            try:
+                world.load(saved)
+                after = step()
+                found = world.read()
+                world.check(after, found)
+                new = world.look(after, found)
+                if new in seen:
+                    continue
+                seen.add(new)
+                came_from[new] = place, name
+                pending.append((new, after, world.save()))
+                world.drain(after)
+                world.load(saved)
+                world.sends_twice = True
+                step()
+                world.sends_twice = False
+            except AssertionError as error:
+                raise AssertionError(f"after {[*path(place), name]}: {error}") from error
+    return len(seen), steps
+
+
+#: How often each may happen, by what the check is for, and whether it is quick.
+BUDGETS = [
+    ("a pause and a death", True, {"expire": 1, "die": 1}),
+    ("a cancel and a shutdown", True, {"cancel": 1, "shutdown": 1}),
+    ("a retry and a pause", False, {"retry": 1, "expire": 1}),
+    ("control", False, {"cancel": 1, "retry": 1, "shutdown": 1}),
+    ("deaths and pauses", False, {"die": 2, "expire": 2}),
+    ("all of it", False, {"cancel": 1, "retry": 1, "shutdown": 1, "die": 2, "expire": 2}),
+]
+
+
+@pytest.mark.parametrize(("is_quick", "budget"), [row[1:] for row in BUDGETS], ids=[row[0] for row in BUDGETS])
+@pytest.mark.fault("3m", "every interleaving of two workers, a client and faults between any two scripts", timeout=1500)
+def test_no_interleaving_loses_doubles_or_strands_the_job(
+    real_redis: "Redis", row: Row, long: bool, is_quick: bool, budget: dict[str, int]
+) -> None:
+    if not (is_quick or long):
+        pytest.skip("takes long")
+    states, steps = explore(World(real_redis), State(budget=tuple(budget.items())))
+    row.note(f"{', '.join(f'{times} {what}' for what, times in budget.items())}: {states} states, {steps} steps")
+    assert states > 100
