@@ -82,7 +82,7 @@ class Site:
 
     def environment(self, user: str = "default", **settings: Any) -> dict[str, str]:
         """What its processes are started with."""
-        settings = {"QUEUES": f"default,{FRAGILE}", "FUNCTION_MODULES": MODULES} | settings
+        settings = {"QUEUES": f"default,{FRAGILE},second,third", "FUNCTION_MODULES": MODULES} | settings
         # Redis' default user needs no greeting.
         login = "" if user == "default" else f"{user}:any@"
         env = environment(f"redis://{login}127.0.0.1:{self.redis_port}/0", **settings)

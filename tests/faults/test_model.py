@@ -1,7 +1,7 @@
-"""A model check of the transitions: every interleaving of two workers, a client and what goes wrong, on a real server.
+"""A model check of the transitions: every interleaving of two workers, a client and faults, on a real server.
 
-The scripts themselves are run, no copy of them. From each state that can be reached (times aside), each step that any of
-the actors may take next is taken, once. What has to hold is looked at in every state:
+The scripts themselves are run, no copy of them. From each state that can be reached (times aside), each step that any
+of the actors may take next is taken, once. What has to hold is looked at in every state:
 
 - the job is in one place, the one that its status names, and at most one run holds it;
 - it was taken as often as it was enqueued, raised, crashed, was given back and was retried, and not once more;

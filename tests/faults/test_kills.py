@@ -1,0 +1,183 @@
+"""Workers and work-horses that are killed or told to end, at every moment of a job's way through them."""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+
+import pytest
+
+from tests.faults.conftest import Row
+from tests.faults.ledger import Tally
+from tests.faults.site import FRAGILE, Clients, Site, Staff
+from tests.processes import wait_until
+
+#: Seconds within which the work of a dead worker is done again, with the shipped settings.
+RECOVERED_WITHIN = 60
+#: Seconds of a lease: a short one where the test is short.
+LEASES = {True: 30, False: 3}
+
+
+def crashes_of(tally: Tally) -> dict[str, int]:
+    """The jobs that were run again, and how often they may have been: each crash is counted at the job."""
+    return {job_id: job.crashes for job_id, job in tally.jobs.items() if job.crashes}
+
+
+def kill(pid: int) -> None:
+    """SIGKILL to a process, if it is still there."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+@contextmanager
+def load(clients: Clients, *queues: str, jobs: int, seconds: float = 0.01) -> Iterator[None]:
+    """Keep so many short jobs waiting in the queues, all in all."""
+    stop = False
+
+    def enqueue() -> None:
+        while not stop:
+            if sum(clients.redis.llen(f"rq:queue:{queue}") for queue in queues) < jobs:
+                clients.enqueue_one(queue=random.choice(queues), seconds=random.uniform(0, 2 * seconds))
+            else:
+                time.sleep(0.01)
+
+    with ThreadPoolExecutor(2) as pool:
+        clerks = [pool.submit(enqueue) for _ in range(2)]
+        try:
+            yield
+        finally:
+            stop = True
+        for clerk in clerks:
+            clerk.result()
+
+
+def kill_run(clients: Clients, job_id: str, number: int) -> float:
+    """SIGKILL to the work-horse in the middle of a run; the seconds between the begins of this run and the one before."""
+    wait_until(lambda: len(clients.ledger.runs().get(job_id, [])) == number, what=f"run {number}")
+    runs = clients.ledger.runs()[job_id]
+    kill(runs[-1].pid)
+    return runs[-1].at - runs[-2].at if number > 1 else 0.0
+
+
+@pytest.mark.fault("1", "SIGKILL of the work-horse in the middle of a job", timeout=300)
+def test_job_whose_work_horse_is_killed_is_run_again_at_once(clients: Clients, row: Row, long: bool) -> None:
+    slowest, unlucky = 0.0, []
+    for _ in range(15 if long else 1):
+        once, always = clients.enqueue_one(seconds=0.3), clients.enqueue_one(seconds=60)
+        unlucky.append(always)
+        kill_run(clients, once, 1)
+        slowest = max(slowest, *(kill_run(clients, always, number) for number in range(1, 5)))
+    tally = clients.ledger.settle()
+    for job_id, job in tally.jobs.items():
+        assert (job.status, job.crashes) == (("failed", 4) if job_id in unlucky else ("finished", 1)), job
+    for job_id in unlucky:
+        error = clients.redis.hget(f"rq:job:{job_id}", "error").decode()
+        assert "died 4 times, more often than it may; the last time: signal 9 (SIGKILL)" in error
+    row.close(tally, slowest, may_run_again=crashes_of(tally))
+    assert slowest < 10
+
+
+@pytest.mark.fault("2", "SIGKILL of worker and work-horse in the middle of a job, another one idle", timeout=300)
+def test_job_whose_worker_is_killed_is_run_again_by_another(clients: Clients, row: Row, site: Site, long: bool) -> None:
+    count = 4 if long else 1
+    with site.fragile_staff(count, WORKER_LEASE=LEASES[long]) as staff:
+        jobs = [clients.enqueue_one(queue=FRAGILE, seconds=3) for _ in range(count)]
+        wait_until(lambda: len(clients.ledger.runs()) == count, what="all to run")
+        runs = clients.ledger.runs()
+        staff.hire()  # the other one
+        for name in list(staff.workers)[:count]:
+            staff.kill(name)
+        for job_id in jobs:
+            kill(runs[job_id][0].pid)
+        start = time.monotonic()
+        wait_until(
+            lambda: all(len(found) == 2 for found in clients.ledger.runs().values()),
+            RECOVERED_WITHIN,
+            "the second runs",
+        )
+        recovery = time.monotonic() - start
+        tally = clients.ledger.settle(RECOVERED_WITHIN)
+    assert {(job.status, job.crashes) for job in tally.jobs.values()} == {("finished", 1)}
+    row.close(tally, recovery, may_run_again=crashes_of(tally))
+
+
+def await_work(site: Site, staff: Staff, name: str) -> None:
+    """Wait until a worker asked for a job; RQ handles no signals before."""
+    key = f"rq:worker:{name}"
+    wait_until(lambda: site.redis.hget(key, "state") in (b"busy", b"idle"), what=staff.workers[name].log)
+
+
+def kill_at_random(staff: Staff, site: Site, times: int) -> float:
+    """SIGKILL workers, at random moments of their work, and start new ones; seconds until the last one works."""
+    for _ in range(times):
+        name = random.choice(sorted(staff.workers))
+        await_work(site, staff, name)
+        # Most of a job's time is its way through the worker here: it is taken, sent, run and ended in milliseconds.
+        time.sleep(random.uniform(0, 0.1))
+        staff.kill(name)
+        staff.hire()
+    return time.monotonic()
+
+
+@pytest.mark.parametrize("queues", [(FRAGILE,), (FRAGILE, "second", "third")], ids=["one queue", "three queues"])
+@pytest.mark.fault("3", "SIGKILL of workers at random moments", timeout=900)
+def test_no_job_is_lost_though_workers_are_killed(
+    clients: Clients, row: Row, site: Site, long: bool, queues: tuple[str, ...]
+) -> None:
+    times = 200 if long else 2
+    with site.fragile_staff(3 if long else 2, *queues[1:], WORKER_LEASE=LEASES[long]) as staff:
+        with load(clients, *queues, jobs=30):
+            last = kill_at_random(staff, site, times)
+        staff.await_start()
+        tally = clients.ledger.settle(RECOVERED_WITHIN)
+        recovery = time.monotonic() - last
+    row.close(tally, recovery, note=f"{times} times, {len(queues)} queues", may_run_again=crashes_of(tally))
+    assert sum(crashes_of(tally).values()) <= times
+
+
+@pytest.mark.fault("4", "SIGKILL of worker and work-horse after the take, before the run", timeout=300)
+def test_job_that_was_taken_and_never_begun_is_run(clients: Clients, row: Row, site: Site, long: bool) -> None:
+    count = 4 if long else 1
+    with site.fragile_staff(count, WORKER_LEASE=LEASES[long]) as staff:
+        warm = [clients.enqueue_one(queue=FRAGILE, seconds=0.5) for _ in range(count)]
+        wait_until(lambda: len(clients.ledger.runs()) == count, what="the work-horses to show themselves")
+        horses = {run.pid for runs in clients.ledger.runs().values() for run in runs}
+        wait_until(lambda: all(clients.status_of(job_id) == "finished" for job_id in warm))
+        # So a job that is sent to one is not begun.
+        for pid in horses:
+            os.kill(pid, signal.SIGSTOP)
+        jobs = [clients.enqueue_one(queue=FRAGILE) for _ in range(len(horses))]
+        wait_until(lambda: all(clients.status_of(job_id) == "started" for job_id in jobs), what="all to be taken")
+        for name in list(staff.workers):
+            staff.kill(name)
+        for pid in horses:
+            kill(pid)
+        start = time.monotonic()
+        staff.hire()
+        tally = clients.ledger.settle(RECOVERED_WITHIN)
+        recovery = time.monotonic() - start
+    assert {len(job.runs) for job in tally.jobs.values()} == {1}
+    row.close(tally, recovery)
+
+
+@pytest.mark.fault("5", "SIGTERM under load", timeout=600)
+def test_worker_that_is_told_to_end_loses_and_doubles_nothing(
+    clients: Clients, row: Row, site: Site, long: bool
+) -> None:
+    times = 100 if long else 1
+    with site.fragile_staff(3 if long else 2) as staff:
+        with load(clients, FRAGILE, jobs=30, seconds=0.05):
+            for _ in range(times):
+                name = random.choice(sorted(staff.workers))
+                await_work(site, staff, name)
+                time.sleep(random.uniform(0, 0.1))
+                process = staff.workers.pop(name)
+                assert process.stop() == 0, process.log
+                staff.hire()
+            staff.await_start()
+        tally = clients.ledger.settle()
+    row.close(tally, note=f"{times} times")
+    assert {(job.status, job.crashes) for job in tally.jobs.values()} == {("finished", 0)}
