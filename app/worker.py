@@ -257,7 +257,10 @@ class Worker(SteadyWorker):
     # A job
 
     def execute_job(self, job: Job, queue: rq.Queue) -> None:
-        """Have the work-horse run the job, and write down what came of it."""
+        """Have the work-horse run the job, and write down what came of it.
+
+        RQ forks a process for each job, which writes down that it has it, and ends the run's records, in several steps.
+        """
         assert self._assignment
         run = self._assignment.run
         self._stoppable_run = run

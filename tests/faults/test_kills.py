@@ -55,7 +55,7 @@ def load(clients: Clients, *queues: str, jobs: int, seconds: float = 0.01) -> It
 
 
 def kill_run(clients: Clients, job_id: str, number: int) -> float:
-    """SIGKILL to the work-horse in the middle of a run; the seconds between the begins of this run and the one before."""
+    """SIGKILL to the work-horse in the middle of a run; the seconds from the begin of the run before to this one's."""
     wait_until(lambda: len(clients.ledger.runs().get(job_id, [])) == number, what=f"run {number}")
     runs = clients.ledger.runs()[job_id]
     kill(runs[-1].pid)
