@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import fakeredis
 import pytest
+from redis.exceptions import OutOfMemoryError, ResponseError
 from rq.registry import StartedJobRegistry
 from rq.serializers import JSONSerializer
 
@@ -745,6 +746,30 @@ def test_release_ends_a_job_whose_hash_is_corrupt(redis: Any, field: str, value:
     run = start(redis, **dict[str, Any]({field: value}))
     assert release(redis, run, crashed=True, limit=0) in ("failed", "queued")
     assert job_of(redis)["status"] in ("failed", "queued")
+
+
+def test_take_pops_nothing_where_it_could_not_note_the_run(redis: Any) -> None:
+    add(redis, "j")
+    redis.set("rq:wip:default", "text")
+    with pytest.raises(ResponseError, match="WRONGTYPE"):
+        transitions.take(redis, "w", "e", 30, ["default"])
+    assert redis.lrange("rq:queue:default", 0, -1) == [b"j"]
+    redis.delete("rq:wip:default")
+    assert isinstance(transitions.take(redis, "w", "e", 30, ["default"]), transitions.Taken)
+
+
+def test_renew_and_finish_need_no_free_memory(redis: Any, server: str) -> None:
+    if server.startswith("fake"):
+        pytest.skip("its memory has no limit")
+    run = start(redis)
+    redis.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(OutOfMemoryError):
+            redis.set("x", "y")
+        assert transitions.renew(redis, run, 30) == "held"
+        assert finish(redis, run) == "finished"
+    finally:
+        redis.config_set("maxmemory", 0)
 
 
 # recover

@@ -803,6 +803,14 @@ def test_stop_commands_without_a_running_job_do_no_harm(bench: Bench, shop: Shop
     wait_until(lambda: log.log.count("Received kill horse command") >= 40 or log.popen.poll() is not None)
 
 
+def test_worker_runs_a_job_under_whose_name_stands_something_else(bench: Bench) -> None:
+    job_id = bench.enqueue("echo", 1, "aside")
+    for name in ("executions", "results"):
+        bench.redis.set(f"rq:{name}:{job_id}", "text")
+    bench.redis.lmove("rq:queue:aside", "rq:queue:default")
+    assert bench.result_of(job_id) == 1
+
+
 @pytest.mark.parametrize("key", ["rq:queue:default", "rq:wip:default"])
 def test_worker_is_not_ended_by_an_id_that_is_not_utf8(bench: Bench, key: str) -> None:
     if key == "rq:queue:default":

@@ -135,12 +135,13 @@ end
 
 local function extend_lease(id, execution, queue, worker, lease, now, ...)
   local ttl = math.ceil(lease) + GRACE
+  -- First what needs no memory: after it a script may write also where Redis is full, and a lease must not run out there.
+  redis.call('EXPIRE', worker_key(worker) .. ':executions', ttl + 60)
   redis.call('HSET', execution_key(id, execution), 'last_heartbeat', exact(now), 'lease_until', exact(now + lease), ...)
   redis.call('EXPIRE', execution_key(id, execution), ttl)
   redis.call('ZADD', registry('wip', queue), exact(now + ttl), id .. ':' .. execution)
   redis.call('ZADD', registry('executions', id), exact(now + ttl + 60), execution)
   redis.call('EXPIRE', registry('executions', id), ttl + 60)
-  redis.call('EXPIRE', worker_key(worker) .. ':executions', ttl + 60)
 end
 
 -- Whether somebody canceled the job while it runs. The request names the execution, so it is for no later run; it stands

@@ -28,6 +28,7 @@ local settled = {started = 1, finished = 1, failed = 1, stopped = 1, canceled = 
 local skipped = 0
 for position = 4, #ARGV do
   local queue = ARGV[position]
+  redis.call('ZCARD', registry('wip', queue)) -- raises, before anything is popped, if no run could be noted there
   local id = redis.call('LPOP', queue_key(queue))
   while id do
     local key = job_key(id)
@@ -35,6 +36,11 @@ for position = 4, #ARGV do
     if job.err then return {'skipped', queue, id, job.err} end
     if (job[1] or job[2]) and not settled[job[1]] then
       local stamp = timestamp(now)
+      -- What stands under a name of this job's own and is of another type would stop a script half-way.
+      for name, kind in pairs({executions = 'zset', results = 'stream'}) do
+        local found = redis.call('TYPE', registry(name, id)).ok
+        if found ~= 'none' and found ~= kind then redis.call('DEL', registry(name, id)) end
+      end
       redis.call('HSET', key, 'status', 'started', 'started_at', stamp, 'last_heartbeat', stamp, 'worker_name', worker,
         'origin', queue)
       redis.call('PERSIST', key)
