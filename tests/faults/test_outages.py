@@ -1,0 +1,314 @@
+"""Redis itself at fault: killed, stalled, away for long, or without room for what is to be written."""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from app.transitions import TERMINAL
+from tests.faults.conftest import Row
+from tests.faults.ledger import Tally
+from tests.faults.site import FRAGILE, Clients, Site
+from tests.faults.test_keys import Answers, Load, firsts_of, ids_of
+from tests.processes import problem_of, wait_until
+
+OUTAGE = "/problems/redis-unavailable"
+#: Seconds within which an outage is answered.
+ANSWER_LIMIT = 3
+#: Seconds after Redis' return within which each worker that is free takes a job.
+RETURN_LIMIT = 15
+
+
+@pytest.fixture
+def key() -> str:
+    return os.urandom(8).hex()
+
+
+@contextmanager
+def redis_away(site: Site) -> Iterator[None]:
+    """Redis is killed, and comes back as the block ends, with what is on its disk."""
+    site.kill_redis()
+    try:
+        yield
+    finally:
+        site.start_redis()
+
+
+@contextmanager
+def redis_stalled(site: Site) -> Iterator[None]:
+    """Redis has its connections and at least one enqueue, and does nothing until the block ends."""
+    try:
+        wait_until(site.stop_redis_behind_an_enqueue, what="an enqueue that is held up")
+        yield
+    finally:
+        site.signal_redis(signal.SIGCONT)
+
+
+@contextmanager
+def configured(redis: Any, **settings: Any) -> Iterator[None]:
+    """Redis has other settings."""
+    old = {name: redis.config_get(name)[name] for name in settings}
+    for name, value in settings.items():
+        redis.config_set(name, value)
+    try:
+        yield
+    finally:
+        for name, value in old.items():
+            redis.config_set(name, value)
+
+
+@contextmanager
+def memory_full(site: Site) -> Iterator[None]:
+    """Redis has no memory for more than it holds."""
+    with configured(site.redis, **{"maxmemory-policy": "noeviction", "maxmemory": 1}):
+        yield
+
+
+def save_snapshot(redis: Any) -> str:
+    """Have Redis write a snapshot; returns how that ended: `ok` or `err`."""
+    redis.bgsave()
+    state = wait_until(lambda: (info := redis.info("persistence"))["rdb_bgsave_in_progress"] == 0 and info)
+    outcome: str = state["rdb_last_bgsave_status"]
+    return outcome
+
+
+@contextmanager
+def disk_full(site: Site) -> Iterator[None]:
+    """Redis cannot write its snapshot, and refuses writes (MISCONF) until it can."""
+    redis = site.redis
+    snapshot = Path(site.server.data_dir) / redis.config_get("dbfilename")["dbfilename"]
+    with configured(redis, **{"save": "3600 1", "stop-writes-on-bgsave-error": "yes"}):
+        snapshot.mkdir()  # nobody renames a file to a folder, root neither
+        try:
+            assert save_snapshot(redis) == "err"
+            yield
+        finally:
+            snapshot.rmdir()
+            assert save_snapshot(redis) == "ok"
+            snapshot.unlink()
+
+
+def read_job(clients: Clients, job_id: str, field: str) -> str:
+    """A field of the job's hash."""
+    return (clients.redis.hget(f"rq:job:{job_id}", field) or b"").decode()
+
+
+def await_workers(clients: Clients, names: set[str], jobs: tuple[str, ...] = ()) -> float:
+    """Seconds until each of the workers has taken a new job, from now, where Redis has just come back.
+
+    Some may have taken one of these jobs, whose runs the outage cut, for another run.
+    """
+    start = time.monotonic()
+    taken_by: set[str] = set()
+    while not taken_by >= names:
+        seconds = start + RETURN_LIMIT - time.monotonic()
+        new = [clients.enqueue_one(seconds=0.05, at_front=True) for _ in range(2 * len(names))]
+        what = f"jobs of {names - taken_by}"
+        wait_until(lambda new=new: all(clients.status_of(job) in TERMINAL for job in new), seconds, what)  # type: ignore[misc]
+        again = [job for job in jobs if read_job(clients, job, "crashes")]
+        taken_by |= {read_job(clients, job, "worker_name") for job in (*new, *again)}
+    return time.monotonic() - start
+
+
+def await_run(clients: Clients, job_id: str) -> str:
+    """The worker that runs the job, once its function has begun."""
+    wait_until(lambda: job_id in clients.ledger.runs(), what=f"the run of {job_id}")
+    return read_job(clients, job_id, "worker_name")
+
+
+def await_results(clients: Clients, jobs: list[str], seconds: float) -> None:
+    """Wait for the ends of jobs; each has the result of its last run."""
+    for job_id in jobs:
+        wait_until(lambda job_id=job_id: clients.status_of(job_id) in TERMINAL, seconds, f"the end of {job_id}")  # type: ignore[misc]
+        answer = requests.get(f"{clients.site.url}/get_result", params={"job_id": job_id}, timeout=10)
+        last = clients.ledger.runs()[job_id][-1]
+        assert (answer.status_code, answer.json()) == (200, last.pid)
+
+
+def crashes_of(tally: Tally) -> dict[str, int]:
+    """How often each job may have run again: its worker was out of reach for longer than its lease."""
+    return {job_id: job.crashes for job_id, job in tally.jobs.items()}
+
+
+class MixedLoad(Load):
+    """As `Load`, with clients among them that have no keys, and do not ask again."""
+
+    def __init__(self, clients: Clients, key: str) -> None:
+        super().__init__(clients, key)
+        self.keyless: Answers = []
+
+    def _ask_on(self, client: int) -> None:
+        if client % 4:
+            super()._ask_on(client)
+            return
+        while not self._is_over.is_set():
+            self.keyless.append(self._clients.enqueue())
+            time.sleep(0.01)
+
+    def acknowledge_unanswered(self) -> None:
+        """Without a key an outage leaves open whether there is a job. Those that are there have to run, too."""
+        unanswered = [answer for answer in self.keyless if not answer.ok]
+        found = self._clients.ledger.count().strangers
+        assert len(found) <= len(unanswered)
+        for job_id in found:
+            self._clients.ledger.acknowledge(job_id)
+
+
+@pytest.mark.fault("6", "SIGKILL of Redis under load", timeout=300)
+def test_acknowledged_jobs_survive_a_redis_that_is_killed(
+    clients: Clients, row: Row, site: Site, long: bool, key: str
+) -> None:
+    kills = 5 if long else 1
+    slowest = 0.0
+    with MixedLoad(clients, key) as load:
+        for _ in range(kills):
+            enough = len(load.answers) + 50
+            wait_until(lambda enough=enough: len(load.answers) > enough, what="answers")  # type: ignore[misc]
+            outages = clients.answers.count(OUTAGE)
+            with redis_away(site):
+                wait_until(lambda outages=outages: clients.answers.count(OUTAGE) > outages, what="an outage's answer")  # type: ignore[misc]
+                time.sleep(random.uniform(0, 5 if long else 0.5))
+            slowest = max(slowest, await_workers(clients, set(site.staff.workers)))
+    assert set(clients.answers) == {"202", OUTAGE}
+    assert len(ids_of(load.answers)) == len(load.answers)
+    load.acknowledge_unanswered()
+    tally = clients.ledger.settle()
+    note = f"{kills} kills, {clients.answers.count(OUTAGE)} outages told"
+    row.close(tally, slowest, note, crashes_of(tally))
+
+
+class OnceLoad(Load):
+    """As `Load`, on a queue that no worker looks at; what is answered with an outage is not sent again."""
+
+    def __init__(self, clients: Clients, key: str) -> None:
+        super().__init__(clients, key)
+        self.by_key: dict[str, requests.Response] = {}
+
+    def _ask_on(self, client: int) -> None:
+        number = 0
+        while not self._is_over.is_set():
+            key = f"{self._key}-{client}-{number}"
+            self.by_key[key] = self._clients.enqueue(key=key, queue=FRAGILE)
+            number += 1
+            time.sleep(0.01)
+
+
+@pytest.mark.fault("7", "Redis stalls during enqueues", timeout=300)
+def test_enqueues_to_a_stalled_redis_are_answered_in_time_and_done_once(
+    clients: Clients, row: Row, site: Site, long: bool, key: str
+) -> None:
+    assert clients.enqueue().ok  # Redis has the script then, so that one command is the whole enqueue
+    with OnceLoad(clients, key) as load, redis_stalled(site):
+        time.sleep(13 if long else 2)
+    slowest = await_workers(clients, set(site.staff.workers))
+    unanswered = [answer for answer in load.by_key.values() if not answer.ok]
+    assert unanswered
+    for answer in unanswered:
+        problem_of(answer, 503, "redis-unavailable")
+        assert answer.elapsed.total_seconds() < ANSWER_LIMIT
+    assert set(clients.answers) == {"202", OUTAGE}
+
+    keys = list(load.by_key)
+    with ThreadPoolExecutor(20) as pool:
+        again = list(pool.map(lambda key: clients.enqueue(key=key, queue=FRAGILE), keys))
+    assert {answer.status_code for answer in again} == {202}
+    for key, answer in zip(keys, again, strict=True):
+        if load.by_key[key].ok:
+            assert answer.json()["job_id"] == load.by_key[key].json()["job_id"]
+    # What Redis held was done, though its clients could not be told; and with this no first time of theirs.
+    done = len(unanswered) - len(firsts_of(again))
+    assert done > 0
+    waiting = [entry.decode() for entry in clients.redis.lrange(f"rq:queue:{FRAGILE}", 0, -1)]
+    assert sorted(waiting) == sorted(ids_of(again))
+    assert len(waiting) == len(keys)
+    with site.fragile_staff(1):
+        tally = clients.ledger.settle()
+    row.close(tally, slowest, note=f"{len(unanswered)} outages told, {done} were done")
+
+
+@pytest.mark.fault("8", "Redis away, workers busy and idle", timeout=300)
+def test_workers_live_through_a_long_outage_and_keep_their_jobs(
+    clients: Clients, row: Row, site: Site, long: bool
+) -> None:
+    # The shorter one is as much as workers bear without a long pause between their tries.
+    seconds, durations = (60, (30, 63)) if long else (1, (0.5,))
+    with site.fragile_staff(1, "default", WORKER_LEASE=30) if long else nullcontext(site.staff) as staff:
+        names = set(site.staff.workers) | set(staff.workers)
+        jobs = tuple(clients.enqueue_one(seconds=duration) for duration in durations)
+        busy = {await_run(clients, job_id) for job_id in jobs}
+        assert len(busy) == len(jobs) < len(names)
+        with redis_away(site):
+            time.sleep(seconds)
+        slowest = await_workers(clients, names, jobs)
+        await_results(clients, list(jobs), 2 * max(durations) + RETURN_LIMIT)
+        tally = clients.ledger.settle()
+    row.close(tally, slowest, note=f"{seconds} s", may_run_again=crashes_of(tally))
+
+
+def ask_readyz(site: Site) -> requests.Response:
+    return requests.get(f"{site.url}/readyz", timeout=10)
+
+
+def outlive_refused_writes(
+    clients: Clients, site: Site, refused: Callable[[Site], AbstractContextManager[None]], end: Path, *, long: bool
+) -> tuple[str, float, Tally]:
+    """Let jobs run, and others wait, while Redis refuses writes, and see that the service tells of it.
+
+    The file says meanwhile that they may end.
+
+    Returns:
+        The status, meanwhile, of a job that had come to its end; the seconds to recover; and what became of all.
+    """
+    with site.fragile_staff(2) if long else nullcontext():
+        jobs = [clients.enqueue_one(until=end) for _ in range(4)]
+        worker = site.staff.workers[await_run(clients, jobs[0])]
+        if long:
+            jobs.append(clients.enqueue_one(seconds=7, queue=FRAGILE))  # more than twice its lease
+            await_run(clients, jobs[-1])
+        logged = len(worker.log)
+        with refused(site):
+            answer = clients.enqueue(key=end.name)
+            problem_of(answer, 503, "redis-unavailable")
+            assert int(answer.headers["Retry-After"]) >= 1
+            checks = problem_of(ask_readyz(site), 503, "not-ready")["checks"]
+            assert list(checks) == ["redis"]
+            assert checks["redis"] != "ok"
+            end.touch()
+            # It is written down, or tried to.
+            wait_until(lambda: clients.status_of(jobs[0]) in TERMINAL or "; trying again in" in worker.log[logged:])
+            status = clients.status_of(jobs[0])
+            time.sleep(6 if long else 0.1)
+        seconds = await_workers(clients, set(site.staff.workers))
+        # Nothing was enqueued by what was refused.
+        again = clients.enqueue(key=end.name)
+        assert (again.status_code, firsts_of([again])) == (202, [again])
+        checks = ask_readyz(site).json()["checks"]
+        assert (checks["redis"], checks["queue default"]) == ("ok", "ok")
+        await_results(clients, jobs, 40)
+        return status, seconds, clients.ledger.settle()
+
+
+@pytest.mark.fault("10", "Redis at maxmemory", timeout=300)
+def test_full_memory_is_told_and_outlived(
+    clients: Clients, row: Row, site: Site, long: bool, key: str, tmp_path: Path
+) -> None:
+    status, seconds, tally = outlive_refused_writes(clients, site, memory_full, tmp_path / key, long=long)
+    row.close(tally, seconds)  # no worker died, so nobody's job may be given to another
+    assert status == "finished"  # Redis lets a script pass that frees memory first
+
+
+@pytest.mark.fault("11", "Redis' disk full (MISCONF)", timeout=300)
+def test_full_disk_is_told_and_outlived(
+    clients: Clients, row: Row, site: Site, long: bool, key: str, tmp_path: Path
+) -> None:
+    status, seconds, tally = outlive_refused_writes(clients, site, disk_full, tmp_path / key, long=long)
+    row.close(tally, seconds, may_run_again=crashes_of(tally))  # a lease that could not be renewed
+    assert status == "started"
