@@ -37,6 +37,9 @@ from app.transitions import DOORBELL_KEY, STOPPED, UNREADABLE, Ending, Failure, 
 
 #: Seconds between two writes of a job's progress.
 PROGRESS_EVERY = 0.1
+#: Seconds without a tick, at least, after which leases are not trusted at once: it was Redis that was away, and what let
+#: them run out. Live workers may extend them first, or end their jobs with a result that they kept.
+OUTAGE = 5.0
 #: Seconds that a function has to end after its timeout was raised inside it, before its process is killed.
 KILL_AFTER = 5.0
 
@@ -73,7 +76,7 @@ class Worker(SteadyWorker):
         self._stoppable_run: Run | None = None
         self._stop_lock = threading.Lock()
         self._blank_job = Job("blank", connection=self.connection, serializer=JSONSerializer)
-        self._next_tick = 0.0
+        self._next_tick = self._last_tick = self._trusts_leases_from = 0.0
 
     # Around RQ's loop
 
@@ -246,13 +249,18 @@ class Worker(SteadyWorker):
         self._next_tick = time.monotonic() + TICK
         self.heartbeat()
         names = [queue.name for queue in self.queues]
-        for run, crashes, max_crashes in transitions.recover(self.connection, names):
-            abandoned = Assignment(run, crashes=crashes, max_crashes=max_crashes)
-            self._release(abandoned, crashed=True, how=f"its worker, {run.worker}, died or was cut off")
+        now = time.monotonic()
+        if self._last_tick and now - self._last_tick > max(OUTAGE, self.settings.worker_lease / 2):
+            self._trusts_leases_from = now + 2 * LONGEST_PAUSE
+        if now >= self._trusts_leases_from:
+            for run, crashes, max_crashes in transitions.recover(self.connection, names):
+                abandoned = Assignment(run, crashes=crashes, max_crashes=max_crashes)
+                self._release(abandoned, crashed=True, how=f"its worker, {run.worker}, died or was cut off")
         due = transitions.promote(self.connection, names).due
         # A job that is due before the next tick moves it forward; so delays are right to some milliseconds.
         self._next_tick = time.monotonic() + (TICK if due is None else min(TICK, due))
         transitions.sweep(self.connection)
+        self._last_tick = time.monotonic()
 
     # A job
 
