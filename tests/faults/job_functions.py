@@ -1,15 +1,19 @@
-"""The job function of the fault suite; its workers and web processes have it beside those of the other tests."""
+"""The job functions of the fault suite; its workers and web processes have them beside those of the other tests."""
 
+import ctypes
 import os
+import signal
 import time
 import uuid
 from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import BaseModel
 from redis.exceptions import RedisError
 from rq import get_current_job
 
 from app.job_function import job_function
+from tests.job_functions import die, return_bytes_of, return_unjsonable, swallow_timeout
 
 #: Run twice with the same second key (its answer was lost), it leaves one trace.
 _LEAVE_TRACE = """
@@ -29,9 +33,7 @@ class Trace(BaseModel):
     fails: bool = False
 
 
-@job_function()
-def leave_trace(payload: Trace) -> int:
-    """Write into a list in Redis which job runs, when by Redis' clock, and in which process; return the process."""
+def _write_trace(payload: Trace) -> None:
     job = get_current_job()
     assert job
     mark = f"{payload.trace_to}:{uuid.uuid4().hex}"
@@ -41,6 +43,12 @@ def leave_trace(payload: Trace) -> int:
             break
         except RedisError:  # the run is to be known though Redis is away as it begins, or full
             time.sleep(0.1)
+
+
+@job_function()
+def leave_trace(payload: Trace) -> int:
+    """Write into a list in Redis which job runs, when by Redis' clock, and in which process; return the process."""
+    _write_trace(payload)
     end = time.monotonic() + payload.seconds
     while (left := end - time.monotonic()) > 0:
         time.sleep(min(left, 0.02))
@@ -49,3 +57,63 @@ def leave_trace(payload: Trace) -> int:
     if payload.fails:
         raise ValueError("as it was told to")
     return os.getpid()
+
+
+class Misdeed(Trace):
+    """What the job does that no job should, after it left its trace."""
+
+    how: Literal["exit", "sys.exit", "segfault", "kill", "swallow the timeout", "ignore SIGTERM"]
+
+
+@job_function()
+def misbehave(payload: Misdeed) -> None:
+    """Do it."""
+    _write_trace(payload)
+    match payload.how:
+        case "segfault":
+            ctypes.string_at(0)
+        case "swallow the timeout":
+            swallow_timeout(payload.seconds)
+        case "ignore SIGTERM":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(payload.seconds)
+        case how:
+            die({"how": how})
+
+
+class Appetite(Trace):
+    """How many bytes the job wants, and whether its process is killed when there are no more for it."""
+
+    size: int
+    is_killed: bool = False
+
+
+@job_function()
+def devour_memory(payload: Appetite) -> None:
+    """Use more and more memory, and keep it for so many seconds."""
+    _write_trace(payload)
+    hoard: list[bytes] = []
+    chunk = 8 * 2**20
+    try:
+        while len(hoard) * chunk < payload.size:
+            hoard.append(b"x" * chunk)
+    except MemoryError:
+        if payload.is_killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise
+    time.sleep(payload.seconds)
+
+
+class BadReturn(Trace):
+    """What the job returns: something that JSON has not, or a string of so many characters."""
+
+    kind: str | int
+
+
+@job_function()
+def return_badly(payload: BadReturn) -> Any:
+    """Return it."""
+    _write_trace(payload)
+    if isinstance(payload.kind, int):
+        return return_bytes_of(payload.kind)
+    return return_unjsonable(payload.kind)

@@ -168,13 +168,19 @@ class Clients:
         until: Path | None = None,
         fails: bool = False,
         url: str = "",
+        function: str = "leave_trace",
+        payload: dict[str, Any] | None = None,
         **options: Any,
     ) -> requests.Response:
-        """Enqueue a job that takes so long after it left its trace, or until this file is there."""
+        """Enqueue a job that takes so long after it left its trace, or until this file is there.
+
+        Or one of another function that leaves a trace.
+        """
         answer = requests.post(
-            f"{url or self.site.url}/enqueue/leave_trace",
+            f"{url or self.site.url}/enqueue/{function}",
             params=options,
-            json={"trace_to": RUNS_KEY, "seconds": seconds, "until": str(until or ""), "fails": fails},
+            json={"trace_to": RUNS_KEY, "seconds": seconds, "until": str(until or ""), "fails": fails}
+            | (payload or {}),
             # An idle connection, held by an answer that a test keeps, would hold up gunicorn's end.
             headers={"Connection": "close"} | ({"Idempotency-Key": key} if key else {}),
             timeout=30,

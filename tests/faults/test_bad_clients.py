@@ -1,0 +1,243 @@
+"""Clients that send bodies which are none, or never end, or are slow: no one else notices."""
+
+import json
+import os
+import socket
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import requests
+
+from tests.faults.conftest import Row
+from tests.faults.ledger import RUNS_KEY
+from tests.faults.site import Clients, Site, port_of
+from tests.test_http_attacks import JSON, Reply, read_reply
+
+CHUNKED = "Transfer-Encoding: chunked"
+GIGABYTE = f"Content-Length: {10**9}"
+#: What all the requests here begin with.
+HEAD = f"POST /enqueue/leave_trace HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{JSON}\r\n"
+DEPTH = 100_000
+
+
+class Bad(NamedTuple):
+    """A body that the service must refuse: its header, what is sent of it, and the answer."""
+
+    header: str
+    sent: bytes
+    status: int
+    problem: str
+    #: the client says that it will send no more, which is how a body is known to be cut
+    is_cut: bool = False
+
+
+def whole(body: bytes, status: int = 400, problem: str = "invalid-json") -> Bad:
+    return Bad(f"Content-Length: {len(body)}", body, status, problem)
+
+
+BAD = {
+    "deep arrays": whole(b"[" * DEPTH + b"]" * DEPTH),
+    "deep objects": whole(b'{"a":' * DEPTH + b"1" + b"}" * DEPTH),
+    "deep without an end": whole(b"[" * DEPTH),
+    "NaN": whole(b'{"trace_to": NaN}'),
+    "Infinity": whole(b'{"trace_to": "x", "seconds": -Infinity}'),
+    "huge number": whole(b'{"trace_to": "x", "seconds": 1e999}'),
+    "lone surrogate": whole(rb'{"trace_to": "\ud800"}'),
+    "not UTF-8": whole(b'{"trace_to": "\xff"}'),
+    "surrogate in UTF-8": whole(b'{"trace_to": "\xed\xa0\x80"}'),
+    "UTF-16": whole('{"trace_to": "x"}'.encode("utf-16")),
+    "empty": whole(b""),
+    "null": whole(b"null", 422, "invalid-request"),
+    "gigabyte announced": Bad(GIGABYTE, b"", 413, "payload-too-large"),
+    "gigabyte begun": Bad(GIGABYTE, b"[" * 100, 413, "payload-too-large"),
+    "cut": Bad("Content-Length: 100", b'{"trace_to": "x"', 400, "bad-request", is_cut=True),
+    "cut in a chunk": Bad(CHUNKED, b'ff\r\n{"trace_to": "x"}', 400, "bad-request", is_cut=True),
+    "cut between chunks": Bad(CHUNKED, b'11\r\n{"trace_to": "x"}\r\n', 400, "bad-request", is_cut=True),
+    "cut before any chunk": Bad(CHUNKED, b"", 400, "bad-request", is_cut=True),
+}
+
+
+def connect(site: Site) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port_of(site.url)), timeout=30)
+
+
+def send(site: Site, bad: Bad) -> Reply:
+    with connect(site) as connection:
+        connection.sendall(f"{HEAD}{bad.header}\r\n\r\n".encode() + bad.sent)
+        if bad.is_cut:
+            connection.shutdown(socket.SHUT_WR)
+        return read_reply(connection)
+
+
+def send_without_end(site: Site) -> Reply:
+    """A chunked body that goes on until the server has enough of it."""
+    chunk, left = b"%x\r\n%s\r\n" % (2**20, b" " * 2**20), 1000
+    with connect(site) as connection:
+        connection.sendall(f"{HEAD}{CHUNKED}\r\n\r\n".encode())
+        with suppress(ConnectionError):
+            while left:
+                connection.sendall(chunk)
+                left -= 1
+        assert left, "the server read a gigabyte"
+        return read_reply(connection)
+
+
+def send_all(clients: Clients) -> None:
+    """Each bad body, then a good one."""
+    for name, bad in BAD.items():
+        reply = send(clients.site, bad)
+        assert (reply.status, f'"/problems/{bad.problem}"' in reply.body) == (bad.status, True), (name, reply)
+    reply = send_without_end(clients.site)
+    assert reply.status in (413, 0), reply  # none, if the reset that ends the connection overtakes the answer
+    clients.enqueue_one()
+
+
+def memory_of(pids: list[int]) -> dict[int, int]:
+    """Bytes that each process has in memory (proc_pid_statm(5))."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    return {pid: int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * page for pid in pids}
+
+
+@pytest.mark.fault("16", "bad bodies", timeout=300)
+def test_bad_bodies_are_answered_as_the_contract_says_and_cost_no_memory(
+    clients: Clients, row: Row, site: Site, long: bool
+) -> None:
+    count = 300 if long else 5
+    pids = site.web_processes()
+    for _ in range(1 + count // 10):  # so that all that is kept once is there
+        send_all(clients)
+    before = memory_of(pids)
+    for _ in range(count):
+        send_all(clients)
+    assert site.web_processes() == pids
+    after = memory_of(pids)
+    growth = max(after[pid] - before[pid] for pid in pids)
+    note = f"{count} times {len(BAD) + 1}, {growth / 2**20:+.1f} MiB"
+    row.close(clients.ledger.settle(), note=note)
+    assert growth < 20 * 2**20
+
+
+@pytest.mark.fault("16b", "bodies that stop before their end, their connections open", timeout=300)
+def test_connection_whose_client_falls_silent_in_a_body_is_ended(
+    clients: Clients, row: Row, site: Site, long: bool
+) -> None:
+    if not long:
+        pytest.skip("it takes as long as the service waits for the rest")
+    with ExitStack() as stack:
+        start = time.monotonic()
+        silent = []
+        for bad in BAD.values():
+            if bad.is_cut:
+                silent.append(connection := stack.enter_context(connect(site)))
+                connection.sendall(f"{HEAD}{bad.header}\r\n\r\n".encode() + bad.sent)
+        for connection in silent:
+            connection.settimeout(max(0.1, start + 60 - time.monotonic()))
+            assert read_reply(connection).status in (0, 400, 408)
+        seconds = time.monotonic() - start
+    clients.enqueue_one()
+    row.close(clients.ledger.settle(), seconds)
+
+
+class SlowClient:
+    """A client that sends a request byte after byte, from its head on or only the body so."""
+
+    def __init__(self, site: Site, *, is_slow_from_the_head: bool) -> None:
+        self._site = site
+        # Longer than any test lasts.
+        body = json.dumps({"trace_to": RUNS_KEY}).encode().ljust(300)
+        head = f"{HEAD}Content-Length: {len(body)}\r\n\r\n".encode()
+        self._begin, self._slowly = (b"", head + body) if is_slow_from_the_head else (head, body)
+        #: How often the server had had enough of it.
+        self.cut = -1
+        self._connect()
+
+    def _connect(self) -> None:
+        self.cut += 1
+        self._connection = connect(self._site)
+        self._connection.sendall(self._begin)
+        self._left = self._slowly
+
+    def send_byte(self) -> None:
+        """Send the next byte; if the connection was ended, the first one of a new request."""
+        try:
+            self._connection.sendall(self._left[:1])
+            self._left = self._left[1:]
+        except ConnectionError:
+            self.close()
+            self._connect()
+
+    def send_rest(self) -> Reply:
+        """Send what is left, all at once."""
+        self._connection.sendall(self._left)
+        return read_reply(self._connection)
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+@contextmanager
+def slow_clients(slow: list[SlowClient]) -> Iterator[None]:
+    """Each of them sends a byte a second, about."""
+    is_over = threading.Event()
+
+    def send_on() -> None:
+        while not is_over.is_set():
+            for client in slow:
+                client.send_byte()
+                is_over.wait(1 / len(slow))
+
+    with ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(send_on)
+        try:
+            yield
+        finally:
+            is_over.set()
+            sending.result()
+
+
+def ask_on(clients: Clients, count: int, end: float) -> list[float]:
+    """Enqueue and ask for the status until then, and so many times at least; the seconds that each request took."""
+    took: list[float] = []
+    while len(took) < count or time.monotonic() < end:
+        start = time.monotonic()
+        job_id = clients.enqueue_one()
+        took.append(time.monotonic() - start)
+        start = time.monotonic()
+        answer = requests.get(f"{clients.site.url}/check_status", params={"job_id": job_id}, timeout=30)
+        took.append(time.monotonic() - start)
+        assert (answer.status_code, answer.json()["job_id"]) == (200, job_id)
+    return took
+
+
+@pytest.mark.fault("17", "clients that send a byte a second", timeout=300)
+def test_slow_clients_hold_up_nobody_and_are_answered_in_the_end(
+    clients: Clients, row: Row, site: Site, long: bool
+) -> None:
+    count, seconds = (500, 30) if long else (100, 2)
+    slow: list[SlowClient] = []
+    with ExitStack() as stack:
+        for number in range(count):
+            slow.append(SlowClient(site, is_slow_from_the_head=number % 2 == 0))
+            stack.callback(slow[-1].close)
+        with slow_clients(slow), ThreadPoolExecutor(4) as pool:
+            end = time.monotonic() + seconds
+            asked = [pool.submit(ask_on, clients, 25, end) for _ in range(4)]
+            took = [each for asking in asked for each in asking.result()]
+        p99 = statistics.quantiles(took, n=100)[-1]
+        for client in slow[1::2]:
+            reply = client.send_rest()
+            assert (reply.status, client.cut) == (202, 0), reply
+            clients.ledger.acknowledge(json.loads(reply.body)["job_id"])
+    cut = sum(client.cut for client in slow)
+    row.close(
+        clients.ledger.settle(), note=f"{count}, {cut} times cut, p99 {p99 * 1000:.0f} ms of {len(took)} requests"
+    )
+    assert len(took) >= 100
+    assert p99 < 1
