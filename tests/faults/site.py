@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import requests
@@ -35,11 +35,11 @@ class Staff:
         self._options = ("-S", "json", "-w", "rq.Worker") if stock else ()
         self.workers: dict[str, Process] = {}
 
-    def hire(self, count: int = 1) -> None:
-        """Start so many workers; `await_start` waits for them."""
+    def hire(self, count: int = 1, *options: str) -> None:
+        """Start so many workers, with more options of `rq worker`; `await_start` waits for them."""
         for _ in range(count):
             name = f"{self._queues[0]}-{os.urandom(4).hex()}"
-            command = python("rq.cli", "worker", *self._options, "--name", name, *self._queues)
+            command = python("rq.cli", "worker", *self._options, *options, "--name", name, *self._queues)
             self.workers[name] = Process(command, self._env, self._folder / f"{name}.log")
 
     def await_start(self) -> None:
@@ -65,8 +65,8 @@ class Staff:
 class Site:
     """A Redis, two web processes behind one address, and two workers, which are RQ's own if they are to be `stock`."""
 
-    def __init__(self, stack: ExitStack, folder: Path, *, stock: bool = False) -> None:
-        self._folder, self._stock = folder, stock
+    def __init__(self, stack: ExitStack, folder: Path, *, stock: bool = False, **settings: Any) -> None:
+        self._folder, self._stock, self._settings = folder, stock, settings
         users = folder / "users.acl"  # in a file, so that they outlive the server
         users.write_text("".join(f"user {user} on nopass ~* &* +@all\n" for user in ("default", *USERS)))
         config = {"appendonly": "yes", "appendfsync": "always", "save": '""', "aclfile": str(users)}
@@ -82,7 +82,12 @@ class Site:
 
     def environment(self, user: str = "default", **settings: Any) -> dict[str, str]:
         """What its processes are started with."""
-        settings = {"QUEUES": f"default,{FRAGILE},second,third", "FUNCTION_MODULES": MODULES} | settings
+        settings = {
+            "QUEUES": f"default,{FRAGILE},second,third",
+            "FUNCTION_MODULES": MODULES,
+            **self._settings,
+            **settings,
+        }
         # Redis' default user needs no greeting.
         login = "" if user == "default" else f"{user}:any@"
         env = environment(f"redis://{login}127.0.0.1:{self.redis_port}/0", **settings)
@@ -147,10 +152,17 @@ class Site:
         return False
 
 
+class Service(Protocol):
+    """Where clients find the API, and the ledger its Redis."""
+
+    url: str
+    redis: Any
+
+
 class Clients:
     """Clients of the API. What they are told to be enqueued goes into the ledger."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Service) -> None:
         self.site, self.redis = site, site.redis
         self.ledger = Ledger(site.redis)
         #: What enqueues were answered: "202", or the problem's type.
