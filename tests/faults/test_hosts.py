@@ -69,8 +69,8 @@ def states_of(site: Site, staff: Staff) -> set[str]:
 def clock_of(site: Site, staff: Staff) -> float:
     """By how many seconds a worker's clock differs from Redis' own."""
     (name,) = staff.workers
-    now, micro = site.redis.time()
-    beat = site.redis.hget(f"rq:worker:{name}", "last_heartbeat").decode()
+    now, micro = map(int, site.redis.time())
+    beat: str = site.redis.hget(f"rq:worker:{name}", "last_heartbeat").decode()
     return datetime.fromisoformat(beat).timestamp() - (now + micro / 1e6)
 
 
@@ -84,16 +84,17 @@ def test_jobs_of_workers_with_wrong_clocks_run_once_and_in_time(
     # the next worker's tick, a second later.
     rounds, seconds = (4, 5.0) if long else (1, 1.5)
     delays: dict[str, float] = {}
+    took: set[str] = set()
     with workers_with_clocks(site, libfaketime, **CLOCKS) as staffs:
         everybody = {*site.staff.workers, *(name for staff in staffs.values() for name in staff.workers)}
-        for _ in range(rounds):
+        while rounds > 0 or took != everybody:  # on a busy machine one may be quick enough to take two
+            assert rounds > -5, f"only {took} took jobs, of {everybody}"
+            rounds -= 1
             jobs = [clients.enqueue_one(seconds=seconds) for _ in everybody]
             for delay in (seconds + 0.2, seconds + 0.4):
                 delays[clients.enqueue_one(delay=delay)] = delay
-            wait_until(lambda jobs=jobs: {clients.status_of(job) for job in jobs} == {"started"}, what="their runs")  # type: ignore[misc]
             tally = clients.ledger.settle()
-            took = {clients.redis.hget(f"rq:job:{job_id}", "worker_name").decode() for job_id in jobs}
-            assert took == everybody
+            took |= {clients.redis.hget(f"rq:job:{job_id}", "worker_name").decode() for job_id in jobs}
         for clock, staff in staffs.items():
             assert clock_of(site, staff) == pytest.approx(CLOCKS[clock], abs=20)
     lateness = 0.0

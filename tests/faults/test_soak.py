@@ -1,0 +1,226 @@
+"""Very many short jobs while workers come and go: what is left of them afterwards in Redis and in the processes."""
+
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import requests
+
+from tests.faults.conftest import Row
+from tests.faults.ledger import RUNS_KEY, Job, Tally
+from tests.faults.site import Clients, Site
+from tests.processes import Process, wait_until
+
+JOBS = 200_000
+#: Jobs that are enqueued, run and counted before the next ones come; how many of them are of which kind.
+WAVE = 10_000
+FAILING, RETRIED, DELAYED, CANCELED, WITH_KEY = 500, 500, 500, 200, 100
+#: The kinds that finish at once are all others, in batches of this size.
+BATCH = 1000
+BATCHES = 5 + (WAVE - FAILING - RETRIED - DELAYED - CANCELED - WITH_KEY) // BATCH
+ENDS = {"finished": WAVE - FAILING - RETRIED - CANCELED, "failed": FAILING + RETRIED, "canceled": CANCELED}
+
+#: Seconds that jobs are kept after their end: longer than a wave takes, so that all of it is counted.
+TTL = 60
+#: Seconds between two looks of a worker at its registries (`rq worker --maintenance-interval`; RQ's default is 600).
+MAINTENANCE = 30
+
+#: The keys that stay for ever. Each is one for a queue or for all jobs, not for a job, a batch or a worker.
+PERMANENT = re.compile(
+    r"""rq:(
+        queues | workers | workers:\w+ | groups                # the names of what is there
+      | (finished|failed|canceled|scheduled|deferred|wip):\w+  # RQ's registries, one a queue and status
+      | api:(events|doorbell)                                  # streams of bounded length
+      | api:(secret|sweep|owners)
+      | api:jobs::\w+                                          # the index of /jobs, one a status
+    )""",
+    re.VERBOSE,
+)
+#: What is kept on purpose for longer than the jobs: that a batch was there (60 days), and idempotency keys (a day).
+#: They cost the same for each batch and key, which the row's note says.
+KEPT = ("rq:api:group:ID", "rq:api:key:ID")
+#: The event log is cut at 10 000 entries or some more, which the first wave alone makes.
+BOUNDED = "rq:api:events"
+#: Bytes that the rest may have grown by: workers of other names, registries that hold some entry yet.
+SLACK = 10_000
+#: Bytes that what belongs to no key may have grown by: scripts, the table of the keys, which shrinks late.
+ELSEWHERE = 2_000_000
+
+
+class Memory(NamedTuple):
+    """What Redis holds: bytes by family of keys (a job's or a batch's id is ID), and the keys that never expire."""
+
+    families: Counter[str]
+    permanent: set[str]
+    #: in all, but for what is no data: buffers of clients and of the append-only file
+    used: int
+
+    @property
+    def lasting(self) -> int:
+        """The bytes that no job may add to."""
+        return sum(size for name, size in self.families.items() if name not in (*KEPT, BOUNDED))
+
+    @property
+    def elsewhere(self) -> int:
+        """The bytes that belong to no key."""
+        return self.used - self.families.total()
+
+
+def read_memory(redis: Any) -> Memory:
+    """Measure key by key: Redis' own sum has the allocator's and the table's slack in it, which comes and goes."""
+    families: Counter[str] = Counter()
+    permanent = set()
+    keys = list(redis.scan_iter(count=1000))
+    for start in range(0, len(keys), 1000):
+        part = keys[start : start + 1000]
+        with redis.pipeline(transaction=False) as pipeline:
+            for key in part:
+                pipeline.ttl(key)
+                pipeline.memory_usage(key, samples=0)
+            answers = pipeline.execute()
+        for key, ttl, size in zip(part, answers[::2], answers[1::2], strict=True):
+            name = key.decode()
+            families[re.sub(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "ID", name)] += size or 0
+            if ttl == -1:
+                permanent.add(name)
+    info = redis.info("memory")
+    return Memory(families, permanent, info["used_memory"] - info["mem_clients_normal"] - info["mem_aof_buffer"])
+
+
+def resident(pid: int) -> int:
+    """The process's resident memory in kB."""
+    return int(re.findall(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())[0])
+
+
+def horse_of(worker: Process) -> int:
+    """The number of the worker's work-horse."""
+    pid = worker.popen.pid
+    (horse,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(horse)
+
+
+class Crowd:
+    """Clients that enqueue waves of jobs of all kinds."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._waves = 0
+
+    def _enqueue_many(self, clients: Clients, count: int, *, fails: bool = False, **options: Any) -> list[str]:
+        answer = requests.post(
+            f"{self._site.url}/enqueue_many/leave_trace",
+            params=options,
+            json=[{"trace_to": RUNS_KEY, "fails": fails}] * count,
+            headers={"Connection": "close"},
+            timeout=60,
+        )
+        assert answer.status_code == 202, answer.text
+        job_ids: list[str] = answer.json()["job_ids"]
+        for job_id in job_ids:
+            clients.ledger.acknowledge(job_id, 1 + options.get("retries", 0))
+        return job_ids
+
+    def enqueue_wave(self) -> Clients:
+        """Enqueue a wave, those first that take longest."""
+        clients = Clients(self._site)
+        self._enqueue_many(clients, RETRIED, fails=True, retries=1)
+        self._enqueue_many(clients, DELAYED, delay=1)
+        canceled = self._enqueue_many(clients, CANCELED, delay=3600)
+        self._enqueue_many(clients, FAILING, fails=True)
+        for number in range(WITH_KEY):
+            assert clients.enqueue(key=f"soak-{self._waves}-{number}").status_code == 202
+        left = WAVE - FAILING - RETRIED - DELAYED - CANCELED - WITH_KEY
+        while left:
+            left -= len(self._enqueue_many(clients, min(left, BATCH)))
+        for job_id in canceled:
+            assert clients.cancel(job_id).status_code == 200
+        self._waves += 1
+        return clients
+
+    def has_no_job(self) -> bool:
+        """Nobody's job waits or runs."""
+        with self._site.redis.pipeline() as pipeline:
+            pipeline.llen("rq:queue:default")
+            pipeline.zcard("rq:scheduled:default")
+            pipeline.zcard("rq:wip:default")
+            return not any(pipeline.execute())
+
+    def settle(self, clients: Clients) -> Tally:
+        """Wait for the wave's end and count it, before it is forgotten."""
+        wait_until(self.has_no_job, 180, "the end of a wave")
+        tally = clients.ledger.settle()
+        self._site.redis.delete(RUNS_KEY)
+        tally.check()
+        assert Counter(job.status for job in tally.jobs.values()) == ENDS
+        return tally
+
+
+@pytest.fixture
+def own_site(tmp_path: Path, long: bool, stock: bool) -> Iterator[Site]:
+    if not long:
+        pytest.skip("takes ten minutes, so only with --long")
+    with ExitStack() as stack:
+        site = Site(stack, tmp_path, stock=stock, RESULT_TTL=TTL, FAILURE_TTL=TTL)
+        site.redis.config_set("appendfsync", "everysec")  # as it ships
+        yield site
+
+
+def replace_worker(site: Site, elder: str) -> None:
+    """SIGTERM to the other worker, in the middle of its work; another one comes for it."""
+    (name,) = site.staff.workers.keys() - {elder}
+    assert site.staff.workers.pop(name).stop() == 0
+    site.staff.hire(1, "--maintenance-interval", str(MAINTENANCE))
+
+
+@pytest.mark.fault("24", "short jobs with workers recycled, then idle", timeout=900)
+def test_very_many_jobs_leave_nothing_behind(own_site: Site, row: Row) -> None:
+    site, crowd = own_site, Crowd(own_site)
+    for name in list(site.staff.workers):
+        assert site.staff.workers.pop(name).stop() == 0
+    site.staff.hire(2, "--maintenance-interval", str(MAINTENANCE))
+    site.staff.await_start()
+    start = read_memory(site.redis)
+
+    crowd.settle(crowd.enqueue_wave())  # all have loaded what they need then
+    elder = next(iter(site.staff.workers))
+    pids = {"worker": site.staff.workers[elder].popen.pid, "work-horse": horse_of(site.staff.workers[elder])}
+    pids |= {f"web {number}": pid for number, pid in enumerate(site.web_processes(), 1)}
+    before = {name: resident(pid) for name, pid in pids.items()}
+
+    jobs: dict[str, Job] = {}
+    busy, recycled = 0.0, 0
+    while len(jobs) < JOBS:
+        begin = time.monotonic()
+        clients = crowd.enqueue_wave()
+        replace_worker(site, elder)
+        recycled += 1
+        wait_until(crowd.has_no_job, 180, "the end of a wave")
+        busy += time.monotonic() - begin
+        jobs |= crowd.settle(clients).jobs
+    site.staff.await_start()
+    site.staff.check()
+    peak = read_memory(site.redis)
+
+    # Idle until nothing is kept any more, and each worker has looked at its registries after that.
+    waves = 1 + len(jobs) // WAVE
+    wait_until(lambda: site.redis.dbsize() < waves * (2 * BATCHES + WITH_KEY) + 100, TTL + 30, "the end of the TTLs")
+    limit, deadline = start.lasting + SLACK, time.monotonic() + 2 * MAINTENANCE
+    while (end := read_memory(site.redis)).lasting > limit and time.monotonic() < deadline:
+        time.sleep(1)
+    after = {name: resident(pid) for name, pid in pids.items()}
+
+    used = ", ".join(f"{memory.used / 1e6:.1f}" for memory in (start, peak, end))
+    group, key = (end.families[name] // (waves * count) for name, count in zip(KEPT, (BATCHES, WITH_KEY), strict=True))
+    growth = ", ".join(f"{name} {after[name] / before[name] - 1:+.1%} of {before[name] // 1024} MB" for name in pids)
+    note = f"{len(jobs) / busy:.0f} jobs/s, {recycled} workers recycled; Redis {used} MB; {growth}"
+    note += f"; kept {group} bytes a batch, {key} an idempotency key"
+    row.close(Tally(jobs, len(jobs), 0, {}, {}, set()), note=note)
+    assert not {key for key in end.permanent if not PERMANENT.fullmatch(key)}
+    assert end.lasting <= limit, end.families
+    assert end.elsewhere < start.elsewhere + ELSEWHERE
+    assert all(after[name] < 1.1 * before[name] for name in pids), (before, after)
