@@ -17,9 +17,9 @@ from tests.faults.site import Clients, Site
 from tests.processes import Process, wait_until
 
 JOBS = 200_000
-#: Jobs that are enqueued, run and counted before the next ones come; how many of them are of which kind.
-WAVE = 10_000
-FAILING, RETRIED, DELAYED, CANCELED, SINGLE = 500, 500, 500, 200, 100
+#: Jobs that are enqueued, run and counted before the next ones come, and how many of them are of which kind.
+WAVE = 5_000
+FAILING, RETRIED, DELAYED, CANCELED, SINGLE = 250, 250, 250, 100, 50
 #: The kinds that finish at once are all others, in batches of this size.
 BATCH = 1000
 BATCHES = 5 + (WAVE - FAILING - RETRIED - DELAYED - CANCELED - SINGLE) // BATCH
@@ -27,7 +27,7 @@ BATCHES = 5 + (WAVE - FAILING - RETRIED - DELAYED - CANCELED - SINGLE) // BATCH
 KEYS = BATCHES + SINGLE
 ENDS = {"finished": WAVE - FAILING - RETRIED - CANCELED, "failed": FAILING + RETRIED, "canceled": CANCELED}
 
-#: Seconds that jobs are kept after their end: longer than a wave takes, so that all of it is counted.
+#: Seconds that jobs are kept after their end: several times as long as a wave takes, so that all of it is counted.
 TTL = 60
 #: Seconds between two looks of a worker at its registries (`rq worker --maintenance-interval`; RQ's default is 600).
 MAINTENANCE = 30
