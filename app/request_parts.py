@@ -12,6 +12,9 @@ from app.auth import current_key
 from app.config import Settings
 from app.strict_json import parse_json
 
+#: Seconds that a client may be silent in the middle of a body.
+BODY_PATIENCE = 30
+
 
 def read_payload(limit: int) -> Any:
     """The body as JSON data.
@@ -26,10 +29,16 @@ def read_payload(limit: int) -> Any:
     if not request.is_json:
         given = request.mimetype or "none"
         raise problems.UnsupportedMediaType(f"The body must be JSON, with Content-Type application/json, not {given}.")
+    connection = request.environ.get("gunicorn.socket")  # gunicorn itself limits the time of the head only
+    if connection:
+        connection.settimeout(BODY_PATIENCE)
     try:
         body = request.get_data(cache=False)
-    except (OSError, ParseException) as error:  # gunicorn's words for chunks that are none, or have no end
+    except (OSError, ParseException) as error:  # a time-out, or gunicorn's words for chunks that are none or endless
         raise problems.BadRequest("The body could not be read to its end.") from error
+    finally:
+        if connection:
+            connection.settimeout(None)
     if len(body) > limit:
         raise RequestEntityTooLarge
     if request.content_length not in (None, len(body)):  # cut short, which gunicorn does not say

@@ -28,6 +28,8 @@ from app.redis_resc import Queue
 TICK = 1.0
 #: Seconds after its last heartbeat at which a worker counts as dead in `/readyz` and `rq info`.
 ALIVE = 35
+#: Canceled jobs that one step of the maintenance looks at.
+MOST_CANCELED = 1000
 #: Longest pause, in seconds, between two tries to reach Redis.
 LONGEST_PAUSE = 5.0
 
@@ -113,17 +115,23 @@ class SteadyWorker(rq.Worker):
         """As RQ's, without what would fail the jobs of dead workers: `recover` runs them again."""
         for queue in self.queues:
             if queue.acquire_maintenance_lock():
+                # By Redis' clock, as the scores were made: with its own RQ would drop entries of jobs that are there.
+                now: Any = self.connection.time()
                 for registry in (FinishedJobRegistry, FailedJobRegistry, ReadyJobRegistry):
-                    registry(queue=queue).cleanup()
-                self._clean_canceled(queue)
+                    registry(queue=queue).cleanup(now[0])
+                while self._clean_canceled(queue, now[0]) == MOST_CANCELED:
+                    self.heartbeat()
                 worker_registration.clean_worker_registry(queue)
                 queue.release_maintenance_lock()
         self.last_cleaned_at = utc_now()  # type: ignore[assignment]  # RQ's own annotation is None
 
-    def _clean_canceled(self, queue: rq.Queue) -> None:
-        """Let canceled jobs expire as failed ones do. RQ 3.0.0 keeps those of `Job.cancel` for ever."""
-        key, now = CanceledJobRegistry(queue=queue).key, time.time()
-        due: Any = self.connection.zrangebyscore(key, "-inf", now, start=0, num=1000)
+    def _clean_canceled(self, queue: rq.Queue, now: int) -> int:
+        """Let canceled jobs expire as failed ones do. RQ 3.0.0 keeps those of `Job.cancel` for ever.
+
+        Looks at a bounded number of them, and returns how many these were.
+        """
+        key = CanceledJobRegistry(queue=queue).key
+        due: Any = self.connection.zrangebyscore(key, "-inf", now, start=0, num=MOST_CANCELED)
         job_ids = [job_id.decode(errors="surrogateescape") for job_id in due]
         with self.connection.pipeline() as pipeline:
             for job_id in job_ids:
@@ -135,8 +143,9 @@ class SteadyWorker(rq.Worker):
                 if left == -1:  # it has no end yet
                     left = self.settings.failure_ttl
                     pipeline.expire(transitions.job_key(job_id), left)
-                pipeline.zadd(key, {job_id: now + left})
+                pipeline.zadd(key, {job_id: now + max(1, left)})
             pipeline.execute()
+        return len(job_ids)
 
     def run_maintenance_tasks(self) -> None:
         """As RQ's; an outage in the middle of it does not end the worker."""

@@ -37,8 +37,8 @@ from app.transitions import DOORBELL_KEY, STOPPED, UNREADABLE, Ending, Failure, 
 
 #: Seconds between two writes of a job's progress.
 PROGRESS_EVERY = 0.1
-#: Seconds without a tick, at least, after which leases are not trusted at once: it was Redis that was away, and what let
-#: them run out. Live workers may extend them first, or end their jobs with a result that they kept.
+#: Seconds without a tick, at least, after which no job is taken from its worker for a while: it was Redis that was away,
+#: and workers that live may extend their leases first, or end their jobs with a result that they kept.
 OUTAGE = 5.0
 #: Seconds that a function has to end after its timeout was raised inside it, before its process is killed.
 KILL_AFTER = 5.0
@@ -174,6 +174,8 @@ class Worker(SteadyWorker):
                 idle = time.monotonic() - idle_since
                 if timeout is None or (max_idle_time is not None and idle >= max_idle_time):
                     return None
+                if self.should_run_maintenance_tasks:  # RQ's loop looks between two jobs only, and there may be none
+                    self.run_maintenance_tasks()
                 self.connection.xread({DOORBELL_KEY: taken.rung}, block=self._milliseconds_to_tick())
                 pause = 0.5
             except (RedisError, HorseDied, OSError) as error:  # OSError: no process could be started

@@ -17,7 +17,7 @@ import requests
 
 from tests.faults.conftest import Row
 from tests.faults.ledger import RUNS_KEY
-from tests.faults.site import Clients, Site, port_of
+from tests.faults.site import Clients, Service, Site, port_of
 from tests.test_http_attacks import JSON, Reply, read_reply
 
 CHUNKED = "Transfer-Encoding: chunked"
@@ -64,11 +64,11 @@ BAD = {
 }
 
 
-def connect(site: Site) -> socket.socket:
+def connect(site: Service) -> socket.socket:
     return socket.create_connection(("127.0.0.1", port_of(site.url)), timeout=30)
 
 
-def send(site: Site, bad: Bad) -> Reply:
+def send(site: Service, bad: Bad) -> Reply:
     with connect(site) as connection:
         connection.sendall(f"{HEAD}{bad.header}\r\n\r\n".encode() + bad.sent)
         if bad.is_cut:
@@ -76,7 +76,7 @@ def send(site: Site, bad: Bad) -> Reply:
         return read_reply(connection)
 
 
-def send_without_end(site: Site) -> Reply:
+def send_without_end(site: Service) -> Reply:
     """A chunked body that goes on until the server has enough of it."""
     chunk, left = b"%x\r\n%s\r\n" % (2**20, b" " * 2**20), 1000
     with connect(site) as connection:
