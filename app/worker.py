@@ -37,8 +37,8 @@ from app.transitions import DOORBELL_KEY, STOPPED, UNREADABLE, Ending, Failure, 
 
 #: Seconds between two writes of a job's progress.
 PROGRESS_EVERY = 0.1
-#: Seconds without a tick, at least, after which no job is taken from its worker for a while: it was Redis that was away,
-#: and workers that live may extend their leases first, or end their jobs with a result that they kept.
+#: Seconds without a tick, at least, after which no job is taken from its worker for a while: Redis was away, and live
+#: workers may extend their leases first, or end their jobs with a result that they kept.
 OUTAGE = 5.0
 #: Seconds that a function has to end after its timeout was raised inside it, before its process is killed.
 KILL_AFTER = 5.0

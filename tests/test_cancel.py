@@ -75,13 +75,14 @@ def test_cancel_of_a_running_job_is_a_promise_that_the_worker_keeps(client: Flas
 
 def test_cancel_tells_the_worker_in_rqs_own_words(client: FlaskClient, redis: Any) -> None:
     job_id = enqueue_echo(client)
-    take_job(redis)
+    run = take_job(redis)
     with redis.pubsub() as listener:
         listener.subscribe("rq:pubsub:w")
         cancel(client, job_id)
         heard = [message for _ in range(3) if (message := listener.get_message(timeout=1))]
     commands = [json.loads(message["data"]) for message in heard if message["type"] == "message"]
-    assert commands == [{"command": "stop-job", "job_id": job_id}]
+    # And which run it is for, which RQ does not look at.
+    assert commands == [{"command": "stop-job", "job_id": job_id, "execution": run.execution}]
 
 
 @pytest.mark.parametrize("state", ["canceled", "stopped"])
