@@ -18,7 +18,7 @@ from tests.faults.conftest import Row
 from tests.faults.ledger import Tally
 from tests.faults.site import FRAGILE, Clients, Site
 from tests.faults.test_keys import Answers, Load, firsts_of, ids_of
-from tests.processes import problem_of, wait_until
+from tests.processes import free_port, problem_of, wait_until
 
 OUTAGE = "/problems/redis-unavailable"
 #: Seconds within which an outage is answered.
@@ -94,6 +94,16 @@ def disk_full(site: Site) -> Iterator[None]:
             snapshot.rmdir()
             assert save_snapshot(redis) == "ok"
             snapshot.unlink()
+
+
+@contextmanager
+def read_only(site: Site) -> Iterator[None]:
+    """Redis has become a replica, as after a failover, and refuses writes (READONLY)."""
+    site.redis.replicaof("127.0.0.1", free_port())  # of nobody, so it keeps its data
+    try:
+        yield
+    finally:
+        site.redis.replicaof("NO", "ONE")
 
 
 def read_job(clients: Clients, job_id: str, field: str) -> str:
@@ -311,4 +321,15 @@ def test_full_disk_is_told_and_outlived(
 ) -> None:
     status, seconds, tally = outlive_refused_writes(clients, site, disk_full, tmp_path / key, long=long)
     row.close(tally, seconds, may_run_again=crashes_of(tally))  # a lease that could not be renewed
+    assert status == "started"
+
+
+@pytest.mark.fault("11b", "Redis a replica that takes no writes (READONLY)", timeout=300)
+def test_replica_is_told_and_outlived(
+    clients: Clients, row: Row, site: Site, long: bool, key: str, tmp_path: Path
+) -> None:
+    if not long:
+        pytest.skip("as a full disk")
+    status, seconds, tally = outlive_refused_writes(clients, site, read_only, tmp_path / key, long=long)
+    row.close(tally, seconds, may_run_again=crashes_of(tally))
     assert status == "started"
