@@ -6,15 +6,22 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 
 from app.frames import Channel
 
-#: Seconds between two looks at the memory that a work-horse uses. Each looks at all processes there are.
-MEMORY_EVERY = 0.2
+#: Seconds that a work-horse has to load the job functions, with whatever they load.
+START_WITHIN = 300.0
+
+
+def describe_exit(code: int) -> str:
+    """How a process ended, by the return code that `subprocess` gives."""
+    if code >= 0:
+        return f"exit code {code}"
+    name = f" ({signal.Signals(-code).name})" if -code in set(signal.Signals) else ""  # not so for real-time signals
+    return f"signal {-code}{name}"
 
 
 class HorseDied(Exception):
@@ -39,8 +46,7 @@ class WorkHorse:
         Raises:
             HorseDied: it could not load them; it printed why.
         """
-        self._out_of_memory_kills = _count_out_of_memory_kills()
-        self._next_look_at_memory = 0.0
+        self.note_time()
         ours, its = socket.socketpair()
         # A fresh interpreter: forking a process that has threads (RQ's pubsub) can deadlock the child.
         code = f"import sys; sys.path[:] = {sys.path!r}; from app.work_horse import main; main({its.fileno()})"
@@ -51,10 +57,13 @@ class WorkHorse:
         self.pid = self._process.pid
         self.channel = Channel(ours)
         try:
-            hello = self.channel.receive()
+            hello = self.channel.receive(START_WITHIN)
         except EOFError:
             raise HorseDied(self.bury()) from None
-        assert hello
+        if hello is None:
+            self.kill()
+            self.bury()
+            raise HorseDied(f"not ready after {START_WITHIN:.0f} s")
         #: By path of a function, how often its jobs may be run again after a crash, where it says so itself.
         self.crash_limits: dict[str, int] = hello[0]["crash_limits"]
 
@@ -62,18 +71,19 @@ class WorkHorse:
         """Whether the process has ended by itself."""
         return self._process.poll() is not None
 
-    def is_over(self, limit: int | None) -> bool:
-        """Whether it and what it started use more bytes of memory than this; False between two looks."""
-        if limit is None or time.monotonic() < self._next_look_at_memory:
-            return False
-        self._next_look_at_memory = time.monotonic() + MEMORY_EVERY
+    def note_time(self) -> None:
+        """From now on a death may be the system's, if it kills for want of memory."""
+        self._out_of_memory_kills = _count_out_of_memory_kills()
+
+    def memory(self) -> int:
+        """Bytes that it and the processes below it use. It takes about a millisecond, for a look at all there are."""
         used = 0
-        with contextlib.suppress(psutil.NoSuchProcess):
+        with contextlib.suppress(psutil.Error):
             horse = psutil.Process(self.pid)
             for process in (horse, *horse.children(recursive=True)):
-                with contextlib.suppress(psutil.NoSuchProcess):
+                with contextlib.suppress(psutil.Error):
                     used += process.memory_info().rss
-        return used > limit
+        return used
 
     def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
         """Send a signal to it and to all that it started."""
@@ -91,8 +101,5 @@ class WorkHorse:
             return "it closed its connection to the worker"
         finally:
             self.kill()
-        if code >= 0:
-            return f"exit code {code}"
-        is_out_of_memory = -code == signal.SIGKILL and _count_out_of_memory_kills() > self._out_of_memory_kills
-        hint = ", as the system was out of memory" if is_out_of_memory else ""
-        return f"signal {-code} ({signal.Signals(-code).name}){hint}"
+        is_out_of_memory = code == -signal.SIGKILL and _count_out_of_memory_kills() > self._out_of_memory_kills
+        return describe_exit(code) + (", as the system was out of memory" if is_out_of_memory else "")

@@ -63,7 +63,7 @@ class SteadyWorker(rq.Worker):
 
     def _set_connection(self, connection: Redis) -> Redis:
         """RQ waits 415 s for an answer, and redis-py tries ten times. Nothing here blocks longer than a tick."""
-        connection.connection_pool.connection_kwargs["socket_timeout"] = TICK + 4
+        connection.connection_pool.connection_kwargs["socket_timeout"] = TICK + 2
         connection.set_retry(Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)))
         return connection
 
@@ -105,6 +105,8 @@ class SteadyWorker(rq.Worker):
             beat.hexists(self.key, "birth")
             beat.hset(self.key, "last_heartbeat", utcformat(self.last_heartbeat))
             beat.expire(self.key, ALIVE)
+            if self._shutdown_requested_date:
+                beat.hset(self.key, "shutdown_requested_date", utcformat(self._shutdown_requested_date))
             known = beat.execute()[0]
             if not known and self.birth_date:
                 beat.hset(self.key, mapping=self.serialize())
@@ -171,11 +173,14 @@ class SteadyWorker(rq.Worker):
         return since is not None and time.monotonic() - since > self.settings.worker_shutdown_seconds
 
     def set_shutdown_requested_date(self) -> None:
-        """As RQ's, which runs inside the signal handler: an outage must not raise there."""
-        try:
-            super().set_shutdown_requested_date()
-        except RedisError:
-            self.log.debug("Worker %s: could not note the shutdown request", self.name)
+        """RQ speaks to Redis here, inside the signal handler; the next heartbeat does it.
+
+        An outage would raise there; and the handler may have cut into the connection pool, whose lock it would await
+        for ever (redis-py's BlockingConnectionPool).
+        """
+
+    def _once(self, call: Callable[[], Answer]) -> Answer:
+        return call()
 
     def _insist(self, call: Callable[[], Answer]) -> Answer:
         """Do it as soon as Redis lets us: what a job computed during an outage is not thrown away."""
@@ -184,7 +189,8 @@ class SteadyWorker(rq.Worker):
             try:
                 return call()
             except RedisError as error:
-                if self._is_out_of_time():
+                # A key of another type stays one: somebody else wrote it, and no waiting helps.
+                if self._is_out_of_time() or "WRONGTYPE" in str(error):
                     raise
                 self.log.error("Worker %s: %s; trying again in %.1f s", self.name, error, pause)
                 time.sleep(pause)

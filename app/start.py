@@ -252,7 +252,8 @@ def main() -> int:
         parser.error("--workers must be at least 1")
     settings = get_settings()
     # Until the supervisor handles signals, SIGTERM ends us as Ctrl-C does: what was started is ended, too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(143))
     check_port(settings)
     try:
         with redis_of(settings) as redis:

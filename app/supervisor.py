@@ -1,5 +1,6 @@
 """Processes that are one service: their logs as one, started again when they end, and ended together."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -10,8 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import TextIO
 
+from app.horse_process import describe_exit
+
 #: Seconds before a process that ended is started again, at first and at most: doubled each time it ends early.
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 10.0
 #: Seconds after which an end is no early one.
 STEADY = 60.0
 #: Seconds between two looks at the processes.
@@ -22,6 +25,7 @@ class _Child:
     def __init__(self, name: str, command: Sequence[str]) -> None:
         self.name, self.command = name, command
         self.popen: subprocess.Popen[bytes] | None = None
+        self.log: threading.Thread | None = None
         self.started_at = self.start_at = 0.0
         self.pause = FIRST_PAUSE
 
@@ -34,7 +38,7 @@ class _Child:
         if now - self.started_at > STEADY:
             self.pause = FIRST_PAUSE
         self.start_at, self.pause = now + self.pause, min(2 * self.pause, LONGEST_PAUSE)
-        return f"exit code {code}" if code >= 0 else f"signal {-code} ({signal.Signals(-code).name})"
+        return describe_exit(code)
 
 
 class Supervisor:
@@ -61,7 +65,7 @@ class Supervisor:
         self._is_ending.set()
 
     def run(self, env: Mapping[str, str], look: Callable[[], None]) -> None:
-        """Start the processes and look after them until `end`, SIGINT or SIGTERM, and all are gone.
+        """Start the processes and look after them until `end`, SIGINT, SIGTERM or SIGHUP, and all are gone.
 
         Args:
             env: their environment.
@@ -71,14 +75,14 @@ class Supervisor:
         def on_signal(_number: int, _frame: FrameType | None) -> None:
             self.end()
 
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, on_signal)
         try:
             while not self._is_ending.wait(LOOK_EVERY):
                 look()
                 self._look_after(env)
         finally:
-            self._end_all()
+            self._end_all(look)
 
     def _look_after(self, env: Mapping[str, str]) -> None:
         for child in self._children:
@@ -94,11 +98,17 @@ class Supervisor:
 
     def _start(self, child: _Child, env: Mapping[str, str]) -> None:
         # In a session of its own: Ctrl-C in the terminal is ours to pass on.
-        child.popen = subprocess.Popen(
-            child.command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        try:
+            child.popen = subprocess.Popen(
+                child.command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        except OSError as error:  # no memory, or too many processes
+            self._print(child.name, f"cannot be started: {error}")
+            child.start_at = time.monotonic() + LONGEST_PAUSE
+            return
         child.started_at = time.monotonic()
-        threading.Thread(target=self._copy_log, args=(child.name, child.popen), daemon=True).start()
+        child.log = threading.Thread(target=self._copy_log, args=(child.name, child.popen), daemon=True)
+        child.log.start()
 
     def _copy_log(self, name: str, popen: subprocess.Popen[bytes]) -> None:
         assert popen.stdout
@@ -107,21 +117,28 @@ class Supervisor:
                 self._print(name, line.decode(errors="replace").rstrip("\n"))
 
     def _print(self, name: str, line: str) -> None:
-        with self._printing:
+        encoding = self._output.encoding or "utf-8"
+        line = line.encode(encoding, errors="backslashreplace").decode(encoding)
+        # Whoever reads the log may be gone, as after `| head`; the processes go on, and so does the reading of theirs.
+        with self._printing, contextlib.suppress(OSError, ValueError):
             self._output.write(f"{time.strftime('%H:%M:%S')} {name:<{self._width}} | {line}\n")
             self._output.flush()
 
-    def _end_all(self) -> None:
+    def _end_all(self, look: Callable[[], None]) -> None:
         running = [child.popen for child in self._children if child.popen]
         for popen in running:
             popen.terminate()
         deadline = time.monotonic() + self._kill_after
+        while any(popen.poll() is None for popen in running) and time.monotonic() < deadline:
+            look()  # what jobs come to in their last seconds is to be stored
+            time.sleep(LOOK_EVERY)
         for popen in running:
-            try:
-                popen.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
+            if popen.poll() is None:
                 os.killpg(popen.pid, signal.SIGKILL)
-                popen.wait()
+            popen.wait()
+        for child in self._children:
+            if child.log:
+                child.log.join(1)  # the last lines; a process that left the group may hold the pipe for longer
 
 
 def python(*arguments: str) -> list[str]:

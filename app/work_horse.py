@@ -117,11 +117,11 @@ def run_job(header: Header, data: bytes, functions: Mapping[str, JobFunction], c
 
 
 def _die_with_worker(channel: Channel) -> None:
-    """End this process when the worker's end of the socket is closed, also in the middle of a job."""
+    """End this process, and its group, when the worker's end of the socket is closed, also in the middle of a job."""
     poll = select.poll()
     poll.register(channel.fileno(), 0)  # hang-ups are reported always; data is none of this thread's business
     poll.poll()
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.killpg(0, signal.SIGKILL)  # with what the job started: another worker may run it again
 
 
 def main(file_descriptor: int) -> None:

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import rq
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 from rq.command import parse_payload
 from rq.exceptions import StopRequested, TimeoutFormatError
 from rq.executions import Execution
@@ -31,10 +31,12 @@ from rq.worker import WorkerStatus
 
 from app import transitions
 from app.frames import Header
-from app.horse_process import MEMORY_EVERY, HorseDied, WorkHorse
+from app.horse_process import HorseDied, WorkHorse
 from app.rq_worker import LONGEST_PAUSE, TICK, SteadyWorker
-from app.transitions import DOORBELL_KEY, STOPPED, UNREADABLE, Ending, Failure, Run, describe_failure
+from app.transitions import DOORBELL_KEY, STOPPED, Ending, Failure, Run, describe_failure
 
+#: Seconds between two looks at the memory that a work-horse uses.
+MEMORY_EVERY = 0.2
 #: Seconds between two writes of a job's progress.
 PROGRESS_EVERY = 0.1
 #: Seconds without a tick, at least, after which no job is taken from its worker for a while: Redis was away, and live
@@ -56,8 +58,8 @@ class Assignment(NamedTuple):
     @property
     def path(self) -> str:
         """The function's path, without reading the whole payload; an empty one if there is none."""
-        found = re.match(rb'\s*\[\s*"([\w.]*)"', self.data)
-        return found[1].decode(errors="replace") if found else ""
+        found = re.match(rb'\s*\[\s*("(?:[^"\\]|\\.)*")', self.data)
+        return str(json.loads(found[1])) if found else ""
 
 
 class Worker(SteadyWorker):
@@ -77,15 +79,25 @@ class Worker(SteadyWorker):
         self._stop_lock = threading.Lock()
         self._blank_job = Job("blank", connection=self.connection, serializer=JSONSerializer)
         self._next_tick = self._last_tick = self._trusts_leases_from = 0.0
+        #: While a job runs, Redis is not asked before this time, as it just did not answer: the job's limits hold too.
+        self._patient_until = 0.0
+        #: When a `take` was first sent, whose answer is not there yet; and when that of the job in hand was.
+        self._asked_at = self._taken_at = 0.0
+        #: Whether the job in hand was sent to the work-horse.
+        self._has_begun = False
 
     # Around RQ's loop
 
     def bootstrap(self, *args: Any, **kwargs: Any) -> None:
         """As RQ's, once there is a work-horse: a worker that cannot load the functions takes no job."""
         try:
-            self._ensure_horse()
+            self._horse = self._ensure_horse()
         except HorseDied as error:
             raise SystemExit(f"The work-horse cannot load the job functions ({error}).") from None
+        if self._is_over_memory(self._horse):
+            raise SystemExit(
+                f"WORKER_MAX_MEMORY is too little: a work-horse that runs no job uses {self._horse.memory()} bytes."
+            )
         super().bootstrap(*args, **kwargs)
 
     def teardown(self) -> None:
@@ -115,14 +127,15 @@ class Worker(SteadyWorker):
         RQ looks which job runs and kills the work-horse then, which may have gone on to the next job in between.
         """
         payload = parse_payload(message)
-        if payload.get("command") != "stop-job":
+        if payload.get("command") not in ("stop-job", "stop-execution"):
             super().handle_payload(message)
             return
         with self._stop_lock:
             run, job_id = self._stoppable_run, payload.get("job_id")
-            # RQ's own message names no execution; ours does (cancel.lua), so that one that is read late, after the job
+            # RQ's `stop-job` names no execution; ours does (cancel.lua), so that one that is read late, after the job
             # was retried, is not taken for the new run.
-            if not run or run.job_id != job_id or payload.get("execution", run.execution) != run.execution:
+            execution = payload.get("execution") or payload.get("execution_id") or (run and run.execution)
+            if not run or run.job_id != job_id or run.execution != execution:
                 self.log.info("Worker %s: does not run job %s, which was to be stopped", self.name, job_id)
                 return
             self._stopped_job_id = job_id
@@ -154,13 +167,16 @@ class Worker(SteadyWorker):
                 taken, self._taken_ahead = self._taken_ahead, None
                 if not taken:
                     self._ensure_horse()
+                    self._asked_at = self._asked_at or time.monotonic()
                     taken = transitions.take(
                         self._redis, self.name, self._next_execution, self.settings.worker_lease, self._queue_order()
                     )
                 if isinstance(taken, transitions.Taken):
+                    self._taken_at, self._asked_at = self._asked_at, 0.0
                     if job := self._read_job(taken):
                         return job
                     continue
+                self._asked_at = 0.0
                 if isinstance(taken, transitions.Skipped):
                     self.log.error("%s: job %s set aside: %s", taken.queue, taken.job_id, taken.reason)
                     continue
@@ -193,7 +209,7 @@ class Worker(SteadyWorker):
     def _ensure_horse(self) -> WorkHorse:
         if self._horse and self._horse.has_died():  # while idle: no job's fault
             self.log.error("Worker %s: the idle work-horse died: %s", self.name, self._bury_horse())
-        if self._horse and self._horse.is_over(self.settings.worker_max_memory):  # what many jobs left behind
+        if self._horse and self._is_over_memory(self._horse):  # what its jobs left behind is not the next one's fault
             self.log.warning(
                 "Worker %s: a new work-horse, after the jobs of the old one: %s", self.name, self._too_much_memory
             )
@@ -249,7 +265,13 @@ class Worker(SteadyWorker):
         if time.monotonic() < self._next_tick:
             return
         self._next_tick = time.monotonic() + TICK
-        self.heartbeat()
+        if time.monotonic() - self._last_beat >= TICK:
+            try:
+                self._beat()
+            except ResponseError as error:  # Redis is full: what is below, and the jobs, may well go on
+                self.log.error("Worker %s: no heartbeat: %s", self.name, error)
+        if self._horse:
+            self._horse.note_time()
         names = [queue.name for queue in self.queues]
         now = time.monotonic()
         if self._last_tick and now - self._last_tick > max(OUTAGE, self.settings.worker_lease / 2):
@@ -257,7 +279,11 @@ class Worker(SteadyWorker):
         if now >= self._trusts_leases_from:
             for run, crashes, max_crashes in transitions.recover(self.connection, names):
                 abandoned = Assignment(run, crashes=crashes, max_crashes=max_crashes)
-                self._release(abandoned, crashed=True, how=f"its worker, {run.worker}, died or was cut off")
+                how = f"its worker, {run.worker}, died or was cut off"
+                try:  # once: the next tick comes soon, and a job that runs here is not to be kept waiting
+                    self._release(abandoned, crashed=True, how=how, is_patient=False)
+                except ResponseError as error:
+                    self.log.error("%s: job %s cannot be released: %s", run.queue, run.job_id, error)
         due = transitions.promote(self.connection, names).due
         # A job that is due before the next tick moves it forward; so delays are right to some milliseconds.
         self._next_tick = time.monotonic() + (TICK if due is None else min(TICK, due))
@@ -273,13 +299,15 @@ class Worker(SteadyWorker):
         """
         assert self._assignment
         run = self._assignment.run
-        self._stoppable_run = run
+        self._stoppable_run, self._has_begun = run, False
         # What RQ's other commands look at.
         self.executions[run.execution] = Execution(run.execution, job.id, self.connection, self.name)
         try:
-            self._run(self._assignment)
-        except SystemExit:  # a second signal (RQ's cold shutdown): the job is not to blame
-            self._release(self._assignment, crashed=False, how="its worker was told to end at once")
+            self._run()
+        except ResponseError as error:  # a key of another type: `recover` will find the run, and set it aside
+            self.log.error("%s: the end of job %s cannot be written: %s", run.queue, run.job_id, error)
+        except SystemExit:  # a second signal (RQ's cold shutdown)
+            self._put_back("its worker was told to end at once")
             raise
         finally:
             self._close_to_stops(run)
@@ -294,26 +322,45 @@ class Worker(SteadyWorker):
             self._bury_horse()
         return is_stopped
 
-    def _run(self, assignment: Assignment) -> None:
-        run = assignment.run
+    def _run(self) -> None:
+        assert self._assignment
+        run = self._assignment.run
         try:
             horse = self._ensure_horse()
-            own_limit = horse.crash_limits.get(assignment.path)
-            if own_limit is not None:  # written down before the run begins: another worker may have to know
-                assignment = assignment._replace(max_crashes=own_limit)
+            own_limit = horse.crash_limits.get(self._assignment.path) if horse.crash_limits else None
+            self._assignment = assignment = self._assignment._replace(max_crashes=own_limit)
+            # The function's limit is written down before the run begins: another worker may have to know. And what was
+            # taken a while ago, or must not run twice, is run only if it is still this worker's.
+            is_old = time.monotonic() - self._taken_at > TICK
+            if own_limit is not None or is_old or self.settings.max_crashes == 0:
                 renew = partial(transitions.renew, self._redis, run, self.settings.worker_lease, "", own_limit)
                 if (held := self._insist(renew)) != "held":
                     self._end_unheld(run, held)
                     return
+            if self._stopped_job_id == run.job_id:  # as the work-horse was started
+                self._end_stopped(run)
+                return
+            self._has_begun = True
             horse.channel.send(assignment.header, assignment.data, timeout=KILL_AFTER)
             self._watch(horse, assignment)
-        except (EOFError, OSError, HorseDied) as error:  # OSError: it was gone, or did not read, as we sent
-            how = self._horse.bury() if self._horse else str(error)
-            self._horse, self._horse_pid = None, 0
-            if self._close_to_stops(run):
-                self._finish_stopped(run)
+        except HorseDied as error:  # as it was started
+            self._release(self._assignment, crashed=False, how=f"no work-horse: {error}")
+        except (EOFError, OSError) as error:  # OSError: it was gone, or did not read, as we sent
+            if isinstance(error, TimeoutError):
+                self._bury_horse()
+                how = f"it did not take the job within {KILL_AFTER:.0f} s"
             else:
-                self._release(assignment, crashed=True, how=how)
+                how = self._horse.bury() if self._horse else str(error)
+                self._horse, self._horse_pid = None, 0
+            if not self._end_stopped(run):
+                self._release(self._assignment, crashed=True, how=how)
+
+    def _end_stopped(self, run: Run) -> bool:
+        """Whether a message stopped the run; it ends `stopped` then."""
+        is_stopped = self._close_to_stops(run)
+        if is_stopped:
+            self._finish_stopped(run)
+        return is_stopped
 
     def _watch(self, horse: WorkHorse, assignment: Assignment) -> None:
         """Renew the lease and keep the limits until the run has an end, and write that down.
@@ -325,18 +372,23 @@ class Worker(SteadyWorker):
         start = last_renewal = last_progress = time.monotonic()
         patience = MEMORY_EVERY if self.settings.worker_max_memory else TICK
         while True:
+            # All that is there: an outcome may stand behind old progress, after Redis kept us waiting.
             frame = horse.channel.receive(PROGRESS_EVERY if progress else patience)
-            if frame and "outcome" in frame[0]:
-                self._end(run, *frame, progress)
-                return
             if frame is None and horse.has_died():
                 raise EOFError  # the socket is still open in a process that the job forked
-            if frame:
+            reading_since = time.monotonic()
+            while frame:
+                if "outcome" in frame[0]:
+                    self._end(run, *frame, progress)
+                    return
                 progress = json.dumps(frame[0]["progress"])
+                if time.monotonic() - reading_since > PROGRESS_EVERY:
+                    break
+                frame = horse.channel.receive(0)
             now = time.monotonic()
             due = progress and now - last_progress >= PROGRESS_EVERY
             # Each tick, which is oftener than the lease needs: a stop whose message was missed is seen here.
-            if due or now - last_renewal >= TICK:
+            if (due or now - last_renewal >= TICK) and now >= self._patient_until:
                 if (held := self._renew(run, progress)) != "held":
                     self._bury_horse()
                     self._end_unheld(run, held)
@@ -348,15 +400,16 @@ class Worker(SteadyWorker):
                 message = f"The job ran longer than its limit of {limit} s, and its process was killed."
                 self._fail(run, "JobTimeoutException", message)
                 return
-            if horse.is_over(self.settings.worker_max_memory):
+            if self._is_over_memory(horse):
                 self._bury_horse()
                 self._release(assignment, crashed=True, how=self._too_much_memory)
                 return
             if self._is_out_of_time():
                 self._bury_horse()
-                self._release(assignment, crashed=False, how="its worker was told to end")
+                self._put_back("its worker was told to end")
                 return
-            self._tick_quietly()
+            if now >= self._patient_until:
+                self._tick_quietly()
 
     def _end_unheld(self, run: Run, held: Literal["lost", "stop"]) -> None:
         """Nothing more is written for a run that lost its lease; one that was canceled is stopped."""
@@ -381,20 +434,34 @@ class Worker(SteadyWorker):
             ending = self._ending("failed", failure, progress=progress)
         self._finish_and_take(run, ending)
 
-    def _finish_as_rq(self, run: Run, ending: Ending) -> str:
-        """End a job that has dependents, repeats or a rate limit: RQ's own code knows them."""
+    def _finish_as_rq(self, run: Run, ending: Ending, crashes: int = 0) -> str:
+        """End a job that has dependents, repeats or a rate limit: RQ's own code knows them.
+
+        One that crashed so often that it is over is not for RQ to try again, whatever retries it has.
+        """
         held = transitions.renew(self.connection, run, self.settings.worker_lease)
         if held == "lost":
             return "lost"
         if held == "stop":
             ending = self._ending("stopped", STOPPED)
+        try:
+            return self._end_as_rq(run, ending, crashes)
+        except RedisError as error:
+            if "WRONGTYPE" not in str(error):
+                raise
+            self.log.exception("%s: RQ cannot end job %s", run.queue, run.job_id)
+        except Exception:  # RQ raises whatever there is for a job, or a dependent, that it cannot read
+            self.log.exception("%s: RQ cannot end job %s", run.queue, run.job_id)
+        return transitions.finish(self.connection, run, ending._replace(force=True))
+
+    def _end_as_rq(self, run: Run, ending: Ending, crashes: int) -> str:
         queue = next(queue for queue in self.queues if queue.name == run.queue)
         execution = Execution(run.execution, run.job_id, self.connection, run.worker)
-        try:
-            job = Job.fetch(run.job_id, connection=self.connection, serializer=JSONSerializer)
-        except UNREADABLE:  # RQ cannot read it, and would be of no help
-            return transitions.finish(self.connection, run, ending._replace(force=True))
+        job = Job.fetch(run.job_id, connection=self.connection, serializer=JSONSerializer)
         job.ended_at = utc_now()
+        if crashes:
+            job.retries_left = 0
+            self.connection.hset(job.key, "crashes", crashes)
         if ending.outcome == "finished":
             job._result = json.loads(base64.b64decode(ending.return_value)) if ending.return_value else None
             self.handle_job_success(job, queue, queue.started_job_registry, execution)
@@ -422,6 +489,10 @@ class Worker(SteadyWorker):
         self._horse, self._horse_pid = None, 0
         return how
 
+    def _is_over_memory(self, horse: WorkHorse) -> bool:
+        limit = self.settings.worker_max_memory
+        return limit is not None and horse.memory() > limit
+
     @property
     def _too_much_memory(self) -> str:
         limit = self.settings.worker_max_memory
@@ -435,6 +506,7 @@ class Worker(SteadyWorker):
             return transitions.renew(self.connection, run, self.settings.worker_lease, progress)
         except RedisError as error:  # the lease may yet hold; whether it did, `finish` will learn
             self.log.error("Worker %s: could not renew the lease of job %s: %s", self.name, run.job_id, error)
+            self._patient_until = time.monotonic() + 2 * TICK
             return "held"
 
     def _tick_quietly(self) -> None:
@@ -442,6 +514,7 @@ class Worker(SteadyWorker):
             self._tick()
         except RedisError as error:
             self.log.error("Worker %s: %s", self.name, error)
+            self._patient_until = time.monotonic() + 2 * TICK
 
     def _ending(
         self,
@@ -468,6 +541,7 @@ class Worker(SteadyWorker):
         if self._stop_requested:
             self._finish(run, ending)
             return
+        self._asked_at = time.monotonic()
         status, self._taken_ahead = self._insist(
             lambda: transitions.finish_and_take(
                 self._redis, run, ending, self._next_execution, self.settings.worker_lease, self._queue_order()
@@ -475,16 +549,25 @@ class Worker(SteadyWorker):
         )
         self._close(run, ending, status)
 
-    def _release(self, assignment: Assignment, *, crashed: bool, how: str) -> None:
-        run, crashes, limit = assignment.run, assignment.crashes, assignment.max_crashes
-        limit = self.settings.max_crashes if limit is None else limit
+    def _put_back(self, how: str) -> None:
+        """Let the job in hand wait again, as nobody's fault; one that has begun and must not run twice is failed."""
+        assert self._assignment
+        must_not = self._has_begun and self._limit_of(self._assignment) == 0
+        self._release(self._assignment, crashed=must_not, how=how)
+
+    def _limit_of(self, assignment: Assignment) -> int:
+        return self.settings.max_crashes if assignment.max_crashes is None else assignment.max_crashes
+
+    def _release(self, assignment: Assignment, *, crashed: bool, how: str, is_patient: bool = True) -> None:
+        run, crashes, limit = assignment.run, assignment.crashes, self._limit_of(assignment)
+        insist = self._insist if is_patient else self._once
         message = (
             f"The job's process died {crashes + 1} times, more often than it may; the last time: {how}."
             if crashes
             else f"The job's process died, and the job may not be run again: {how}."
         )
         failure = describe_failure("WorkHorseDied", message)
-        status: str = self._insist(
+        status: str = insist(
             lambda: transitions.release(
                 self.connection,
                 run,
@@ -495,5 +578,5 @@ class Worker(SteadyWorker):
             )
         )
         if status == "rq":
-            status = self._insist(lambda: self._finish_as_rq(run, self._ending("failed", failure)))
+            status = insist(lambda: self._finish_as_rq(run, self._ending("failed", failure), crashes + 1))
         self.log.warning("%s: job %s is %s: %s", run.queue, run.job_id, status, how)

@@ -67,6 +67,8 @@ def die(payload: dict[str, Any]) -> None:
             os.kill(os.getpid(), signal.SIGSEGV)
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        case "real-time":
+            os.kill(os.getpid(), 40)
 
 
 @job_function(max_crashes=0)
@@ -74,6 +76,19 @@ def die_once(payload: dict[str, Any]) -> None:
     """End the process, or wait to be killed; this must not be done twice."""
     die(payload)
     time.sleep(60)
+
+
+@job_function(max_crashes=0)
+def größe(payload: dict[str, Any]) -> None:
+    """Its name has letters that JSON escapes."""
+    die(payload)
+
+
+@job_function()
+def leave_child(payload: dict[str, Any]) -> None:
+    """Start a process, write down its number, and wait."""
+    child = subprocess.Popen(["sleep", "60"])
+    append_line({"path": payload["path"], "line": str(child.pid), "seconds": "60"})
 
 
 _leaked: list[bytes] = []

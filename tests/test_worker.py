@@ -32,6 +32,7 @@ from app.events import EventLog
 from app.jobs import Jobs
 from app.redis_resc import Queue
 from app.transitions import EVENTS_KEY, TERMINAL
+from app.worker import Worker
 from tests.processes import ROOT, Process, environment, python, running, valkey_server, wait_until, worker
 
 SETTINGS: dict[str, Any] = {
@@ -381,7 +382,13 @@ def test_stop_that_was_meant_for_an_earlier_run_stops_no_later_one(bench: Bench)
 
 
 @pytest.mark.parametrize(
-    ("how", "told"), [("exit", "exit code 0"), ("segfault", "SIGSEGV"), ("kill", "signal 9 (SIGKILL)")]
+    ("how", "told"),
+    [
+        ("exit", "exit code 0"),
+        ("segfault", "SIGSEGV"),
+        ("kill", "signal 9 (SIGKILL)"),
+        ("real-time", "signal 40."),  # which has no name
+    ],
 )
 def test_job_whose_process_dies_is_run_again_up_to_the_limit(bench: Bench, tmp_path: Path, how: str, told: str) -> None:
     path = tmp_path / "lines"
@@ -392,10 +399,20 @@ def test_job_whose_process_dies_is_run_again_up_to_the_limit(bench: Bench, tmp_p
     assert told in job["error"]["message"]
 
 
-def test_job_that_must_not_run_twice_is_failed_at_the_first_crash(bench: Bench, tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_dependents", [False, True], ids=["alone", "with a dependent"])
+@pytest.mark.parametrize("function", ["die_once", "größe"])
+def test_job_that_must_not_run_twice_is_failed_at_the_first_crash(
+    bench: Bench, tmp_path: Path, function: str, has_dependents: bool
+) -> None:
     path = tmp_path / "lines"
-    job = bench.end_of(bench.enqueue("die_once", {"how": "kill", "path": str(path)}), "failed")
+    # A crash is no exception: retries are not for it, in RQ's own way neither.
+    job_id = bench.enqueue(function, {"how": "kill", "path": str(path)}, "aside", retry=Retry(max=2))
+    if has_dependents:
+        bench.enqueue("echo", 1, depends_on=job_id)
+    bench.redis.lmove("rq:queue:aside", "rq:queue:default")
+    job = bench.end_of(job_id, "failed")
     assert lines_of(path) == ["kill"]
+    assert job["crashes"] == "1"
     assert job["error"]["message"] == ("The job's process died, and the job may not be run again: signal 9 (SIGKILL).")
 
 
@@ -410,6 +427,70 @@ def test_job_that_must_not_run_twice_is_failed_by_a_worker_that_never_ran_it(own
         message = own.end_of(job_id, "failed", 20)["error"]["message"]
     assert lines_of(path) == ["sleep"]
     assert "may not be run again: its worker, " in message
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_job_that_must_not_run_twice_is_not_put_back_on_sigterm(own: Bench, tmp_path: Path, signals: int) -> None:
+    path = tmp_path / "lines"
+    seconds = 1 if signals == 1 else 60
+    with worker(environment(own.url, WORKER_SHUTDOWN_SECONDS=seconds), tmp_path / "worker.log") as process:
+        job_id = own.enqueue("die_once", {"how": "sleep", "path": str(path)})
+        wait_until(lambda: lines_of(path))
+        if signals == 2:
+            process.signal(signal.SIGTERM)
+            time.sleep(1.1)  # RQ takes two signals within a second for one
+        process.stop(15)
+    assert "may not be run again: its worker was told to end" in own.end_of(job_id, "failed", 1)["error"]["message"]
+    assert own.redis.llen("rq:queue:default") == 0
+
+
+def test_job_that_was_lost_before_it_began_is_not_run(real_redis: "Redis", tmp_path: Path) -> None:
+    """As one that was taken ahead, and whose worker was kept from it for longer than its lease."""
+    path = tmp_path / "lines"
+    bench = Bench(real_redis, "")
+    job_id = bench.enqueue("append_line", {"path": str(path), "line": "ran"})
+    first = Worker(["default"], connection=real_redis)
+    taken = first.dequeue_job_and_maintain_ttl(None)
+    assert taken
+    (execution,) = (key.decode() for key in real_redis.scan_iter(f"rq:execution:{job_id}:*"))
+    run = transitions.Run(job_id, execution.rpartition(":")[2], "default", first.name)
+    failure = transitions.describe_failure("WorkHorseDied", "lost")
+    assert transitions.release(real_redis, run, crashed=True, limit=3, failure=failure, failure_ttl=9) == "queued"
+    first._taken_at -= 2  # seconds
+    first.execute_job(*taken)
+    assert first._horse
+    first._horse.bury()
+    assert not path.exists()
+    assert bench.read(job_id)["status"] == "queued"
+
+
+def test_what_a_job_started_ends_with_its_worker(own: Bench, tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    with worker(environment(own.url), tmp_path / "worker.log") as process:
+        own.enqueue("leave_child", {"path": str(path)})
+        pid = int(wait_until(lambda: lines_of(path))[0])
+        process.kill()
+        wait_until(lambda: not is_running(pid), 10, "its child's end")
+
+
+@pytest.mark.parametrize("poison", ["dependents are a text", "dependent has no date"])
+def test_job_with_poisoned_dependents_ends_and_the_worker_goes_on(bench: Bench, poison: str) -> None:
+    job_id = bench.enqueue("echo", 1, "aside")
+    if poison == "dependents are a text":
+        bench.redis.set(f"rq:job:{job_id}:dependents", "text")
+    else:
+        dependent = bench.enqueue("echo", 1, depends_on=job_id)
+        bench.redis.hset(f"rq:job:{dependent}", "created_at", "no date")
+    bench.redis.lmove("rq:queue:aside", "rq:queue:default")
+    bench.end_of(job_id, "finished")
+    assert bench.result_of(bench.enqueue("echo", 2)) == 2
+
+
+def test_memory_limit_that_no_work_horse_can_keep_stops_the_start(own: Bench, tmp_path: Path) -> None:
+    env = environment(own.url, WORKER_MAX_MEMORY="16MiB")
+    with running(python("rq.cli", "worker"), env, tmp_path / "worker.log") as process:
+        assert process.popen.wait(30) == 1
+        assert "WORKER_MAX_MEMORY is too little" in process.log
 
 
 @pytest.mark.parametrize("where", ["itself", "child"])
@@ -428,9 +509,12 @@ def test_memory_that_jobs_leave_behind_ends_the_work_horse_and_no_job(own: Bench
     env = environment(own.url, WORKER_MAX_MEMORY="150MiB", MAX_CRASHES=0)
     path = tmp_path / "pids"
     with worker(env, tmp_path / "worker.log"):
-        for _ in range(8):
-            own.end_of(own.enqueue("leak_memory", {"bytes": 30 * 2**20, "path": str(path)}), "finished")
-            time.sleep(0.25)  # longer than between two looks at the memory
+        for _ in range(4):
+            leaking = own.enqueue("leak_memory", {"bytes": 120 * 2**20, "path": str(path)}, "aside")
+            blameless = own.enqueue("sleep_for", 0.3, "aside")  # longer than between two looks at the memory
+            own.redis.rename("rq:queue:aside", "rq:queue:default")
+            own.end_of(leaking, "finished")
+            own.end_of(blameless, "finished")
     assert len(set(lines_of(path))) > 1
 
 
