@@ -135,7 +135,7 @@ def test_no_job_is_lost_though_workers_are_killed(
         tally = clients.ledger.settle(RECOVERED_WITHIN)
         recovery = time.monotonic() - last
     row.close(tally, recovery, note=f"{times} times, {len(queues)} queues", may_run_again=crashes_of(tally))
-    assert sum(crashes_of(tally).values()) <= times
+    assert (1 if long else 0) <= sum(crashes_of(tally).values()) <= times
 
 
 @pytest.mark.fault("4", "SIGKILL of worker and work-horse after the take, before the run", timeout=300)

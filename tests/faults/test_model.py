@@ -158,6 +158,7 @@ class World:
             yield f"{number} takes", lambda: self._take(state, number)
             return
         yield f"{number} renews", lambda: self._renew(state, number, worker)
+        yield f"{number} ends failed and takes", lambda: self._finish_and_take(state, number, worker.run)
         for outcome in ("finished", "failed", "stopped"):
             yield f"{number} ends {outcome}", lambda outcome=outcome: self._finish(state, number, outcome)  # type: ignore[misc]
         yield f"{number} loses its work-horse", lambda: self._release(state, number, worker.run, crashed=True)
@@ -241,6 +242,7 @@ class World:
         answer = self._send(lambda: transitions.renew(self.redis, run, LEASE))
         if answer == "lost":
             return self._set(state, number, WorkerState())
+        assert float(self.redis.hget(f"rq:execution:{JOB}:{run.execution}", "lease_until")) > 0
         return self._finish(state, number, "stopped") if answer == "stop" else state
 
     def _finish(self, state: State, number: int, outcome: Literal["finished", "failed", "stopped"]) -> State:
@@ -254,6 +256,24 @@ class World:
             assert state.answered in ("", answer), (state, answer)
             state = state._replace(answered=answer)
         return self._set(state, number, WorkerState())
+
+    def _finish_and_take(self, state: State, number: int, run: Run | None) -> State:
+        """In one round trip, as workers do; only an end that lets the job wait again makes a difference here."""
+        assert run
+        execution = f"e{state.executions}e"
+        state = state._replace(executions=state.executions + 1)
+        ending = Ending("failed", 1000, 1000, failure=BOOM)
+        answer, taken = self._send(
+            lambda: transitions.finish_and_take(self.redis, run, ending, execution, LEASE, [QUEUE])
+        )
+        if answer in TERMINAL:
+            assert state.answered in ("", answer), (state, answer)
+            state = state._replace(answered=answer)
+        state = self._set(state._replace(waits=state.waits + (answer == "queued")), number, WorkerState())
+        if not isinstance(taken, transitions.Taken):
+            return state
+        ahead = Run(JOB, execution, QUEUE, f"w{number}")
+        return self._set(state, number, WorkerState(ahead))._replace(waits=state.waits - 1)
 
     def _release(self, state: State, number: int, run: Run | None, *, crashed: bool) -> State:
         assert run
