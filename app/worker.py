@@ -9,14 +9,13 @@ import contextlib
 import copy
 import json
 import math
-import re
 import signal
 import threading
 import time
 import uuid
 import zlib
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import rq
 from redis.exceptions import RedisError, ResponseError
@@ -25,15 +24,15 @@ from rq.exceptions import StopRequested, TimeoutFormatError
 from rq.executions import Execution
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
-from rq.utils import now as utc_now
 from rq.utils import parse_timeout
 from rq.worker import WorkerStatus
 
 from app import transitions
+from app.endings import Assignment, EndingWorker
 from app.frames import Header
 from app.horse_process import HorseDied, WorkHorse
-from app.rq_worker import LONGEST_PAUSE, TICK, SteadyWorker
-from app.transitions import DOORBELL_KEY, STOPPED, Ending, Failure, Run, describe_failure
+from app.rq_worker import LONGEST_PAUSE, TICK
+from app.transitions import DOORBELL_KEY, Ending, Run, describe_failure
 
 #: Seconds between two looks at the memory that a work-horse uses.
 MEMORY_EVERY = 0.2
@@ -46,23 +45,7 @@ OUTAGE = 5.0
 KILL_AFTER = 5.0
 
 
-class Assignment(NamedTuple):
-    """A job as the work-horse gets it, how often its runs crashed before, and its function's own limit of that."""
-
-    run: Run
-    header: Header = {}  # noqa: RUF012  # never changed
-    data: bytes = b""
-    crashes: int = 0
-    max_crashes: int | None = None
-
-    @property
-    def path(self) -> str:
-        """The function's path, without reading the whole payload; an empty one if there is none."""
-        found = re.match(rb'\s*\[\s*("(?:[^"\\]|\\.)*")', self.data)
-        return str(json.loads(found[1])) if found else ""
-
-
-class Worker(SteadyWorker):
+class Worker(EndingWorker):
     """An RQ worker whose every change to a job is one atomic transition under a lease."""
 
     def __init__(self, queues: Any, name: str | None = None, **kwargs: Any) -> None:
@@ -418,9 +401,6 @@ class Worker(SteadyWorker):
         else:
             self.log.warning("%s: job %s is lost to this worker; its run was ended", run.queue, run.job_id)
 
-    def _finish_stopped(self, run: Run) -> None:
-        self._finish(run, self._ending("stopped", STOPPED))
-
     def _end(self, run: Run, header: Header, body: bytes, progress: str) -> None:
         """Write down what the work-horse sent."""
         self._close_to_stops(run)
@@ -433,53 +413,6 @@ class Worker(SteadyWorker):
             failure = describe_failure(error["type"], error["message"], trace)
             ending = self._ending("failed", failure, progress=progress)
         self._finish_and_take(run, ending)
-
-    def _finish_as_rq(self, run: Run, ending: Ending, crashes: int = 0) -> str:
-        """End a job that has dependents, repeats or a rate limit: RQ's own code knows them.
-
-        One that crashed so often that it is over is not for RQ to try again, whatever retries it has.
-        """
-        held = transitions.renew(self.connection, run, self.settings.worker_lease)
-        if held == "lost":
-            return "lost"
-        if held == "stop":
-            ending = self._ending("stopped", STOPPED)
-        try:
-            return self._end_as_rq(run, ending, crashes)
-        except RedisError as error:
-            if "WRONGTYPE" not in str(error):
-                raise
-            self.log.exception("%s: RQ cannot end job %s", run.queue, run.job_id)
-        except Exception:  # RQ raises whatever there is for a job, or a dependent, that it cannot read
-            self.log.exception("%s: RQ cannot end job %s", run.queue, run.job_id)
-        return transitions.finish(self.connection, run, ending._replace(force=True))
-
-    def _end_as_rq(self, run: Run, ending: Ending, crashes: int) -> str:
-        queue = next(queue for queue in self.queues if queue.name == run.queue)
-        execution = Execution(run.execution, run.job_id, self.connection, run.worker)
-        job = Job.fetch(run.job_id, connection=self.connection, serializer=JSONSerializer)
-        job.ended_at = utc_now()
-        if crashes:
-            job.retries_left = 0
-            self.connection.hset(job.key, "crashes", crashes)
-        if ending.outcome == "finished":
-            job._result = json.loads(base64.b64decode(ending.return_value)) if ending.return_value else None
-            self.handle_job_success(job, queue, queue.started_job_registry, execution)
-        else:
-            if ending.outcome == "stopped":
-                self._stopped_job_id = job.id
-            trace = zlib.decompress(base64.b64decode(ending.failure.exception)).decode(errors="replace")
-            self.connection.hset(job.key, "error", ending.failure.error)
-            self.handle_job_failure(job, queue, exc_string=trace, execution=execution)
-        stored = self.connection.hget(job.key, "status")
-        status = stored.decode() if isinstance(stored, bytes) else ending.outcome  # with a result TTL of 0 it is gone
-        if status == JobStatus.STARTED:  # RQ logs what Redis refused, and goes on
-            raise RedisError(f"the end of job {job.id} was not written")
-        return f"{status}, as RQ does it"
-
-    def _fail(self, run: Run, kind: str, message: str) -> None:
-        self.log.error("%s: job %s failed: %s", run.queue, run.job_id, message)
-        self._finish(run, self._ending("failed", describe_failure(kind, message)))
 
     def _bury_horse(self) -> str:
         """End the work-horse and whatever it started; the next job gets a new one. Returns how it ended."""
@@ -516,23 +449,6 @@ class Worker(SteadyWorker):
             self.log.error("Worker %s: %s", self.name, error)
             self._patient_until = time.monotonic() + 2 * TICK
 
-    def _ending(
-        self,
-        outcome: Literal["finished", "failed", "stopped"],
-        failure: Failure = Failure(),  # noqa: B008  # immutable
-        return_value: str = "",
-        progress: str = "",
-    ) -> Ending:
-        return Ending(outcome, self.settings.result_ttl, self.settings.failure_ttl, return_value, failure, progress)
-
-    def _finish(self, run: Run, ending: Ending) -> None:
-        self._close(run, ending, self._insist(lambda: transitions.finish(self.connection, run, ending)))
-
-    def _close(self, run: Run, ending: Ending, status: str) -> None:
-        if status == "rq":
-            status = self._insist(lambda: self._finish_as_rq(run, ending))
-        self.log.info("%s: job %s %s", run.queue, run.job_id, status)
-
     def _finish_and_take(self, run: Run, ending: Ending) -> None:
         """Finish, and take the next job in the same round trip; `dequeue_job_and_maintain_ttl` finds it.
 
@@ -554,29 +470,3 @@ class Worker(SteadyWorker):
         assert self._assignment
         must_not = self._has_begun and self._limit_of(self._assignment) == 0
         self._release(self._assignment, crashed=must_not, how=how)
-
-    def _limit_of(self, assignment: Assignment) -> int:
-        return self.settings.max_crashes if assignment.max_crashes is None else assignment.max_crashes
-
-    def _release(self, assignment: Assignment, *, crashed: bool, how: str, is_patient: bool = True) -> None:
-        run, crashes, limit = assignment.run, assignment.crashes, self._limit_of(assignment)
-        insist = self._insist if is_patient else self._once
-        message = (
-            f"The job's process died {crashes + 1} times, more often than it may; the last time: {how}."
-            if crashes
-            else f"The job's process died, and the job may not be run again: {how}."
-        )
-        failure = describe_failure("WorkHorseDied", message)
-        status: str = insist(
-            lambda: transitions.release(
-                self.connection,
-                run,
-                crashed=crashed,
-                limit=limit,
-                failure=failure,
-                failure_ttl=self.settings.failure_ttl,
-            )
-        )
-        if status == "rq":
-            status = insist(lambda: self._finish_as_rq(run, self._ending("failed", failure), crashes + 1))
-        self.log.warning("%s: job %s is %s: %s", run.queue, run.job_id, status, how)

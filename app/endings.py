@@ -1,0 +1,131 @@
+"""How a run's end is written down: by one transition; by RQ's own code for a job that has what only RQ knows."""
+
+import base64
+import json
+import re
+import zlib
+from typing import Literal, NamedTuple
+
+from redis.exceptions import RedisError
+from rq.executions import Execution
+from rq.job import Job, JobStatus
+from rq.serializers import JSONSerializer
+from rq.utils import now as utc_now
+
+from app import transitions
+from app.frames import Header
+from app.rq_worker import SteadyWorker
+from app.transitions import STOPPED, Ending, Failure, Run, describe_failure
+
+
+class Assignment(NamedTuple):
+    """A job as the work-horse gets it, how often its runs crashed before, and its function's own limit of that."""
+
+    run: Run
+    header: Header = {}  # noqa: RUF012  # never changed
+    data: bytes = b""
+    crashes: int = 0
+    max_crashes: int | None = None
+
+    @property
+    def path(self) -> str:
+        """The function's path, without reading the whole payload; an empty one if there is none."""
+        found = re.match(rb'\s*\[\s*("(?:[^"\\]|\\.)*")', self.data)
+        return str(json.loads(found[1])) if found else ""
+
+
+class EndingWorker(SteadyWorker):
+    """A worker that knows how runs end, its own ones and those that others abandoned."""
+
+    def _ending(
+        self,
+        outcome: Literal["finished", "failed", "stopped"],
+        failure: Failure = Failure(),  # noqa: B008  # immutable
+        return_value: str = "",
+        progress: str = "",
+    ) -> Ending:
+        return Ending(outcome, self.settings.result_ttl, self.settings.failure_ttl, return_value, failure, progress)
+
+    def _finish(self, run: Run, ending: Ending) -> None:
+        self._close(run, ending, self._insist(lambda: transitions.finish(self.connection, run, ending)))
+
+    def _close(self, run: Run, ending: Ending, status: str) -> None:
+        if status == "rq":
+            status = self._insist(lambda: self._finish_as_rq(run, ending))
+        self.log.info("%s: job %s %s", run.queue, run.job_id, status)
+
+    def _fail(self, run: Run, kind: str, message: str) -> None:
+        self.log.error("%s: job %s failed: %s", run.queue, run.job_id, message)
+        self._finish(run, self._ending("failed", describe_failure(kind, message)))
+
+    def _finish_stopped(self, run: Run) -> None:
+        self._finish(run, self._ending("stopped", STOPPED))
+
+    def _limit_of(self, assignment: Assignment) -> int:
+        return self.settings.max_crashes if assignment.max_crashes is None else assignment.max_crashes
+
+    def _release(self, assignment: Assignment, *, crashed: bool, how: str, is_patient: bool = True) -> None:
+        run, crashes, limit = assignment.run, assignment.crashes, self._limit_of(assignment)
+        insist = self._insist if is_patient else self._once
+        message = (
+            f"The job's process died {crashes + 1} times, more often than it may; the last time: {how}."
+            if crashes
+            else f"The job's process died, and the job may not be run again: {how}."
+        )
+        failure = describe_failure("WorkHorseDied", message)
+        status: str = insist(
+            lambda: transitions.release(
+                self.connection,
+                run,
+                crashed=crashed,
+                limit=limit,
+                failure=failure,
+                failure_ttl=self.settings.failure_ttl,
+            )
+        )
+        if status == "rq":
+            status = insist(lambda: self._finish_as_rq(run, self._ending("failed", failure), crashes + crashed))
+        self.log.warning("%s: job %s is %s: %s", run.queue, run.job_id, status, how)
+
+    def _finish_as_rq(self, run: Run, ending: Ending, crashes: int = 0) -> str:
+        """End a job that has dependents, repeats or a rate limit: RQ's own code knows them.
+
+        One that crashed so often that it is over is not for RQ to try again, whatever retries it has.
+        """
+        held = transitions.renew(self.connection, run, self.settings.worker_lease)
+        if held == "lost":
+            return "lost"
+        if held == "stop":
+            ending = self._ending("stopped", STOPPED)
+        try:
+            return self._end_as_rq(run, ending, crashes)
+        except RedisError as error:
+            if "WRONGTYPE" not in str(error):
+                raise
+            self.log.exception("%s: RQ cannot end job %s", run.queue, run.job_id)
+        except Exception:  # RQ raises whatever there is for a job, or a dependent, that it cannot read
+            self.log.exception("%s: RQ cannot end job %s", run.queue, run.job_id)
+        return transitions.finish(self.connection, run, ending._replace(force=True))
+
+    def _end_as_rq(self, run: Run, ending: Ending, crashes: int) -> str:
+        queue = next(queue for queue in self.queues if queue.name == run.queue)
+        execution = Execution(run.execution, run.job_id, self.connection, run.worker)
+        job = Job.fetch(run.job_id, connection=self.connection, serializer=JSONSerializer)
+        job.ended_at = utc_now()
+        if crashes:
+            job.retries_left = 0
+            self.connection.hset(job.key, "crashes", crashes)
+        if ending.outcome == "finished":
+            job._result = json.loads(base64.b64decode(ending.return_value)) if ending.return_value else None
+            self.handle_job_success(job, queue, queue.started_job_registry, execution)
+        else:
+            if ending.outcome == "stopped":
+                self._stopped_job_id = job.id
+            trace = zlib.decompress(base64.b64decode(ending.failure.exception)).decode(errors="replace")
+            self.connection.hset(job.key, "error", ending.failure.error)
+            self.handle_job_failure(job, queue, exc_string=trace, execution=execution)
+        stored = self.connection.hget(job.key, "status")
+        status = stored.decode() if isinstance(stored, bytes) else ending.outcome  # with a result TTL of 0 it is gone
+        if status == JobStatus.STARTED:  # RQ logs what Redis refused, and goes on
+            raise RedisError(f"the end of job {job.id} was not written")
+        return f"{status}, as RQ does it"
