@@ -85,7 +85,8 @@ class EndingWorker(SteadyWorker):
         )
         if status == "rq":
             status = insist(lambda: self._finish_as_rq(run, self._ending("failed", failure), crashes + crashed))
-        self.log.warning("%s: job %s is %s: %s", run.queue, run.job_id, status, how)
+        what = "crashed" if crashed else "was put back"
+        self.log.warning("%s: job %s %s (%s); it is %s now", run.queue, run.job_id, what, how, status)
 
     def _finish_as_rq(self, run: Run, ending: Ending, crashes: int = 0) -> str:
         """End a job that has dependents, repeats or a rate limit: RQ's own code knows them.
