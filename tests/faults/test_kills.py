@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 
@@ -81,10 +82,13 @@ def test_job_whose_work_horse_is_killed_is_run_again_at_once(clients: Clients, r
 
 
 @pytest.mark.fault("2", "SIGKILL of worker and work-horse in the middle of a job, another one idle", timeout=300)
-def test_job_whose_worker_is_killed_is_run_again_by_another(clients: Clients, row: Row, site: Site, long: bool) -> None:
+def test_job_whose_worker_is_killed_is_run_again_by_another(
+    clients: Clients, row: Row, site: Site, long: bool, tmp_path: Path
+) -> None:
     count = 4 if long else 1
     with site.fragile_staff(count, WORKER_LEASE=LEASES[long]) as staff:
-        jobs = [clients.enqueue_one(queue=FRAGILE, seconds=3) for _ in range(count)]
+        end = tmp_path / "end"
+        jobs = [clients.enqueue_one(queue=FRAGILE, until=end) for _ in range(count)]
         wait_until(lambda: len(clients.ledger.runs()) == count, what="all to run")
         runs = clients.ledger.runs()
         staff.hire()  # the other one
@@ -92,6 +96,7 @@ def test_job_whose_worker_is_killed_is_run_again_by_another(clients: Clients, ro
             staff.kill(name)
         for job_id in jobs:
             kill(runs[job_id][0].pid)
+        end.touch()
         start = time.monotonic()
         wait_until(
             lambda: all(len(found) == 2 for found in clients.ledger.runs().values()),
