@@ -31,7 +31,10 @@ class Assignment(NamedTuple):
     def path(self) -> str:
         """The function's path, without reading the whole payload; an empty one if there is none."""
         found = re.match(rb'\s*\[\s*("(?:[^"\\]|\\.)*")', self.data)
-        return str(json.loads(found[1])) if found else ""
+        try:
+            return str(json.loads(found[1])) if found else ""
+        except ValueError:  # the work-horse will say what is wrong with it
+            return ""
 
 
 class EndingWorker(SteadyWorker):
@@ -109,13 +112,12 @@ class EndingWorker(SteadyWorker):
         return transitions.finish(self.connection, run, ending._replace(force=True))
 
     def _end_as_rq(self, run: Run, ending: Ending, crashes: int) -> str:
+        if crashes:  # in Redis, since `finish` looks there if RQ cannot do it
+            self.connection.hset(transitions.job_key(run.job_id), mapping={"crashes": crashes, "retries_left": 0})
         queue = next(queue for queue in self.queues if queue.name == run.queue)
         execution = Execution(run.execution, run.job_id, self.connection, run.worker)
         job = Job.fetch(run.job_id, connection=self.connection, serializer=JSONSerializer)
         job.ended_at = utc_now()
-        if crashes:
-            job.retries_left = 0
-            self.connection.hset(job.key, "crashes", crashes)
         if ending.outcome == "finished":
             job._result = json.loads(base64.b64decode(ending.return_value)) if ending.return_value else None
             self.handle_job_success(job, queue, queue.started_job_registry, execution)

@@ -121,7 +121,8 @@ class SteadyWorker(rq.Worker):
                 now: Any = self.connection.time()
                 for registry in (FinishedJobRegistry, FailedJobRegistry, ReadyJobRegistry):
                     registry(queue=queue).cleanup(now[0])
-                while self._clean_canceled(queue, now[0]) == MOST_CANCELED:
+                enough = time.monotonic() + 2  # seconds: a job that was taken ahead may wait, under its lease
+                while self._clean_canceled(queue, now[0]) == MOST_CANCELED and time.monotonic() < enough:
                     self.heartbeat()
                 worker_registration.clean_worker_registry(queue)
                 queue.release_maintenance_lock()

@@ -89,7 +89,8 @@ def embedded_valkey() -> Iterator[Redis]:
         def look_after() -> None:
             if server._process is None or server._process.poll() is not None:  # not a ping: it may only be slow
                 if server._process:
-                    print("The embedded Valkey ended by itself; it is started again", flush=True)
+                    with contextlib.suppress(OSError):  # as after `| head`
+                        print("The embedded Valkey ended by itself; it is started again", flush=True)
                 server.terminate()
                 # Ctrl-C reaches all processes of the terminal, but Valkey must outlive the workers: it inherits
                 # the mask.
@@ -253,7 +254,8 @@ def main() -> int:
     settings = get_settings()
     # Until the supervisor handles signals, SIGTERM ends us as Ctrl-C does: what was started is ended, too.
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: sys.exit(143))
+        if signal.getsignal(number) != signal.SIG_IGN:  # `nohup` ignores SIGHUP
+            signal.signal(number, lambda *_: sys.exit(143))
     check_port(settings)
     try:
         with redis_of(settings) as redis:

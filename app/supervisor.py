@@ -21,6 +21,10 @@ STEADY = 60.0
 LOOK_EVERY = 0.1
 
 
+def _look_at_nothing() -> None:
+    pass
+
+
 class _Child:
     def __init__(self, name: str, command: Sequence[str]) -> None:
         self.name, self.command = name, command
@@ -76,7 +80,8 @@ class Supervisor:
             self.end()
 
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, on_signal)
+            if signal.getsignal(number) != signal.SIG_IGN:  # `nohup` ignores SIGHUP
+                signal.signal(number, on_signal)
         try:
             while not self._is_ending.wait(LOOK_EVERY):
                 look()
@@ -130,7 +135,11 @@ class Supervisor:
             popen.terminate()
         deadline = time.monotonic() + self._kill_after
         while any(popen.poll() is None for popen in running) and time.monotonic() < deadline:
-            look()  # what jobs come to in their last seconds is to be stored
+            try:
+                look()  # what jobs come to in their last seconds is to be stored
+            except (Exception, SystemExit) as error:  # noqa: BLE001  # the processes are to be ended all the same
+                self._print("", str(error))
+                look = _look_at_nothing
             time.sleep(LOOK_EVERY)
         for popen in running:
             if popen.poll() is None:

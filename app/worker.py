@@ -143,7 +143,8 @@ class Worker(EndingWorker):
             # From here to the end of the job a signal only asks (RQ's `_shutdown`): it cannot raise between a `take`
             # that Redis has carried out and the run.
             self._state = WorkerStatus.BUSY
-            if self._stop_requested:
+            # The latter if an `except Exception` ate the StopRequested that RQ's handler raises in an idle worker.
+            if self._stop_requested or self._stopping_since is not None:
                 raise StopRequested
             try:
                 self._tick()
@@ -267,11 +268,11 @@ class Worker(EndingWorker):
                     self._release(abandoned, crashed=True, how=how, is_patient=False)
                 except ResponseError as error:
                     self.log.error("%s: job %s cannot be released: %s", run.queue, run.job_id, error)
+        self._last_tick = now
         due = transitions.promote(self.connection, names).due
         # A job that is due before the next tick moves it forward; so delays are right to some milliseconds.
         self._next_tick = time.monotonic() + (TICK if due is None else min(TICK, due))
         transitions.sweep(self.connection)
-        self._last_tick = time.monotonic()
 
     # A job
 
@@ -327,7 +328,8 @@ class Worker(EndingWorker):
             horse.channel.send(assignment.header, assignment.data, timeout=KILL_AFTER)
             self._watch(horse, assignment)
         except HorseDied as error:  # as it was started
-            self._release(self._assignment, crashed=False, how=f"no work-horse: {error}")
+            if not self._end_stopped(run):
+                self._release(self._assignment, crashed=False, how=f"no work-horse: {error}")
         except (EOFError, OSError) as error:  # OSError: it was gone, or did not read, as we sent
             if isinstance(error, TimeoutError):
                 self._bury_horse()
@@ -336,7 +338,7 @@ class Worker(EndingWorker):
                 how = self._horse.bury() if self._horse else str(error)
                 self._horse, self._horse_pid = None, 0
             if not self._end_stopped(run):
-                self._release(self._assignment, crashed=True, how=how)
+                self._release(self._assignment, crashed=self._has_begun, how=how)
 
     def _end_stopped(self, run: Run) -> bool:
         """Whether a message stopped the run; it ends `stopped` then."""
@@ -352,7 +354,7 @@ class Worker(EndingWorker):
             EOFError: the work-horse died.
         """
         run, limit, progress = assignment.run, assignment.header["timeout"], ""
-        start = last_renewal = last_progress = time.monotonic()
+        start = last_renewal = last_progress = next_look = time.monotonic()
         patience = MEMORY_EVERY if self.settings.worker_max_memory else TICK
         while True:
             # All that is there: an outcome may stand behind old progress, after Redis kept us waiting.
@@ -383,7 +385,9 @@ class Worker(EndingWorker):
                 message = f"The job ran longer than its limit of {limit} s, and its process was killed."
                 self._fail(run, "JobTimeoutException", message)
                 return
-            if self._is_over_memory(horse):
+            is_over = now >= next_look and self._is_over_memory(horse)
+            next_look = now + MEMORY_EVERY if now >= next_look else next_look
+            if is_over:
                 self._bury_horse()
                 self._release(assignment, crashed=True, how=self._too_much_memory)
                 return
@@ -439,7 +443,7 @@ class Worker(EndingWorker):
             return transitions.renew(self.connection, run, self.settings.worker_lease, progress)
         except RedisError as error:  # the lease may yet hold; whether it did, `finish` will learn
             self.log.error("Worker %s: could not renew the lease of job %s: %s", self.name, run.job_id, error)
-            self._patient_until = time.monotonic() + 2 * TICK
+            self._be_patient(error)
             return "held"
 
     def _tick_quietly(self) -> None:
@@ -447,7 +451,11 @@ class Worker(EndingWorker):
             self._tick()
         except RedisError as error:
             self.log.error("Worker %s: %s", self.name, error)
-            self._patient_until = time.monotonic() + 2 * TICK
+            self._be_patient(error)
+
+    def _be_patient(self, error: RedisError) -> None:
+        if not isinstance(error, ResponseError):  # which is an answer
+            self._patient_until = time.monotonic() + min(2 * TICK, self.settings.worker_lease / 6)
 
     def _finish_and_take(self, run: Run, ending: Ending) -> None:
         """Finish, and take the next job in the same round trip; `dequeue_job_and_maintain_ttl` finds it.

@@ -464,6 +464,34 @@ def test_job_that_was_lost_before_it_began_is_not_run(real_redis: "Redis", tmp_p
     assert bench.read(job_id)["status"] == "queued"
 
 
+def test_recover_goes_on_where_a_later_part_of_the_tick_fails(redis: "Redis", monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a full Redis; it is held back only after a time without any answer."""
+    tired = Worker(["default"], connection=redis)
+    recovered: list[str] = []
+
+    def recover(*_: Any) -> list[Any]:
+        recovered.append("once")
+        return []
+
+    def promote(*_: Any) -> None:
+        raise RedisError("full")
+
+    monkeypatch.setattr(transitions, "recover", recover)
+    monkeypatch.setattr(transitions, "promote", promote)
+    for _ in range(3):
+        tired._next_tick = 0.0
+        with pytest.raises(RedisError):
+            tired._tick()
+        tired._last_tick -= 100  # seconds
+    assert len(recovered) == 1
+    tired._last_tick = tired._trusts_leases_from = time.monotonic()
+    for _ in range(3):
+        tired._next_tick = 0.0
+        with pytest.raises(RedisError):
+            tired._tick()
+    assert len(recovered) == 4
+
+
 def test_what_a_job_started_ends_with_its_worker(own: Bench, tmp_path: Path) -> None:
     path = tmp_path / "pid"
     with worker(environment(own.url), tmp_path / "worker.log") as process:
@@ -471,6 +499,24 @@ def test_what_a_job_started_ends_with_its_worker(own: Bench, tmp_path: Path) -> 
         pid = int(wait_until(lambda: lines_of(path))[0])
         process.kill()
         wait_until(lambda: not is_running(pid), 10, "its child's end")
+
+
+@pytest.mark.parametrize("data", [b'["a\\qb", null, [1], {}]', b'["\xff", null, [1], {}]', b'["a\nb", null, [1], {}]'])
+def test_worker_is_not_ended_by_a_path_that_is_no_json(bench: Bench, data: bytes) -> None:
+    job_id = bench.enqueue("echo", 1, "aside")
+    bench.redis.hset(f"rq:job:{job_id}", "data", data)
+    bench.redis.lmove("rq:queue:aside", "rq:queue:default")
+    assert bench.end_of(job_id, "failed")["error"]["type"] in ("UnreadablePayload", "UnknownFunction")
+
+
+def test_crash_of_a_job_that_rq_cannot_read_is_not_retried(bench: Bench, tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    job_id = bench.enqueue("die_once", {"how": "kill", "path": str(path)}, "aside", retry=Retry(max=3))
+    bench.enqueue("echo", 1, depends_on=job_id)
+    bench.redis.hset(f"rq:job:{job_id}", "created_at", "no date")
+    bench.redis.lmove("rq:queue:aside", "rq:queue:default")
+    assert bench.end_of(job_id, "failed")["crashes"] == "1"
+    assert lines_of(path) == ["kill"]
 
 
 @pytest.mark.parametrize("poison", ["dependents are a text", "dependent has no date"])

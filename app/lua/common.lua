@@ -165,9 +165,11 @@ local function end_execution(id, execution, queue, worker)
   redis.call('SREM', worker_key(worker) .. ':executions', id .. ':' .. execution)
 end
 
--- Whether the job has what only RQ's own code handles: dependents, repeats, a rate limit, RQ's webhooks.
-local function wants_rq(id)
+-- Whether the job has what only RQ's own code handles: dependents, repeats, a rate limit, RQ's webhooks. All but the rate
+-- limit wait for its last run; RQ writes a retry in several steps, and loses the job if it is killed between them.
+local function wants_rq(id, is_tried_again)
   local job = read(id, 'repeats_left', 'rate_limit_key', 'webhooks')
+  if is_tried_again then return job[2] end
   return redis.call('EXISTS', job_key(id) .. ':dependents') == 1 or job[1] or job[2] or job[3]
 end
 

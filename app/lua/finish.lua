@@ -16,7 +16,9 @@ local job = read(id, 'result_ttl', 'failure_ttl', 'retries_left', 'retry_interva
 if is_to_stop(id, execution) then
   outcome, exception, error = 'stopped', STOPPED_EXCEPTION, STOPPED_ERROR
 end
-if force == '0' and wants_rq(id) then return 'rq' end
+local retries_left = whole(job[3], 0)
+local is_tried_again = outcome == 'failed' and retries_left > 0
+if force == '0' and wants_rq(id, is_tried_again) then return 'rq' end
 
 local started = tonumber(redis.call('HGET', execution_key(id, execution), 'created_at')) or now
 local result = {'worker_name', worker, 'execution_id', execution, 'execution_started_at', exact(started),
@@ -48,8 +50,7 @@ if outcome == 'finished' then
   return 'finished'
 end
 
-local retries_left = whole(job[3], 0)
-if outcome == 'failed' and retries_left > 0 then
+if is_tried_again then
   redis.call('HSET', key, 'retries_left', retries_left - 1)
   local is_json, intervals = pcall(cjson.decode, job[4] or '[]')
   if not is_json or type(intervals) ~= 'table' then intervals = {} end
