@@ -387,7 +387,8 @@ def explore(world: World, start: State) -> tuple[int, int]:
 
 #: How often each may happen, by what the check is for, and whether it is quick.
 BUDGETS = [
-    ("a pause and a death", True, {"expire": 1, "die": 1}),
+    ("a pause", True, {"expire": 1}),
+    ("a pause and a death", False, {"expire": 1, "die": 1}),
     ("a cancel and a shutdown", True, {"cancel": 1, "shutdown": 1}),
     ("a retry and a pause", False, {"retry": 1, "expire": 1}),
     ("control", False, {"cancel": 1, "retry": 1, "shutdown": 1}),
