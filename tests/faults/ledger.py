@@ -69,6 +69,8 @@ class Ledger:
         self._redis = redis
         self._planned_runs: dict[str, int] = {}
         self._older = self._all_jobs()
+        # Some that ran before are not kept any more.
+        self._older |= self.runs().keys()
 
     def acknowledge(self, job_id: str, runs: int = 1) -> None:
         """A client was told that this job is enqueued; its function is to run so many times."""
