@@ -552,15 +552,16 @@ def test_job_that_uses_too_much_memory_is_ended_with_that_reason(own: Bench, tmp
 
 
 def test_memory_that_jobs_leave_behind_ends_the_work_horse_and_no_job(own: Bench, tmp_path: Path) -> None:
-    env = environment(own.url, WORKER_MAX_MEMORY="150MiB", MAX_CRASHES=0)
+    # The jobs that leak may themselves be caught at it, on a slow machine.
+    env = environment(own.url, WORKER_MAX_MEMORY="150MiB", MAX_CRASHES=100)
     path = tmp_path / "pids"
     with worker(env, tmp_path / "worker.log"):
-        for _ in range(4):
+        for _ in range(3):
             leaking = own.enqueue("leak_memory", {"bytes": 120 * 2**20, "path": str(path)}, "aside")
             blameless = own.enqueue("sleep_for", 0.3, "aside")  # longer than between two looks at the memory
             own.redis.rename("rq:queue:aside", "rq:queue:default")
             own.end_of(leaking, "finished")
-            own.end_of(blameless, "finished")
+            assert "crashes" not in own.end_of(blameless, "finished")
     assert len(set(lines_of(path))) > 1
 
 
