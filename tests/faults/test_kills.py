@@ -146,12 +146,17 @@ def test_no_job_is_lost_though_workers_are_killed(
 
 
 @pytest.mark.fault("4", "SIGKILL of worker and work-horse after the take, before the run", timeout=300)
-def test_job_that_was_taken_and_never_begun_is_run(clients: Clients, row: Row, site: Site, long: bool) -> None:
+def test_job_that_was_taken_and_never_begun_is_run(
+    clients: Clients, row: Row, site: Site, long: bool, tmp_path: Path
+) -> None:
     count = 4 if long else 1
     with site.fragile_staff(count, WORKER_LEASE=LEASES[long]) as staff:
-        warm = [clients.enqueue_one(queue=FRAGILE, seconds=0.5) for _ in range(count)]
+        shown = tmp_path / "shown"
+        warm = [clients.enqueue_one(queue=FRAGILE, until=shown) for _ in range(count)]
         wait_until(lambda: len(clients.ledger.runs()) == count, what="the work-horses to show themselves")
+        shown.touch()
         horses = {run.pid for runs in clients.ledger.runs().values() for run in runs}
+        assert len(horses) == count
         wait_until(lambda: all(clients.status_of(job_id) == "finished" for job_id in warm))
         # So a job that is sent to one is not begun.
         for pid in horses:
