@@ -1,4 +1,7 @@
-"""The job functions of the fault suite; its workers and web processes have them beside those of the other tests."""
+"""The job functions of the fault suite; its workers and web processes have them beside those of the other tests.
+
+They validate their payloads themselves, too: RQ's own worker (`--stock`) hands over what JSON holds.
+"""
 
 import ctypes
 import os
@@ -49,6 +52,7 @@ def _write_trace(payload: Trace) -> None:
 @job_function()
 def leave_trace(payload: Trace) -> int:
     """Write into a list in Redis which job runs, when by Redis' clock, and in which process; return the process."""
+    payload = Trace.model_validate(payload)
     _write_trace(payload)
     end = time.monotonic() + payload.seconds
     while (left := end - time.monotonic()) > 0:
@@ -69,6 +73,7 @@ class Misdeed(Trace):
 @job_function()
 def misbehave(payload: Misdeed) -> None:
     """Do it."""
+    payload = Misdeed.model_validate(payload)
     _write_trace(payload)
     match payload.how:
         case "segfault":
@@ -92,6 +97,7 @@ class Appetite(Trace):
 @job_function()
 def devour_memory(payload: Appetite) -> None:
     """Use more and more memory, and keep it for so many seconds."""
+    payload = Appetite.model_validate(payload)
     _write_trace(payload)
     hoard: list[bytes] = []
     chunk = 8 * 2**20
@@ -114,6 +120,7 @@ class BadReturn(Trace):
 @job_function()
 def return_badly(payload: BadReturn) -> Any:
     """Return it."""
+    payload = BadReturn.model_validate(payload)
     _write_trace(payload)
     if isinstance(payload.kind, int):
         return return_bytes_of(payload.kind)
