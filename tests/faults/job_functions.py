@@ -21,7 +21,7 @@ from tests.job_functions import die, return_bytes_of, return_unjsonable, swallow
 
 #: Run twice with the same second key (its answer was lost), it leaves one trace.
 _LEAVE_TRACE = """
-if not redis.call('SET', KEYS[2], '', 'NX', 'EX', 600) then return 0 end
+if not redis.call('SET', KEYS[2], '', 'NX', 'EX', 120) then return 0 end
 local now = redis.call('TIME')
 redis.call('RPUSH', KEYS[1], string.format('%s %d.%06d %s', ARGV[1], now[1], now[2], ARGV[2]))
 return 1
