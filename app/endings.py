@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import zlib
+from functools import partial
 from typing import Literal, NamedTuple
 
 from redis.exceptions import RedisError
@@ -69,7 +70,7 @@ class EndingWorker(SteadyWorker):
 
     def _release(self, assignment: Assignment, *, crashed: bool, how: str, is_patient: bool = True) -> None:
         run, crashes, limit = assignment.run, assignment.crashes, self._limit_of(assignment)
-        insist = self._insist if is_patient else self._once
+        insist = partial(self._insist, is_patient=is_patient)
         message = (
             f"The job's process died {crashes + 1} times, more often than it may; the last time: {how}."
             if crashes

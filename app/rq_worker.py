@@ -180,10 +180,7 @@ class SteadyWorker(rq.Worker):
         for ever (redis-py's BlockingConnectionPool).
         """
 
-    def _once(self, call: Callable[[], Answer]) -> Answer:
-        return call()
-
-    def _insist(self, call: Callable[[], Answer]) -> Answer:
+    def _insist(self, call: Callable[[], Answer], *, is_patient: bool = True) -> Answer:
         """Do it as soon as Redis lets us: what a job computed during an outage is not thrown away."""
         pause = 0.1
         while True:
@@ -191,7 +188,7 @@ class SteadyWorker(rq.Worker):
                 return call()
             except RedisError as error:
                 # A key of another type stays one: somebody else wrote it, and no waiting helps.
-                if self._is_out_of_time() or "WRONGTYPE" in str(error):
+                if not is_patient or self._is_out_of_time() or "WRONGTYPE" in str(error):
                     raise
                 self.log.error("Worker %s: %s; trying again in %.1f s", self.name, error, pause)
                 time.sleep(pause)
