@@ -1,11 +1,9 @@
-"""What `/jobs` costs, a page and a job, and what an idempotency key costs: `pipenv run bench` (a few minutes, 2 GB).
+"""What `/jobs` costs, a page and a job, and what an idempotency key costs: `pipenv run bench lists` (minutes, 2 GB).
 
 Two servers stand side by side, one with a hundred jobs and one with a million. The same page is asked of both in turns,
 so that whatever else the machine does hits both; only their ratio is claimed.
 """
 
-import argparse
-import platform
 import statistics
 import tempfile
 import time
@@ -21,12 +19,13 @@ from app.functions import count_words
 from app.job_function import FUNCTIONS
 from app.jobs import Jobs
 from app.main import create_app
+from benchmarks.measure import spread
+from benchmarks.report import Section
 from tests.processes import valkey_server
 
-RESULTS = Path(__file__).parent / "RESULTS.md"
 FUNCTION = FUNCTIONS[count_words.__name__]
 PAYLOAD = {"text": "a word or two"}
-BATCH, ROUNDS, PAGES_A_ROUND = 100, 9, 200
+JOBS, BATCH, ROUNDS, PAGES_A_ROUND = 1_000_000, 100, 9, 200
 
 #: The pages, and whether they begin in the middle of all jobs instead of at the newest one.
 PAGES: dict[str, tuple[dict[str, str], bool]] = {
@@ -72,9 +71,9 @@ def fill(jobs: Jobs, count: int) -> str | None:
     return middle
 
 
-def compare_pages(few: Store, many: Store) -> list[str]:
+def compare_pages(few: Store, many: Store) -> list[tuple[str, ...]]:
     """A row for each kind of page: medians of the rounds' medians, and the median and spread of their ratios."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, page in PAGES.items():
         medians: tuple[list[float], list[float]] = ([], [])
         for _ in range(ROUNDS):
@@ -86,8 +85,7 @@ def compare_pages(few: Store, many: Store) -> list[str]:
                 found.append(statistics.median(taken) * 1000)
         ratios = [theirs / ours for ours, theirs in zip(*medians, strict=True)]
         one, other = map(statistics.median, medians)
-        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-        rows.append(f"| {name} | {one:.2f} | {other:.2f} | {statistics.median(ratios):.2f} | {spread} |")
+        rows.append((name, f"{one:.2f}", f"{other:.2f}", spread(ratios)))
     return rows
 
 
@@ -109,14 +107,11 @@ def bytes_of_index(store: Store, count: int) -> tuple[float, float]:
     return before / count, (before - store.memory()) / count
 
 
-def main() -> None:
-    """Measure, and write RESULTS.md."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--jobs", type=int, default=1_000_000)
-    count = parser.parse_args().jobs
+def run() -> Section:
+    """Measure."""
     with ExitStack() as stack:
         stores = []
-        for number in (BATCH, count):
+        for number in (BATCH, JOBS):
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             server = stack.enter_context(valkey_server(folder, lazyfree_lazy_user_del="no", save=""))
             connection = stack.enter_context(Redis(port=server.port))
@@ -126,30 +121,20 @@ def main() -> None:
         version = many.jobs.connection.info("server").get("valkey_version", "?")
         pages = compare_pages(few, many)
         key = bytes_of_keys(few, 20_000)
-        all_bytes, index = bytes_of_index(many, count)
-    heading = f"{platform.machine()}, 2 shared cores, CPython {platform.python_version()}, Valkey {version}"
-    lines = [
-        "# Measured",
-        "",
-        f"{heading}; {time.strftime('%Y-%m-%d')}. Made by `pipenv run bench`; see [lists.py](lists.py).",
-        "",
-        f"A page of `/jobs`, from the call of `Jobs.list_jobs` to its status objects: ms with {BATCH} and with {count} "
-        f"jobs in Redis, asked in turns; medians of {ROUNDS} rounds of {PAGES_A_ROUND} pages.",
-        "",
-        f"| page | ms, {BATCH} jobs | ms, {count} jobs | ratio | its spread |",
-        "| --- | --- | --- | --- | --- |",
-        *pages,
-        "",
-        "| bytes of Redis | a job |",
-        "| --- | --- |",
-        f"| a waiting job of {FUNCTION.name} with a payload of a few words, in all | {all_bytes:.0f} |",
-        f"| its entry in the index of `/jobs`, one more with an API key | {index:.0f} |",
-        f"| its idempotency key | {key:.0f} |",
-        "| telling `410` from `404` | 0 |",
-        "",
-    ]
-    RESULTS.write_text("\n".join(lines))
-
-
-if __name__ == "__main__":
-    main()
+        all_bytes, index = bytes_of_index(many, JOBS)
+    return Section(
+        title="Lists, and what a job takes in Redis",
+        text=f"A page of `/jobs`, from the call of `Jobs.list_jobs` to its status objects: ms with {BATCH} and with "
+        f"{JOBS} jobs in Redis, asked in turns; medians of {ROUNDS} rounds of {PAGES_A_ROUND} pages.",
+        tables=[
+            [("page", f"ms, {BATCH} jobs", f"ms, {JOBS} jobs", "ratio"), *pages],
+            [
+                ("bytes of Redis", "a job"),
+                (f"a waiting job of {FUNCTION.name} with a payload of a few words, in all", f"{all_bytes:.0f}"),
+                ("its entry in the index of `/jobs`, one more with an API key", f"{index:.0f}"),
+                ("its idempotency key", f"{key:.0f}"),
+                ("telling `410` from `404`", "0"),
+            ],
+        ],
+        versions={"Valkey": version},
+    )

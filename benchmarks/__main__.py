@@ -1,0 +1,25 @@
+"""`pipenv run bench [NAME ...]`: run the benchmarks of these names, or all, and write RESULTS.md anew."""
+
+import argparse
+import importlib
+
+from benchmarks import report
+
+#: In the order in which they stand in RESULTS.md; each a module of this package with `run() -> report.Section`.
+BENCHMARKS = ("lists",)
+
+
+def main() -> None:
+    """Measure, and write down what was found after each benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(BENCHMARKS)}")
+    names = parser.parse_args().names or BENCHMARKS
+    if unknown := set(names) - set(BENCHMARKS):
+        parser.error(f"there is no benchmark {', '.join(sorted(unknown))}")
+    for name in names:
+        report.save(name, importlib.import_module(f"benchmarks.{name}").run())
+        report.render(BENCHMARKS)
+
+
+if __name__ == "__main__":
+    main()
