@@ -56,6 +56,9 @@ class EndingWorker(SteadyWorker):
     def _close(self, run: Run, ending: Ending, status: str) -> None:
         if status == "rq":
             status = self._insist(lambda: self._finish_as_rq(run, ending))
+        if status != "lost":
+            self.successful_job_count += ending.outcome == "finished"
+            self.failed_job_count += ending.outcome != "finished"
         self.log.info("%s: job %s %s", run.queue, run.job_id, status)
 
     def _fail(self, run: Run, kind: str, message: str) -> None:
@@ -89,6 +92,7 @@ class EndingWorker(SteadyWorker):
         )
         if status == "rq":
             status = insist(lambda: self._finish_as_rq(run, self._ending("failed", failure), crashes + crashed))
+        self.failed_job_count += status in ("failed", "stopped") and run.worker == self.name
         what = "crashed" if crashed else "was put back"
         self.log.warning("%s: job %s %s (%s); it is %s now", run.queue, run.job_id, what, how, status)
 

@@ -103,7 +103,10 @@ class SteadyWorker(rq.Worker):
         self.last_heartbeat = utc_now()
         with self.connection.pipeline() as beat:
             beat.hexists(self.key, "birth")
-            beat.hset(self.key, "last_heartbeat", utcformat(self.last_heartbeat))
+            # RQ adds to the counts in Redis with each job, which is three commands more for it.
+            counts = ("successful_job_count", "failed_job_count", "total_working_time")
+            told: dict[Any, Any] = {name: getattr(self, name) for name in counts}
+            beat.hset(self.key, mapping={"last_heartbeat": utcformat(self.last_heartbeat), **told})
             beat.expire(self.key, ALIVE)
             if self._shutdown_requested_date:
                 beat.hset(self.key, "shutdown_requested_date", utcformat(self._shutdown_requested_date))

@@ -284,6 +284,7 @@ class Worker(EndingWorker):
         assert self._assignment
         run = self._assignment.run
         self._stoppable_run, self._has_begun = run, False
+        start = time.monotonic()
         # What RQ's other commands look at.
         self.executions[run.execution] = Execution(run.execution, job.id, self.connection, self.name)
         try:
@@ -296,6 +297,7 @@ class Worker(EndingWorker):
         finally:
             self._close_to_stops(run)
             self.executions.pop(run.execution, None)
+            self.total_working_time += time.monotonic() - start
 
     def _close_to_stops(self, run: Run) -> bool:
         """From now on no message stops the run; True if one did before, and the work-horse was killed for it."""

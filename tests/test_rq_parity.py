@@ -316,8 +316,8 @@ def test_scripts_write_what_rq_writes(real_redis: "Redis", transition: Callable[
         side: Side = kind(real_redis)
         transition(side)
         found = _dump(real_redis, side.execution)
-        # Who and when the worker is says nothing of the transition.
-        for field in ("ip_address", "pid", "total_working_time"):
+        # Who the worker is says nothing of the transition; and what it counts, ours writes with its heartbeat.
+        for field in ("ip_address", "pid", "total_working_time", "successful_job_count", "failed_job_count"):
             found["rq:worker:w"].pop(field, None)
         dumps.append(found)
     theirs, ours = dumps
@@ -404,6 +404,8 @@ def test_rq_info_counts_our_jobs_and_workers(real_redis: "Redis", redis_url: str
         wait_until(lambda: done.get_status() == "finished")
         running_job = queue.enqueue("tests.job_functions.sleep_for", 20)
         wait_until(lambda: running_job.get_status() == "started")
+        (key,) = real_redis.smembers("rq:workers")
+        wait_until(lambda: real_redis.hget(key, "successful_job_count") == b"1")  # told with the heartbeat
         queue.enqueue("tests.job_functions.echo", 2)
         shown = subprocess.run(python("rq.cli", "info", "--raw"), env=env, capture_output=True, text=True, check=True)
     assert "queue default 1, 1 executing, 1 finished, 0 failed" in shown.stdout

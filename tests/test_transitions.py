@@ -429,7 +429,6 @@ def test_run_that_lost_its_job_changes_nothing(
 
 
 def test_finish_stores_the_result(redis: Any) -> None:
-    redis.hset("rq:worker:w", "birth", "now")
     run = start(redis)
     assert finish(redis, run, value='{"a": 1}', progress='{"done": 9}') == "finished"
     job = job_of(redis)
@@ -443,9 +442,6 @@ def test_finish_stores_the_result(redis: Any) -> None:
     for key in ("rq:job:j", "rq:results:j"):
         assert 95 < redis.ttl(key) <= 100
     assert abs((redis.zscore("rq:finished:default", "j") or 0) - time.time() - 100) < 2
-    assert redis.hget("rq:worker:w", "successful_job_count") == b"1"
-    assert float(redis.hget("rq:worker:w", "total_working_time") or -1) >= 0
-    assert not redis.hexists("rq:worker:w", "failed_job_count")
     assert redis.keys("rq:execution*") == redis.keys("rq:wip*") == redis.keys("rq:worker:w:executions") == []
     assert events(redis)[-1] == ("j", "finished")
 
@@ -458,7 +454,6 @@ def test_finish_with_null_stores_a_result_without_a_value(redis: Any) -> None:
 
 @pytest.mark.parametrize("outcome", ["failed", "stopped"])
 def test_finish_stores_a_failure(redis: Any, outcome: Literal["failed", "stopped"]) -> None:
-    redis.hset("rq:worker:w", "birth", "now")
     run = start(redis)
     assert finish(redis, run, outcome) == outcome
     job = job_of(redis)
@@ -468,7 +463,6 @@ def test_finish_stores_a_failure(redis: Any, outcome: Literal["failed", "stopped
     for key in ("rq:job:j", "rq:results:j"):
         assert 195 < redis.ttl(key) <= 200
     assert abs((redis.zscore("rq:failed:default", "j") or 0) - time.time() - 200) < 2
-    assert redis.hget("rq:worker:w", "failed_job_count") == b"1"
     assert redis.keys("rq:execution*") == redis.keys("rq:wip*") == []
     assert events(redis)[-1] == ("j", outcome)
 
@@ -713,7 +707,6 @@ def test_release_sent_twice_puts_the_job_back_once(redis: Any) -> None:
 
 
 def test_release_fails_a_job_that_crashed_too_often(redis: Any) -> None:
-    redis.hset("rq:worker:w", "birth", "now")
     add(redis)
     statuses = [release(redis, take_again(redis), crashed=True, limit=2) for _ in range(3)]
     assert statuses == ["queued", "queued", "failed"]
@@ -723,7 +716,6 @@ def test_release_fails_a_job_that_crashed_too_often(redis: Any) -> None:
     assert (result[b"type"], result[b"exc_string"]) == (b"2", BOOM.exception.encode())
     assert 0 < redis.ttl("rq:job:j") <= 200
     assert redis.zscore("rq:failed:default", "j")
-    assert redis.hget("rq:worker:w", "failed_job_count") == b"1"
     assert waiting(redis) == []
 
 

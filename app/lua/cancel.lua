@@ -17,7 +17,9 @@ if status == 'started' then
     -- A stock worker's run has no lease.
     if not run[1] or number(run[2], math.huge) < now then
       end_execution(id, execution, queue, worker) -- its worker is dead, or can write nothing more
-    elseif holds(id, execution, queue) then
+    elseif holds(id, execution, queue, status) then
+      -- The request names the run, so it is for no later one; it stands at the job, which is there however late somebody
+      -- recovers it.
       running = execution
       redis.call('HSET', job_key(id), 'stop_requested', execution)
     end
@@ -27,7 +29,7 @@ if status == 'started' then
     redis.call('PUBLISH', RQ .. ':pubsub:' .. worker, cjson.encode({command = 'stop-job', job_id = id, execution = running}))
     return 'started'
   end
-  end_badly(id, status, queue, 'stopped', ttl, {'exc_string', STOPPED_EXCEPTION}, STOPPED_ERROR, now)
+  end_badly(id, status, queue, 'stopped', ttl, {'exc_string', STOPPED_EXCEPTION}, STOPPED_ERROR, now, job[2])
   return 'stopped'
 end
 
@@ -42,5 +44,5 @@ redis.call('ZREM', registry('scheduled', queue), id)
 redis.call('ZREM', registry('deferred', queue), id)
 redis.call('HSET', job_key(id), 'status', 'canceled', 'ended_at', timestamp(now))
 keep(id, queue, 'canceled', ttl, now)
-move(id, status, 'canceled')
+move(id, status, 'canceled', job[2])
 return 'canceled'

@@ -70,8 +70,9 @@ local STATUSES = {'queued', 'started', 'deferred', 'scheduled', 'finished', 'fai
 local OWNERS = RQ .. ':api:owners'
 local function index(scope, status) return RQ .. ':api:jobs:' .. scope .. ':' .. status end
 
-local function scopes(id)
-  local owner = read(id, 'owner')[1]
+-- `owner` is that of the job's hash, if somebody has read it already.
+local function scopes(id, owner)
+  if owner == nil then owner = read(id, 'owner')[1] end
   if not owner or owner == '' then return {''} end
   return {'', owner}
 end
@@ -80,19 +81,21 @@ local function microseconds(seconds) return string.format('%.0f', seconds * 1e6)
 
 -- Take a job out of a scope of the index. Answers the microsecond of its creation, nil if it was not there.
 local function remove_from_index(scope, id, status)
-  -- In another status' set if RQ's own code changed it meanwhile, which knows no index.
-  for _, each in ipairs({status, unpack(STATUSES)}) do
-    local created = redis.call('ZSCORE', index(scope, each), id)
-    if created then
-      redis.call('ZREM', index(scope, each), id)
-      return created
+  local created = redis.call('ZSCORE', index(scope, status), id)
+  if not created then
+    -- In another status' set if RQ's own code changed it meanwhile, which knows no index.
+    for _, each in ipairs(STATUSES) do
+      status, created = each, redis.call('ZSCORE', index(scope, each), id)
+      if created then break end
     end
   end
+  if created then redis.call('ZREM', index(scope, status), id) end
+  return created
 end
 
 -- A job goes from one status to another: the index follows, and the event log says so.
-local function move(id, was, status)
-  for _, scope in ipairs(scopes(id)) do
+local function move(id, was, status, owner)
+  for _, scope in ipairs(scopes(id, owner)) do
     local created = remove_from_index(scope, id, was)
     if not created and scope ~= '' then redis.call('SADD', OWNERS, scope) end
     redis.call('ZADD', index(scope, status), created or microseconds(clock()), id)
@@ -126,11 +129,10 @@ end
 
 local function execution_key(id, execution) return RQ .. ':execution:' .. id .. ':' .. execution end
 
--- Whether this execution still has the job. It is the fence in front of all that a worker writes: `recover`, a cancel
+-- Whether this execution still has the job, which has this status. It is the fence in front of all that a worker writes: `recover`, a cancel
 -- and RQ's own cleanup take the entry away, and a status that is not `started` means that somebody else decided.
-local function holds(id, execution, queue)
-  return redis.call('ZSCORE', registry('wip', queue), id .. ':' .. execution)
-    and read(id, 'status')[1] == 'started'
+local function holds(id, execution, queue, status)
+  return status == 'started' and redis.call('ZSCORE', registry('wip', queue), id .. ':' .. execution)
 end
 
 local function extend_lease(id, execution, queue, worker, lease, now, ...)
@@ -144,20 +146,6 @@ local function extend_lease(id, execution, queue, worker, lease, now, ...)
   redis.call('EXPIRE', registry('executions', id), ttl + 60)
 end
 
--- Whether somebody canceled the job while it runs. The request names the execution, so it is for no later run; it stands
--- at the job, which is there however late somebody recovers it.
-local function is_to_stop(id, execution)
-  return read(id, 'stop_requested')[1] == execution
-end
-
--- Count a run among the worker's own; a worker that is gone is not brought back by it.
-local function count(worker, field, seconds)
-  if redis.call('EXISTS', worker_key(worker)) == 1 then
-    redis.call('HINCRBY', worker_key(worker), field, 1)
-    redis.call('HINCRBYFLOAT', worker_key(worker), 'total_working_time', exact(seconds))
-  end
-end
-
 local function end_execution(id, execution, queue, worker)
   redis.call('DEL', execution_key(id, execution))
   redis.call('ZREM', registry('wip', queue), id .. ':' .. execution)
@@ -167,10 +155,9 @@ end
 
 -- Whether the job has what only RQ's own code handles: dependents, repeats, a rate limit, RQ's webhooks. All but the rate
 -- limit wait for its last run; RQ writes a retry in several steps, and loses the job if it is killed between them.
-local function wants_rq(id, is_tried_again)
-  local job = read(id, 'repeats_left', 'rate_limit_key', 'webhooks')
-  if is_tried_again then return job[2] end
-  return redis.call('EXISTS', job_key(id) .. ':dependents') == 1 or job[1] or job[2] or job[3]
+local function wants_rq(id, is_tried_again, repeats_left, rate_limit_key, webhooks)
+  if is_tried_again then return rate_limit_key end
+  return repeats_left or rate_limit_key or webhooks or redis.call('EXISTS', job_key(id) .. ':dependents') == 1
 end
 
 -- An ended job, its results and its entry in a registry are kept for so many seconds; for ever with RQ's -1.
@@ -182,12 +169,12 @@ local function keep(id, queue, name, ttl, now)
 end
 
 -- A job that ended without success: `failed`, or `stopped`, which RQ keeps in the same registry.
-local function end_badly(id, was, queue, status, failure_ttl, result, error, now)
+local function end_badly(id, was, queue, status, failure_ttl, result, error, now, owner)
   local key, stamp = job_key(id), timestamp(now)
   redis.call('HSET', key, 'status', status, 'ended_at', stamp, 'last_heartbeat', stamp, 'error', error)
   redis.call('XADD', registry('results', id), 'MAXLEN', 10, '*', 'type', 2, unpack(result))
   keep(id, queue, 'failed', failure_ttl, now)
-  move(id, was, status)
+  move(id, was, status, owner)
 end
 
 -- What a job that was stopped on request says of it: RQ's text of an exception, and our `error`.

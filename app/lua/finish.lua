@@ -6,31 +6,32 @@
 -- Answers the job's new status, 'lost', or 'rq': the job has what only RQ's own code handles, and nothing was written.
 local id, execution, queue, worker, outcome, value, exception, error, result_ttl, failure_ttl, progress,
   force = unpack(ARGV)
-if not holds(id, execution, queue) then
+local job = read(id, 'status', 'owner', 'stop_requested', 'result_ttl', 'failure_ttl', 'retries_left', 'retry_intervals',
+  'enqueue_at_front_on_retry', 'repeats_left', 'rate_limit_key', 'webhooks')
+local owner = job[2]
+if not holds(id, execution, queue, job[1]) then
   end_execution(id, execution, queue, worker)
   return 'lost'
 end
 
 local key, now = job_key(id), clock()
-local job = read(id, 'result_ttl', 'failure_ttl', 'retries_left', 'retry_intervals', 'enqueue_at_front_on_retry')
-if is_to_stop(id, execution) then
+if job[3] == execution then
   outcome, exception, error = 'stopped', STOPPED_EXCEPTION, STOPPED_ERROR
 end
-local retries_left = whole(job[3], 0)
+local retries_left = whole(job[6], 0)
 local is_tried_again = outcome == 'failed' and retries_left > 0
-if force == '0' and wants_rq(id, is_tried_again) then return 'rq' end
+if force == '0' and wants_rq(id, is_tried_again, unpack(job, 9, 11)) then return 'rq' end
 
 local started = tonumber(redis.call('HGET', execution_key(id, execution), 'created_at')) or now
 local result = {'worker_name', worker, 'execution_id', execution, 'execution_started_at', exact(started),
   'execution_ended_at', exact(now)}
 end_execution(id, execution, queue, worker)
-count(worker, outcome == 'finished' and 'successful_job_count' or 'failed_job_count', now - started)
 if progress ~= '' then redis.call('HSET', key, 'progress', progress) end
 
 if outcome == 'finished' then
-  local ttl = whole(job[1], result_ttl)
+  local ttl = whole(job[4], result_ttl)
   if ttl == 0 then
-    for _, scope in ipairs(scopes(id)) do remove_from_index(scope, id, 'started') end
+    for _, scope in ipairs(scopes(id, owner)) do remove_from_index(scope, id, 'started') end
     redis.call('DEL', key, registry('results', id), registry('executions', id))
     tell(id, 'finished')
     return 'finished'
@@ -46,27 +47,27 @@ if outcome == 'finished' then
   redis.call('HSET', key, 'status', 'finished', 'ended_at', stamp, 'last_heartbeat', stamp)
   redis.call('XADD', registry('results', id), 'MAXLEN', 10, '*', 'type', 1, unpack(result))
   keep(id, queue, 'finished', ttl, now)
-  move(id, 'started', 'finished')
+  move(id, 'started', 'finished', owner)
   return 'finished'
 end
 
 if is_tried_again then
   redis.call('HSET', key, 'retries_left', retries_left - 1)
-  local is_json, intervals = pcall(cjson.decode, job[4] or '[]')
+  local is_json, intervals = pcall(cjson.decode, job[7] or '[]')
   if not is_json or type(intervals) ~= 'table' then intervals = {} end
   local pause = number(intervals[math.max(#intervals - retries_left, 0) + 1], 0)
   if pause > 0 then
     redis.call('HSET', key, 'status', 'scheduled', 'started_at', '', 'worker_name', '')
     redis.call('HDEL', key, 'progress')
     redis.call('ZADD', registry('scheduled', queue), math.floor(now + pause), id)
-    move(id, 'started', 'scheduled')
+    move(id, 'started', 'scheduled', owner)
     return 'scheduled'
   end
-  make_waiting(id, 'started', queue, job[5] == '1', now)
+  make_waiting(id, 'started', queue, job[8] == '1', now)
   return 'queued'
 end
 
 result[#result + 1] = 'exc_string'
 result[#result + 1] = exception
-end_badly(id, 'started', queue, outcome, whole(job[2], failure_ttl), result, error, now)
+end_badly(id, 'started', queue, outcome, whole(job[5], failure_ttl), result, error, now, owner)
 return outcome

@@ -4,25 +4,24 @@
 -- default failure TTL.
 -- Answers 'queued', 'failed', 'stopped' if it was asked to stop, 'lost', or 'rq' as `finish` does.
 local id, execution, queue, worker, crashed, limit, exception, error, failure_ttl = unpack(ARGV)
-if not holds(id, execution, queue) then
+local job = read(id, 'status', 'stop_requested', 'crashes', 'failure_ttl', 'repeats_left', 'rate_limit_key', 'webhooks')
+if not holds(id, execution, queue, job[1]) then
   end_execution(id, execution, queue, worker)
   return 'lost'
 end
 
-local job = read(id, 'crashes', 'failure_ttl')
-local crashes = whole(job[1], 0) + tonumber(crashed)
+local crashes = whole(job[3], 0) + tonumber(crashed)
 local status = 'failed'
-if is_to_stop(id, execution) then status, exception, error = 'stopped', STOPPED_EXCEPTION, STOPPED_ERROR end
+if job[2] == execution then status, exception, error = 'stopped', STOPPED_EXCEPTION, STOPPED_ERROR end
 local is_over = status == 'stopped' or (crashed == '1' and crashes > tonumber(limit))
-if is_over and wants_rq(id) then return 'rq' end
+if is_over and wants_rq(id, false, unpack(job, 5, 7)) then return 'rq' end
 
 local now = clock()
 end_execution(id, execution, queue, worker)
 if crashed == '1' then redis.call('HSET', job_key(id), 'crashes', crashes) end
 if is_over then
   local result = {'worker_name', worker, 'execution_id', execution, 'exc_string', exception}
-  count(worker, 'failed_job_count', 0)
-  end_badly(id, 'started', queue, status, whole(job[2], failure_ttl), result, error, now)
+  end_badly(id, 'started', queue, status, whole(job[4], failure_ttl), result, error, now)
   return status
 end
 make_waiting(id, 'started', queue, true, now)

@@ -2,7 +2,8 @@
 -- ARGV: job id, execution id, queue, worker, lease in seconds, progress as JSON or '', crash limit of its function or ''.
 -- Answers 'held', 'lost', or 'stop' if somebody canceled the job; after both the worker ends the run.
 local id, execution, queue, worker, lease, progress, max_crashes = unpack(ARGV)
-if not holds(id, execution, queue) then
+local job = read(id, 'status', 'stop_requested')
+if not holds(id, execution, queue, job[1]) then
   end_execution(id, execution, queue, worker)
   return 'lost'
 end
@@ -16,4 +17,4 @@ if progress ~= '' then
   redis.call('HSET', job_key(id), 'progress', progress)
   tell(id, 'started')
 end
-return is_to_stop(id, execution) and 'stop' or 'held'
+return job[2] == execution and 'stop' or 'held'

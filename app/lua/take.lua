@@ -12,9 +12,10 @@ local now = clock()
 for _, member in ipairs(redis.call('SMEMBERS', worker_key(worker) .. ':executions')) do
   local id, found = string.match(member, '^(.*):(.*)$')
   if found == execution then
-    local queue = redis.call('HGET', job_key(id), 'origin')
-    if queue and holds(id, execution, queue) then
-      return {'taken', queue, id, redis.call('HGET', job_key(id), 'started_at'), redis.call('HMGET', job_key(id), unpack(FIELDS))}
+    local job = redis.call('HMGET', job_key(id), 'origin', 'started_at', unpack(FIELDS))
+    local queue, started_at = table.remove(job, 1), table.remove(job, 1)
+    if queue and holds(id, execution, queue, job[1]) then
+      return {'taken', queue, id, started_at, job}
     end
   end
 end
@@ -32,14 +33,17 @@ for position = 4, #ARGV do
   local id = redis.call('LPOP', queue_key(queue))
   while id do
     local key = job_key(id)
-    local job = redis.pcall('HMGET', key, unpack(FIELDS))
+    local job = redis.pcall('HMGET', key, 'owner', unpack(FIELDS))
     if job.err then return {'skipped', queue, id, job.err} end
+    local owner = table.remove(job, 1)
     if (job[1] or job[2]) and not settled[job[1]] then
       local stamp = timestamp(now)
       -- What stands under a name of this job's own and is of another type would stop a script half-way.
-      for name, kind in pairs({executions = 'zset', results = 'stream'}) do
-        local found = redis.call('TYPE', registry(name, id)).ok
-        if found ~= 'none' and found ~= kind then redis.call('DEL', registry(name, id)) end
+      local executions, results = registry('executions', id), registry('results', id)
+      if redis.call('EXISTS', executions, results) > 0 then
+        for name, kind in pairs({[executions] = 'zset', [results] = 'stream'}) do
+          if redis.call('TYPE', name).ok ~= kind then redis.call('DEL', name) end
+        end
       end
       redis.call('HSET', key, 'status', 'started', 'started_at', stamp, 'last_heartbeat', stamp, 'worker_name', worker,
         'origin', queue)
@@ -48,7 +52,7 @@ for position = 4, #ARGV do
       extend_lease(id, execution, queue, worker, lease, now,
         'id', execution, 'job_id', id, 'created_at', exact(now), 'worker_name', worker)
       redis.call('HSET', worker_key(worker), 'state', 'busy')
-      move(id, job[1] or 'queued', 'started')
+      move(id, job[1] or 'queued', 'started', owner)
       return {'taken', queue, id, stamp, job}
     end
     -- A million canceled jobs must not keep Redis from all others.
