@@ -50,12 +50,12 @@ class EndingWorker(SteadyWorker):
     ) -> Ending:
         return Ending(outcome, self.settings.result_ttl, self.settings.failure_ttl, return_value, failure, progress)
 
-    def _finish(self, run: Run, ending: Ending) -> None:
-        self._close(run, ending, self._insist(lambda: transitions.finish(self.connection, run, ending)))
-
-    def _close(self, run: Run, ending: Ending, status: str) -> None:
+    def _finish(self, run: Run, ending: Ending, status: str | None = None, *, is_patient: bool = True) -> None:
+        """Write the end of a run down, unless Redis has answered it with a status already."""
+        insist = partial(self._insist, is_patient=is_patient)
+        status = status or insist(lambda: transitions.finish(self.connection, run, ending))
         if status == "rq":
-            status = self._insist(lambda: self._finish_as_rq(run, ending))
+            status = insist(lambda: self._finish_as_rq(run, ending))
         if status != "lost":
             self.successful_job_count += ending.outcome == "finished"
             self.failed_job_count += ending.outcome != "finished"

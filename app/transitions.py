@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 from redis import Redis
-from redis.exceptions import NoScriptError
+from redis.connection import Connection
+from redis.exceptions import NoScriptError, ResponseError
 from rq.defaults import RQ_KEY_PREFIX
 from rq.exceptions import NoSuchJobError, TimeoutFormatError
 
@@ -52,21 +53,17 @@ _LUA = Path(__file__).parent / "lua"
 _COMMON = (_LUA / "common.lua").read_text().replace("{RQ}", RQ_KEY_PREFIX)
 _COMMON = _COMMON.replace("{STOPPED_EXCEPTION}", STOPPED.exception).replace("{STOPPED_ERROR}", STOPPED.error)
 _SCRIPTS = {path.stem: _COMMON + path.read_text() for path in _LUA.glob("*.lua") if path.stem != "common"}
-# One trip to Redis instead of two at the end of each job: `finish`, then `take`, each as it is. The first argument
-# says how many of the rest are for `finish`.
-_SCRIPTS["finish_and_take"] = f"""{_COMMON}
-local function finish(ARGV) {(_LUA / "finish.lua").read_text()} end
-local function take(ARGV) {(_LUA / "take.lua").read_text()} end
-local split = ARGV[1] + 1
-return {{finish({{unpack(ARGV, 2, split)}}), take({{unpack(ARGV, split + 1)}})}}
-"""
 _DIGESTS = {name: hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest() for name, text in _SCRIPTS.items()}
 
 Argument = str | bytes | int | float
 
 
+def _encode(arguments: Iterable[Argument]) -> list[Argument]:
+    return [part.encode(errors="surrogateescape") if isinstance(part, str) else part for part in arguments]
+
+
 def _run(connection: Redis, script: str, *arguments: Argument) -> Any:
-    raw = [part.encode(errors="surrogateescape") if isinstance(part, str) else part for part in arguments]
+    raw = _encode(arguments)
     try:
         return connection.evalsha(_DIGESTS[script], 0, *raw)
     except NoScriptError:  # Redis was restarted, or never saw it
@@ -292,15 +289,47 @@ def finish(connection: Redis, run: Run, ending: Ending) -> str:
     return _text(_run(connection, "finish", *ending.arguments(run)))
 
 
-def finish_and_take(
+def take_and_finish(
     connection: Redis, run: Run, ending: Ending, execution: str, lease: int, queues: Iterable[str]
-) -> tuple[str, TakeAnswer]:
-    """`finish`, then `take` for the same worker, in one round trip."""
-    arguments = ending.arguments(run)
-    status, taken = _run(
-        connection, "finish_and_take", len(arguments), *arguments, run.worker, execution, lease, *queues
-    )
-    return _text(status), _read_taken(taken)
+) -> TakeAnswer | None:
+    """Take the worker's next job, with the end of its last one sent right behind.
+
+    Redis answers the first before it begins with the second: the next job runs while the last one's end is written
+    down. `read_finish` gives the answer to that, before anything else is sent on this connection.
+
+    Args:
+        connection: a client with a connection of its own, as `Redis.client()` makes it.
+        run: the last one.
+        ending: how it ended.
+        execution: id for the next one.
+        lease: seconds of its lease.
+        queues: where to look, in this order.
+
+    Returns:
+        As `take`; None if Redis refused, for a reason that a `take` by itself will learn.
+    """
+    wire = _wire_of(connection)
+    wire.send_command("EVALSHA", _DIGESTS["take"], 0, *_encode((run.worker, execution, lease, *queues)))
+    wire.send_command("EVALSHA", _DIGESTS["finish"], 0, *_encode(ending.arguments(run)))
+    try:
+        return _read_taken(wire.read_response())
+    except ResponseError:
+        return None
+
+
+def read_finish(connection: Redis) -> str:
+    """What `finish` says, as the second part of `take_and_finish`.
+
+    Raises:
+        RedisError: it is not known whether the end was written; or Redis refused.
+    """
+    return _text(_wire_of(connection).read_response())
+
+
+def _wire_of(connection: Redis) -> Connection:
+    wire = connection.connection
+    assert wire, "not a client with a connection of its own"
+    return wire
 
 
 def release(

@@ -14,8 +14,9 @@ import threading
 import time
 import uuid
 import zlib
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import rq
 from redis.exceptions import RedisError, ResponseError
@@ -45,6 +46,14 @@ OUTAGE = 5.0
 KILL_AFTER = 5.0
 
 
+class Unsettled(NamedTuple):
+    """The end of a run that was sent to Redis, and whether the answer can still be read."""
+
+    run: Run
+    ending: Ending
+    is_answered: bool
+
+
 class Worker(EndingWorker):
     """An RQ worker whose every change to a job is one atomic transition under a lease."""
 
@@ -56,6 +65,8 @@ class Worker(EndingWorker):
         # One connection of its own: a third of the time that redis-py spends on a command goes into its pool.
         self._redis = self.connection.client()
         self._taken_ahead: transitions.TakeAnswer | None = None
+        #: The end of the last job, while it is not known how it was written down.
+        self._unsettled: Unsettled | None = None
         self._assignment: Assignment | None = None
         #: The run that a message from the pubsub thread may stop: not one whose end is being written down already.
         self._stoppable_run: Run | None = None
@@ -89,6 +100,7 @@ class Worker(EndingWorker):
             self._horse.bury()
         self._stopping_since = self._stopping_since or time.monotonic()  # a Redis that is away is not waited for long
         try:
+            self._settle()
             if isinstance(self._taken_ahead, transitions.Taken):  # `--max-jobs`, or a signal just now
                 run = Run(self._taken_ahead.job_id, self._next_execution, self._taken_ahead.queue, self.name)
                 self._release(Assignment(run), crashed=False, how="its worker ended before the run began")
@@ -149,6 +161,8 @@ class Worker(EndingWorker):
             try:
                 self._tick()
                 taken, self._taken_ahead = self._taken_ahead, None
+                if not isinstance(taken, transitions.Taken):
+                    self._settle()
                 if not taken:
                     self._ensure_horse()
                     self._asked_at = self._asked_at or time.monotonic()
@@ -289,8 +303,8 @@ class Worker(EndingWorker):
         self.executions[run.execution] = Execution(run.execution, job.id, self.connection, self.name)
         try:
             self._run()
-        except ResponseError as error:  # a key of another type: `recover` will find the run, and set it aside
-            self.log.error("%s: the end of job %s cannot be written: %s", run.queue, run.job_id, error)
+        except ResponseError as error:
+            self._complain(run, error)
         except SystemExit:  # a second signal (RQ's cold shutdown)
             self._put_back("its worker was told to end at once")
             raise
@@ -298,6 +312,10 @@ class Worker(EndingWorker):
             self._close_to_stops(run)
             self.executions.pop(run.execution, None)
             self.total_working_time += time.monotonic() - start
+
+    def _complain(self, run: Run, error: ResponseError) -> None:
+        # A key of another type: `recover` will find the run, and set it aside.
+        self.log.error("%s: the end of job %s cannot be written: %s", run.queue, run.job_id, error)
 
     def _close_to_stops(self, run: Run) -> bool:
         """From now on no message stops the run; True if one did before, and the work-horse was killed for it."""
@@ -319,7 +337,7 @@ class Worker(EndingWorker):
             # taken a while ago, or must not run twice, is run only if it is still this worker's.
             is_old = time.monotonic() - self._taken_at > TICK
             if own_limit is not None or is_old or self.settings.max_crashes == 0:
-                renew = partial(transitions.renew, self._redis, run, self.settings.worker_lease, "", own_limit)
+                renew = partial(transitions.renew, self.connection, run, self.settings.worker_lease, "", own_limit)
                 if (held := self._insist(renew)) != "held":
                     self._end_unheld(run, held)
                     return
@@ -359,6 +377,8 @@ class Worker(EndingWorker):
         start = last_renewal = last_progress = next_look = time.monotonic()
         patience = MEMORY_EVERY if self.settings.worker_max_memory else TICK
         while True:
+            if self._unsettled and time.monotonic() >= self._patient_until:
+                self._quietly(partial(self._settle, is_patient=False))
             # All that is there: an outcome may stand behind old progress, after Redis kept us waiting.
             frame = horse.channel.receive(PROGRESS_EVERY if progress else patience)
             if frame is None and horse.has_died():
@@ -398,7 +418,7 @@ class Worker(EndingWorker):
                 self._put_back("its worker was told to end")
                 return
             if now >= self._patient_until:
-                self._tick_quietly()
+                self._quietly(self._tick)
 
     def _end_unheld(self, run: Run, held: Literal["lost", "stop"]) -> None:
         """Nothing more is written for a run that lost its lease; one that was canceled is stopped."""
@@ -448,9 +468,9 @@ class Worker(EndingWorker):
             self._be_patient(error)
             return "held"
 
-    def _tick_quietly(self) -> None:
+    def _quietly(self, call: Callable[[], None]) -> None:
         try:
-            self._tick()
+            call()
         except RedisError as error:
             self.log.error("Worker %s: %s", self.name, error)
             self._be_patient(error)
@@ -460,20 +480,44 @@ class Worker(EndingWorker):
             self._patient_until = time.monotonic() + min(2 * TICK, self.settings.worker_lease / 6)
 
     def _finish_and_take(self, run: Run, ending: Ending) -> None:
-        """Finish, and take the next job in the same round trip; `dequeue_job_and_maintain_ttl` finds it.
+        """Finish, and take the next job with it; `dequeue_job_and_maintain_ttl` finds it.
 
-        One trip less a job was worth a third more jobs/s; the next job's lease begins as it is taken, as ever.
+        The next job is with the work-horse before the last one is settled; its lease begins as it is taken, as ever.
         """
+        self._settle()
         if self._stop_requested:
             self._finish(run, ending)
             return
         self._asked_at = time.monotonic()
-        status, self._taken_ahead = self._insist(
-            lambda: transitions.finish_and_take(
+        try:
+            self._taken_ahead = transitions.take_and_finish(
                 self._redis, run, ending, self._next_execution, self.settings.worker_lease, self._queue_order()
             )
-        )
-        self._close(run, ending, status)
+            self._unsettled = Unsettled(run, ending, is_answered=True)
+        except RedisError as error:
+            self.log.error("Worker %s: %s", self.name, error)
+            self._unsettled = Unsettled(run, ending, is_answered=False)
+
+    def _settle(self, *, is_patient: bool = True) -> None:
+        """Learn how the last job's end was written down; write it again if the answer was lost.
+
+        Raises:
+            RedisError: Redis did not do it, and is not to be waited for.
+        """
+        if not self._unsettled:
+            return
+        (run, ending, is_answered), status = self._unsettled, None
+        self._unsettled = Unsettled(run, ending, is_answered=False)  # an answer can be read once
+        if is_answered:
+            with contextlib.suppress(RedisError):
+                status = transitions.read_finish(self._redis)
+        try:
+            self._finish(run, ending, status, is_patient=is_patient)
+        except ResponseError as error:
+            if "WRONGTYPE" not in str(error):
+                raise
+            self._complain(run, error)
+        self._unsettled = None
 
     def _put_back(self, how: str) -> None:
         """Let the job in hand wait again, as nobody's fault; one that has begun and must not run twice is failed."""

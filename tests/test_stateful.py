@@ -420,13 +420,12 @@ class Service(RuleBasedStateMachine):
         if how in ("crash", "shutdown"):
             assert release(run, how) == self.model.release(job, crashed=how == "crash")
             return
-        expected, given = self.model.finish(job, how, self.count), ending(how, self.count, progress)
         if takes_next:
-            execution, queues = uuid.uuid4().hex, WORKERS[run.worker]
-            status, taken = transitions.finish_and_take(redis, run, given, execution, LONG, queues)
+            execution = uuid.uuid4().hex
+            taken = transitions.take(redis, run.worker, execution, LONG, WORKERS[run.worker])
             self.check_taken(taken, run.worker, execution)
-        else:
-            status = transitions.finish(redis, run, given)
+        expected = self.model.finish(job, how, self.count)
+        status = transitions.finish(redis, run, ending(how, self.count, progress))
         assert status == expected
         if status == "scheduled":  # the pause is over when the machine says so, however slow that is
             assert redis.zadd(f"rq:scheduled:{job.queue}", {job.job_id: time.time() + LONG}, xx=True, ch=True)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import fakeredis
 import pytest
-from redis.exceptions import OutOfMemoryError, ResponseError
+from redis.exceptions import NoScriptError, OutOfMemoryError, ResponseError
 from rq.registry import StartedJobRegistry
 from rq.serializers import JSONSerializer
 
@@ -557,28 +557,33 @@ def test_finish_ends_a_job_whose_result_ttl_is_corrupt(redis: Any, value: str) -
     assert job_of(redis)["status"] == "finished"
 
 
-def test_finish_and_take_does_both_in_one_go(redis: Any) -> None:
-    run = start(redis, "1", retries_left=1)
+def take_and_finish(client: Any, run: Run) -> Any:
+    return transitions.take_and_finish(client, run, ending("finished", "1"), "e", 30, ["default", "low"])
+
+
+def test_take_and_finish_does_both(redis: Any) -> None:
+    run = start(redis, "1")
     add(redis, "2", "low")
-    queues = ["default", "low"]
-    both = [transitions.finish_and_take(redis, run, ending("finished", "1"), "e", 30, queues) for _ in range(2)]
-    for expected, (status, taken) in zip(["finished", "lost"], both, strict=True):
-        assert status == expected
-        assert isinstance(taken, Taken)
-        assert (taken.queue, taken.job_id) == ("low", "2")
-    assert job_of(redis, "1")["status"] == "finished"
-    assert redis.zcard("rq:wip:low") == 1
-    assert redis.smembers("rq:worker:w:executions") == {b"2:e"}
-
-
-def test_finish_and_take_takes_the_job_that_it_made_wait_again(redis: Any) -> None:
-    status, taken = transitions.finish_and_take(
-        redis, start(redis, retries_left=1), ending("failed"), "e", 30, ["default"]
-    )
-    assert status == "queued"
+    client = redis.client()
+    assert finish(redis, Run("none", "e", "default", "w")) == "lost"  # brings the script
+    taken = take_and_finish(client, run)
     assert isinstance(taken, Taken)
-    assert taken.job_id == "j"
-    assert transitions.renew(redis, Run("j", "e", "default", "w"), 30) == "held"
+    assert (taken.queue, taken.job_id) == ("low", "2")
+    assert transitions.read_finish(client) == "finished"
+    assert job_of(redis, "1")["status"] == "finished"
+    assert redis.smembers("rq:worker:w:executions") == {b"2:e"}
+    assert take_and_finish(client, run)[:3] == taken[:3]  # sent again: the same answer, and the end was written
+    assert transitions.read_finish(client) == "lost"
+
+
+def test_take_and_finish_leaves_it_to_each_to_bring_its_script(redis: Any) -> None:
+    run = start(redis)
+    client = redis.client()
+    redis.script_flush()
+    assert take_and_finish(client, run) is None
+    with pytest.raises(NoScriptError):
+        transitions.read_finish(client)
+    assert finish(redis, run) == "finished"
 
 
 # retries

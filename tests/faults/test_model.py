@@ -62,6 +62,8 @@ class WorkerState(NamedTuple):
     """What one worker process knows; None if it is dead."""
 
     run: Run | None = None
+    #: the run before, whose end is on its way to Redis
+    ending: Run | None = None
     #: runs that `recover` named, which it is to release one by one
     abandoned: tuple[Abandoned, ...] = ()
 
@@ -154,11 +156,15 @@ class World:
             yield f"{number} releases what another left", lambda: self._release_abandoned(state, number, worker)
             return
         yield f"{number} recovers", lambda: self._recover(state, number, worker)
+        if worker.ending:
+            yield f"{number} settles", lambda: self._settle(state, number, worker)
         if worker.run is None:
-            yield f"{number} takes", lambda: self._take(state, number)
+            if not worker.ending:
+                yield f"{number} takes", lambda: self._take(state, number, worker)
             return
         yield f"{number} renews", lambda: self._renew(state, number, worker)
-        yield f"{number} ends failed and takes", lambda: self._finish_and_take(state, number, worker.run)
+        if not worker.ending:
+            yield f"{number} takes ahead", lambda: self._take(state, number, WorkerState(ending=worker.run))
         for outcome in ("finished", "failed", "stopped"):
             yield f"{number} ends {outcome}", lambda outcome=outcome: self._finish(state, number, outcome)  # type: ignore[misc]
         yield f"{number} loses its work-horse", lambda: self._release(state, number, worker.run, crashed=True)
@@ -226,22 +232,22 @@ class World:
         self.redis.zadd(f"rq:wip:{QUEUE}", {member: 1}, xx=True)
         return state
 
-    def _take(self, state: State, number: int) -> State:
+    def _take(self, state: State, number: int, worker: WorkerState) -> State:
         execution = f"e{state.executions}e"
         state = state._replace(executions=state.executions + 1)
         # The second answer has the fields as they are then; all else is the same.
         answer = self._send(lambda: transitions.take(self.redis, f"w{number}", execution, LEASE, [QUEUE])[:3], SAME)
         if answer[:2] != (QUEUE, JOB):
-            return state
+            return self._set(state, number, worker)
         run = Run(JOB, execution, QUEUE, f"w{number}")
-        return self._set(state, number, WorkerState(run))._replace(waits=state.waits - 1)
+        return self._set(state, number, worker._replace(run=run))._replace(waits=state.waits - 1)
 
     def _renew(self, state: State, number: int, worker: WorkerState) -> State:
         assert worker.run
         run = worker.run
         answer = self._send(lambda: transitions.renew(self.redis, run, LEASE))
         if answer == "lost":
-            return self._set(state, number, WorkerState())
+            return self._set(state, number, worker._replace(run=None))
         assert float(self.redis.hget(f"rq:execution:{JOB}:{run.execution}", "lease_until")) > 0
         return self._finish(state, number, "stopped") if answer == "stop" else state
 
@@ -249,31 +255,22 @@ class World:
         worker = state.workers[number]
         assert worker
         assert worker.run
-        run = worker.run
+        state = self._end(state, worker.run, outcome)
+        return self._set(state, number, worker._replace(run=None))
+
+    def _settle(self, state: State, number: int, worker: WorkerState) -> State:
+        """The end that was sent behind a `take` is there; only one that lets the job wait makes a difference here."""
+        assert worker.ending
+        state = self._end(state, worker.ending, "failed")
+        return self._set(state, number, worker._replace(ending=None))
+
+    def _end(self, state: State, run: Run, outcome: Literal["finished", "failed", "stopped"]) -> State:
         ending = Ending(outcome, 1000, 1000, failure=Failure() if outcome == "finished" else BOOM)
         answer = self._send(lambda: transitions.finish(self.redis, run, ending), "lost")
         if answer in TERMINAL:
             assert state.answered in ("", answer), (state, answer)
             state = state._replace(answered=answer)
-        return self._set(state, number, WorkerState())
-
-    def _finish_and_take(self, state: State, number: int, run: Run | None) -> State:
-        """In one round trip, as workers do; only an end that lets the job wait again makes a difference here."""
-        assert run
-        execution = f"e{state.executions}e"
-        state = state._replace(executions=state.executions + 1)
-        ending = Ending("failed", 1000, 1000, failure=BOOM)
-        answer, taken = self._send(
-            lambda: transitions.finish_and_take(self.redis, run, ending, execution, LEASE, [QUEUE])
-        )
-        if answer in TERMINAL:
-            assert state.answered in ("", answer), (state, answer)
-            state = state._replace(answered=answer)
-        state = self._set(state._replace(waits=state.waits + (answer == "queued")), number, WorkerState())
-        if not isinstance(taken, transitions.Taken):
-            return state
-        ahead = Run(JOB, execution, QUEUE, f"w{number}")
-        return self._set(state, number, WorkerState(ahead))._replace(waits=state.waits - 1)
+        return state._replace(waits=state.waits + (answer == "queued"))
 
     def _release(self, state: State, number: int, run: Run | None, *, crashed: bool) -> State:
         assert run
@@ -286,7 +283,9 @@ class World:
         if answer in TERMINAL:
             assert state.answered in ("", answer), (state, answer)
             state = state._replace(answered=answer)
-        return self._set(state._replace(waits=state.waits + (answer == "queued")), number, WorkerState())
+        worker = state.workers[number]
+        assert worker
+        return self._set(state._replace(waits=state.waits + (answer == "queued")), number, worker._replace(run=None))
 
     def _recover(self, state: State, number: int, worker: WorkerState) -> State:
         found = tuple(self._send(lambda: transitions.recover(self.redis, [QUEUE]), SAME))
@@ -329,6 +328,9 @@ class World:
             if not any(worker and worker.run and worker.run.execution in key.decode() for worker in state.workers):
                 self._expire(state, key)  # in time, since nobody renews it
         for number, worker in enumerate(state.workers):
+            if worker and worker.ending:
+                state = self._settle(state, number, worker)
+        for number, worker in enumerate(state.workers):
             if worker and worker.run:
                 state = self._renew(state, number, worker)
                 if (left := state.workers[number]) and left.run:
@@ -339,7 +341,7 @@ class World:
             state = self._recover(self._set(state, 0, WorkerState()), 0, WorkerState())
             while (worker := state.workers[0]) and worker.abandoned:
                 state = self._release_abandoned(state, 0, worker)
-            state = self._take(self._promote(state), 0)
+            state = self._take(self._promote(state), 0, WorkerState())
             if (worker := state.workers[0]) and worker.run:
                 state = self._finish(state, 0, "finished")
         raise AssertionError(f"stuck: {state}")
