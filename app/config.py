@@ -142,6 +142,12 @@ class Settings(BaseSettings):
     max_wait: int = Field(default=60, ge=0, le=60, description="The longest `wait` that is granted, in seconds")
     max_waiting: int = Field(default=3000, ge=0, le=100_000, description="Requests that may wait in one web process")
 
+    worker_fresh_process: bool = Field(
+        default=False, description="Run each job in a new process, for code that leaves something behind"
+    )
+    worker_max_jobs: int | None = Field(
+        default=None, ge=1, description="Jobs after which a work-horse gives way to a new one; unset: any number"
+    )
     worker_max_memory: ByteSize | None = Field(
         default=None,
         ge=16 * 2**20,

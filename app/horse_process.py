@@ -4,12 +4,11 @@ import contextlib
 import os
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import psutil
 
+from app.fork_server import ForkServer
 from app.frames import Channel
 
 #: Seconds that a work-horse has to load the job functions, with whatever they load.
@@ -40,36 +39,54 @@ def _count_out_of_memory_kills() -> int:
 class WorkHorse:
     """The work-horse as the worker sees it: a process and a channel to it."""
 
-    def __init__(self) -> None:
-        """Start the process and wait until it has loaded the job functions.
+    def __init__(self, server: ForkServer) -> None:
+        """Start the process; it has to load the job functions yet."""
+        self.note_time()
+        ours, its = socket.socketpair()
+        self._server = server
+        self.pid = server.start(its)
+        its.close()
+        self.channel = Channel(ours)
+        self._is_ready = False
+        #: How many jobs were sent to it.
+        self.jobs = 0
+        #: Whether it may run no further job.
+        self.is_spent = False
+        #: By path of a function, how often its jobs may be run again after a crash, where it says so itself.
+        self.crash_limits: dict[str, int] = {}
+        #: Paths of the functions whose jobs each want a process of their own.
+        self.fresh: frozenset[str] = frozenset()
+
+    def is_ready(self, within: float = 0) -> bool:
+        """Whether it has loaded the job functions, at the latest after so many seconds.
 
         Raises:
             HorseDied: it could not load them; it printed why.
         """
-        self.note_time()
-        ours, its = socket.socketpair()
-        # A fresh interpreter: forking a process that has threads (RQ's pubsub) can deadlock the child.
-        code = f"import sys; sys.path[:] = {sys.path!r}; from app.work_horse import main; main({its.fileno()})"
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", code], pass_fds=[its.fileno()], stdin=subprocess.DEVNULL, process_group=0
-        )
-        its.close()
-        self.pid = self._process.pid
-        self.channel = Channel(ours)
-        try:
-            hello = self.channel.receive(START_WITHIN)
-        except EOFError:
-            raise HorseDied(self.bury()) from None
-        if hello is None:
+        if not self._is_ready:
+            try:
+                hello = self.channel.receive(within)
+            except EOFError:
+                raise HorseDied(self.bury()) from None
+            if hello:
+                self._is_ready = True
+                self.crash_limits, self.fresh = hello[0]["crash_limits"], frozenset(hello[0]["fresh"])
+        return self._is_ready
+
+    def await_ready(self) -> None:
+        """Wait until it has loaded the job functions.
+
+        Raises:
+            HorseDied: it could not load them, or not in time.
+        """
+        if not self.is_ready(START_WITHIN):
             self.kill()
             self.bury()
             raise HorseDied(f"not ready after {START_WITHIN:.0f} s")
-        #: By path of a function, how often its jobs may be run again after a crash, where it says so itself.
-        self.crash_limits: dict[str, int] = hello[0]["crash_limits"]
 
     def has_died(self) -> bool:
         """Whether the process has ended by itself."""
-        return self._process.poll() is not None
+        return self._server.poll(self.pid) is not None
 
     def note_time(self) -> None:
         """From now on a death may be the system's, if it kills for want of memory."""
@@ -93,13 +110,13 @@ class WorkHorse:
     def bury(self) -> str:
         """Make sure that the process and all that it started are gone, and tell how it ended."""
         self.channel.close()  # it ends itself on that
-        try:
-            code = self._process.wait(timeout=1)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-            return "it closed its connection to the worker"
-        finally:
-            self.kill()
-        is_out_of_memory = code == -signal.SIGKILL and _count_out_of_memory_kills() > self._out_of_memory_kills
-        return describe_exit(code) + (", as the system was out of memory" if is_out_of_memory else "")
+        code = self._server.wait(self.pid, 1)
+        self.kill()
+        if code is None:
+            self._server.wait(self.pid, 60)  # seconds: a kernel may take a while to give much memory back
+            how = "it closed its connection to the worker"
+        else:
+            is_out_of_memory = code == -signal.SIGKILL and _count_out_of_memory_kills() > self._out_of_memory_kills
+            how = describe_exit(code) + (", as the system was out of memory" if is_out_of_memory else "")
+        self._server.forget(self.pid)
+        return how

@@ -49,6 +49,8 @@ class JobFunction:
     signature: inspect.Signature
     #: How often a job is run again after its process died; None for MAX_CRASHES.
     max_crashes: int | None = None
+    #: Whether each job gets a process in which no other job runs.
+    fresh_process: bool = False
 
     @property
     def path(self) -> str:
@@ -92,7 +94,7 @@ FUNCTIONS: dict[str, JobFunction] = {}
 
 
 def job_function(
-    *, max_crashes: int | None = None, **defaults: Unpack[Defaults]
+    *, max_crashes: int | None = None, fresh_process: bool = False, **defaults: Unpack[Defaults]
 ) -> Callable[[AnyCallable], AnyCallable]:
     """Let jobs run the decorated callable, which stays the plain callable it is.
 
@@ -103,6 +105,8 @@ def job_function(
     Args:
         max_crashes: how often a job is run again after the process that ran it died, instead of MAX_CRASHES; 0 for
             work that must not be done twice.
+        fresh_process: run each job in a process in which no other one runs, as with WORKER_FRESH_PROCESS for all: for
+            code that leaves something behind.
         defaults: for the options of `/enqueue`, of the same names and meanings; a request overrides them, within
             the configured limits, which are not for the defaults themselves.
 
@@ -123,7 +127,7 @@ def job_function(
             raise TypeError(f"The job function {name} must take one argument, the payload; it takes {len(parameters)}.")
         hint = get_type_hints(call, include_extras=True).get(parameters[0], Any)
         payload = None if hint in (Any, object, dict) else TypeAdapter(hint)
-        function = JobFunction(name, call, payload, defaults, signature, max_crashes)
+        function = JobFunction(name, call, payload, defaults, signature, max_crashes, fresh_process)
         if name in FUNCTIONS and FUNCTIONS[name].path != function.path:
             raise ValueError(f"Two job functions are named {name}: {FUNCTIONS[name].path} and {function.path}.")
         FUNCTIONS[name] = function

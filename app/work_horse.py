@@ -124,16 +124,17 @@ def _die_with_worker(channel: Channel) -> None:
     os.killpg(0, signal.SIGKILL)  # with what the job started: another worker may run it again
 
 
-def main(file_descriptor: int) -> None:
-    """Load the job functions, say so, and run jobs until the worker closes the socket."""
+def main(end: socket.socket) -> None:
+    """Load the job functions, say so, and run jobs until the worker closes its end of the socket."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    channel = Channel(socket.socket(fileno=file_descriptor))
+    channel = Channel(end)
     threading.Thread(target=_die_with_worker, args=(channel,), daemon=True).start()
     # Ctrl-C in a terminal is the worker's to handle.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     functions = {function.path: function for function in load_functions(get_settings().function_modules).values()}
     limits = {path: each.max_crashes for path, each in functions.items() if each.max_crashes is not None}
-    channel.send({"crash_limits": limits})
+    fresh = [path for path, each in functions.items() if each.fresh_process]
+    channel.send({"crash_limits": limits, "fresh": fresh})
     while True:
         try:
             frame = channel.receive()

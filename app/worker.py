@@ -28,8 +28,9 @@ from rq.serializers import JSONSerializer
 from rq.utils import parse_timeout
 from rq.worker import WorkerStatus
 
-from app import transitions
+from app import transitions, work_horse
 from app.endings import Assignment, EndingWorker
+from app.fork_server import ForkServer
 from app.frames import Header
 from app.horse_process import HorseDied, WorkHorse
 from app.rq_worker import LONGEST_PAUSE, TICK
@@ -60,7 +61,10 @@ class Worker(EndingWorker):
     def __init__(self, queues: Any, name: str | None = None, **kwargs: Any) -> None:
         """Take what `rq worker` passes."""
         super().__init__(queues, name, **kwargs)
+        self._fork_server: ForkServer | None = None
         self._horse: WorkHorse | None = None
+        #: Loads the job functions, to take the place of one that has run enough jobs.
+        self._next_horse: WorkHorse | None = None
         self._next_execution = uuid.uuid4().hex
         # One connection of its own: a third of the time that redis-py spends on a command goes into its pool.
         self._redis = self.connection.client()
@@ -84,6 +88,7 @@ class Worker(EndingWorker):
 
     def bootstrap(self, *args: Any, **kwargs: Any) -> None:
         """As RQ's, once there is a work-horse: a worker that cannot load the functions takes no job."""
+        self._fork_server = ForkServer(work_horse.main)  # there are no threads yet
         try:
             self._horse = self._ensure_horse()
         except HorseDied as error:
@@ -96,8 +101,9 @@ class Worker(EndingWorker):
 
     def teardown(self) -> None:
         """As RQ's; a Redis that is away does not keep the worker from ending."""
-        if self._horse:
-            self._horse.bury()
+        for horse in filter(None, (self._horse, self._next_horse)):
+            horse.kill()
+            horse.bury()
         self._stopping_since = self._stopping_since or time.monotonic()  # a Redis that is away is not waited for long
         try:
             self._settle()
@@ -107,6 +113,8 @@ class Worker(EndingWorker):
         except RedisError as error:  # its lease runs out
             self.log.warning("Worker %s: could not put a job back: %s", self.name, error)
         super().teardown()
+        if self._fork_server:
+            self._fork_server.close()
 
     def kill_horse(self, sig: signal.Signals = signal.SIGKILL) -> None:
         """Kill the work-horse and what it started. Called from RQ's pubsub thread, too.
@@ -204,18 +212,42 @@ class Worker(EndingWorker):
     def _queue_order(self) -> list[str]:
         return [queue.name for queue in self._ordered_queues]
 
-    def _ensure_horse(self) -> WorkHorse:
+    def _ensure_horse(self, *, is_fresh: bool = False) -> WorkHorse:
+        """A work-horse that has loaded the job functions; if it is to be fresh, one that has run no job yet."""
         if self._horse and self._horse.has_died():  # while idle: no job's fault
             self.log.error("Worker %s: the idle work-horse died: %s", self.name, self._bury_horse())
+        if self._horse and self._has_to_go(self._horse, is_fresh):
+            self._bury_horse()
         if self._horse and self._is_over_memory(self._horse):  # what its jobs left behind is not the next one's fault
             self.log.warning(
                 "Worker %s: a new work-horse, after the jobs of the old one: %s", self.name, self._too_much_memory
             )
             self._bury_horse()
         if self._horse is None:
-            self._horse = WorkHorse()
-            self._horse_pid = self._horse.pid
+            horse, self._next_horse = self._next_horse or self._start_horse(), None
+            horse.await_ready()
+            self._horse, self._horse_pid = horse, horse.pid
         return self._horse
+
+    def _has_to_go(self, horse: WorkHorse, is_fresh: bool) -> bool:
+        if horse.is_spent or (is_fresh and horse.jobs):
+            return True
+        most = self.settings.worker_max_jobs
+        return most is not None and horse.jobs >= most and self._is_next_ready()
+
+    def _start_horse(self) -> WorkHorse:
+        assert self._fork_server
+        return WorkHorse(self._fork_server)
+
+    def _is_next_ready(self) -> bool:
+        """Whether there is a work-horse that may take over. It loads the functions while the old one runs jobs."""
+        self._next_horse = self._next_horse or self._start_horse()
+        try:
+            return self._next_horse.is_ready() and not self._next_horse.has_died()
+        except HorseDied as error:  # the old one goes on
+            self.log.error("Worker %s: no new work-horse: %s", self.name, error)
+            self._next_horse = None
+            return False
 
     def _read_job(self, taken: transitions.Taken) -> tuple[Job, rq.Queue] | None:
         """The job as RQ's object; None if it cannot be run, and was failed for that."""
@@ -331,7 +363,10 @@ class Worker(EndingWorker):
         run = self._assignment.run
         try:
             horse = self._ensure_horse()
-            own_limit = horse.crash_limits.get(self._assignment.path) if horse.crash_limits else None
+            path = self._assignment.path if horse.crash_limits or horse.fresh else ""
+            own_limit = horse.crash_limits.get(path)
+            if is_fresh := self.settings.worker_fresh_process or path in horse.fresh:
+                horse = self._ensure_horse(is_fresh=True)
             self._assignment = assignment = self._assignment._replace(max_crashes=own_limit)
             # The function's limit is written down before the run begins: another worker may have to know. And what was
             # taken a while ago, or must not run twice, is run only if it is still this worker's.
@@ -345,7 +380,10 @@ class Worker(EndingWorker):
                 self._end_stopped(run)
                 return
             self._has_begun = True
+            horse.jobs, horse.is_spent = horse.jobs + 1, is_fresh
             horse.channel.send(assignment.header, assignment.data, timeout=KILL_AFTER)
+            if is_fresh:
+                self._is_next_ready()  # it begins to load
             self._watch(horse, assignment)
         except HorseDied as error:  # as it was started
             if not self._end_stopped(run):

@@ -173,6 +173,12 @@ def use_model(payload: Any) -> dict[str, Any]:
     return {"loaded_in": _load_model(), "pid": os.getpid(), "loads": _load_model.cache_info().misses}
 
 
+@job_function(fresh_process=True)
+def use_fresh_process(payload: Any) -> int:
+    """Return the process' id."""
+    return os.getpid()
+
+
 @job_function()
 async def sleep_async(payload: Any) -> Any:
     """Return the payload, from a coroutine."""

@@ -1,0 +1,145 @@
+"""The fork server: a process that the worker forks off while it has no threads, and that forks the work-horses.
+
+A work-horse is ready within milliseconds that way, where a fresh interpreter takes a third of a second, and shares most
+of its memory with the worker. RQ forks the worker itself for each job; with the threads that it has by then (RQ's
+pubsub) that can deadlock the child.
+"""
+
+import contextlib
+import gc
+import os
+import signal
+import socket
+import struct
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, Literal, NoReturn
+
+#: What the server says of a process: `b` for born or `d` for dead, its id, and its exit code.
+_NEWS = struct.Struct("!cii")
+
+
+class ForkServerDied(SystemExit):
+    """The fork server is gone. The worker ends too: it has threads, and cannot fork another one."""
+
+
+class ForkServer:
+    """The fork server as the worker sees it. Only the worker's main thread may use it."""
+
+    def __init__(self, run: Callable[[socket.socket], None]) -> None:
+        """Fork. Each of the server's own children calls `run` with the socket that it was started with."""
+        self._control, its = socket.socketpair()
+        self._dead: dict[int, int] = {}
+        sys.stdout.flush()  # what waits there would be written by each process
+        sys.stderr.flush()
+        self._pid = os.fork()
+        if self._pid == 0:
+            self._control.close()
+            _serve(its, run)
+        its.close()
+
+    def start(self, end: socket.socket) -> int:
+        """Start a process that has this socket; its id."""
+        socket.send_fds(self._control, [b"s"], [end.fileno()])
+        while True:
+            word, pid, _ = self._read()
+            if word == b"b":
+                return pid
+
+    def poll(self, pid: int) -> int | None:
+        """The exit code of one of its processes, as `subprocess` has it; None while it runs."""
+        with contextlib.suppress(BlockingIOError):
+            while pid not in self._dead:
+                self._read(socket.MSG_DONTWAIT)
+        return self._dead.get(pid)
+
+    def wait(self, pid: int, seconds: float) -> int | None:
+        """As `poll`, once it has ended, or after so many seconds."""
+        deadline = time.monotonic() + seconds
+        while (code := self.poll(pid)) is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        return code
+
+    def forget(self, pid: int) -> None:
+        """Nobody will ask for this process again."""
+        self._dead.pop(pid, None)
+
+    def close(self) -> None:
+        """End the server."""
+        self._control.close()
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self._pid, 0)
+
+    def _read(self, flags: int = 0) -> tuple[bytes, int, int]:
+        try:
+            news = self._control.recv(_NEWS.size, flags)
+        except ConnectionError:
+            news = b""
+        if not news:
+            raise ForkServerDied("The fork server died.")
+        word, pid, code = _NEWS.unpack(news)
+        if word == b"d":
+            self._dead[pid] = code
+        return word, pid, code
+
+
+def _serve(control: socket.socket, run: Callable[[socket.socket], None]) -> NoReturn:
+    try:
+        os.setpgid(0, 0)  # a Ctrl-C in a terminal is the worker's to handle
+        _let_go_of_files(control)
+        gc.collect()
+        gc.freeze()  # so that the children's collections leave the memory alone that they share
+
+        def tell(word: Literal[b"b", b"d"], pid: int, code: int = 0) -> None:
+            control.send(_NEWS.pack(word, pid, code))
+
+        def reap(*_: Any) -> None:
+            with contextlib.suppress(ChildProcessError):
+                while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                    tell(b"d", ended[0], os.waitstatus_to_exitcode(ended[1]))
+
+        signal.signal(signal.SIGCHLD, reap)
+        while True:
+            order, files, _, _ = socket.recv_fds(control, 1, 1)
+            if not order:
+                os._exit(0)
+            pid = os.fork()
+            if pid == 0:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                os.setpgid(0, 0)
+                control.close()
+                _be_child(socket.socket(fileno=files[0]), run)
+            os.close(files[0])
+            tell(b"b", pid)
+    except BaseException:  # noqa: BLE001  # a bug, or a worker that ended as we spoke to it: not into the worker's code
+        os._exit(1)
+
+
+def _let_go_of_files(control: socket.socket) -> None:
+    """Put an empty file in the place of each that the worker has open, its connections to Redis among them.
+
+    They are not closed: an object of the worker's that is thrown away here would close what has its number by then.
+    """
+    with open(os.devnull, "r+b", buffering=0) as nothing:  # noqa: PTH123  # a descriptor is wanted
+        for name in os.listdir("/dev/fd"):  # noqa: PTH208  # numbers
+            if int(name) > 2 and int(name) not in (control.fileno(), nothing.fileno()):
+                with contextlib.suppress(OSError):  # that of the listing itself
+                    os.fstat(int(name))
+                    os.dup2(nothing.fileno(), int(name), inheritable=False)
+
+
+def _be_child(end: socket.socket, run: Callable[[socket.socket], None]) -> NoReturn:
+    code = 1
+    try:
+        run(end)
+        code = 0
+    except SystemExit as error:
+        print(error, file=sys.stderr)
+    except BaseException:  # noqa: BLE001  # as the interpreter does it at the end of a program
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -1,0 +1,107 @@
+"""The processes that work-horses are: forked by a server that the worker has, replaced now and then."""
+
+import signal
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from redis import Redis
+
+from tests.processes import ROOT, Process, environment, wait_until, worker
+from tests.test_worker import Bench, is_running
+
+
+@pytest.fixture
+def own(real_redis: Redis, redis_url: str) -> Bench:
+    return Bench(real_redis, redis_url)
+
+
+def family(process: Process) -> tuple[psutil.Process, psutil.Process, psutil.Process]:
+    """The worker, its fork server and its work-horse."""
+    found = psutil.Process(process.popen.pid)
+    (server,) = found.children()
+    wait_until(server.children)
+    return found, server, server.children()[0]
+
+
+def processes_of(own: Bench, function: str, count: int) -> list[Any]:
+    """In which process each of so many jobs ran."""
+    jobs = [own.enqueue(function) for _ in range(count)]
+    results = [own.result_of(job_id) for job_id in jobs]
+    return [result["pid"] if isinstance(result, dict) else result for result in results]
+
+
+def test_work_horse_has_none_of_the_workers_connections(own: Bench, tmp_path: Path) -> None:
+    with worker(environment(own.url), tmp_path / "worker.log") as process:
+        parent, server, horse = family(process)
+        assert parent.net_connections("tcp")
+        assert server.net_connections("tcp") == horse.net_connections("tcp") == []
+        # What the worker keeps for itself the horse could otherwise write to, or hold on to.
+        assert own.result_of(own.enqueue("current_job_reads_redis")) is True
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_nothing_is_left_of_a_worker_that_ended(own: Bench, tmp_path: Path, number: signal.Signals) -> None:
+    with worker(environment(own.url), tmp_path / "worker.log") as process:
+        pids = [each.pid for each in family(process)]
+        process.signal(number)
+        process.popen.wait(10)
+        wait_until(lambda: not any(map(is_running, pids)))
+
+
+def test_worker_whose_fork_server_died_puts_its_job_back_and_ends(own: Bench, tmp_path: Path) -> None:
+    with worker(environment(own.url), tmp_path / "worker.log") as process:
+        _, server, horse = family(process)
+        job_id = own.enqueue("sleep_for", 30)
+        own.wait_for(job_id, "started")
+        server.kill()
+        horse.kill()
+        process.popen.wait(10)
+        assert process.popen.returncode != 0
+    job = own.read(job_id)
+    assert (job["status"], job.get("crashes")) == ("queued", None)
+    with worker(environment(own.url), tmp_path / "another.log"):
+        own.wait_for(job_id, "started")
+
+
+@pytest.mark.parametrize(
+    ("function", "settings"), [("use_model", {"WORKER_FRESH_PROCESS": "true"}), ("use_fresh_process", {})]
+)
+def test_job_has_a_fresh_process_if_it_wants_one(
+    own: Bench, tmp_path: Path, function: str, settings: dict[str, Any]
+) -> None:
+    with worker(environment(own.url, **settings), tmp_path / "worker.log") as process:
+        others = processes_of(own, "use_model", 1)
+        found = processes_of(own, function, 5)
+        others += processes_of(own, "use_model", 1)
+        assert len({*found, *others}) == 7
+        assert process.popen.poll() is None
+
+
+def test_work_horse_gives_way_after_so_many_jobs_and_none_waits_for_it(own: Bench, tmp_path: Path) -> None:
+    with worker(environment(own.url, WORKER_MAX_JOBS=5), tmp_path / "worker.log"):
+        counts = Counter(processes_of(own, "use_model", 100))
+    *whole, _ = counts.values()
+    assert len(whole) >= 1
+    assert min(whole) >= 5
+
+
+def test_work_horse_goes_on_if_its_successor_cannot_load_the_functions(own: Bench, tmp_path: Path) -> None:
+    module = tmp_path / "edited.py"
+    function = (
+        "import os\nfrom app.job_function import job_function\n@job_function()\ndef pid(payload): return os.getpid()\n"
+    )
+    module.write_text(function)
+    settings = {"FUNCTION_MODULES": "edited", "WORKER_MAX_JOBS": 1, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    settings["PYTHONDONTWRITEBYTECODE"] = 1
+    with worker(environment(own.url, **settings), tmp_path / "worker.log") as process:
+        (first,) = processes_of(own, "edited.pid", 1)
+        module.write_text("not Python")
+        wait_until(lambda: processes_of(own, "edited.pid", 1) and "no new work-horse" in process.log)
+        before = processes_of(own, "edited.pid", 3)
+        assert len(set(before)) == 1
+        module.write_text(function)
+        wait_until(lambda: processes_of(own, "edited.pid", 1) != before[:1])
+    assert first
