@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from functools import cache
+from functools import cache, lru_cache
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -31,6 +31,7 @@ MAX_SECONDS = 30 * 24 * 3600
 MAX_RETRIES = 100
 
 
+@lru_cache
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches a server that listens on this address."""
     try:

@@ -47,7 +47,8 @@ class JobIds:
         return self._make(hmac.digest(self._secret, "\0".join((owner, *names)).encode(), hashlib.sha256)[:10], owner)
 
     def _make(self, body: bytes, owner: str) -> str:
-        return str(uuid.UUID(bytes=body + self._tag(body, owner)))
+        text = (body + self._tag(body, owner)).hex()
+        return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
     def is_ours(self, job_id: str, owner: str = "") -> bool:
         """Whether `new` once gave this id to this owner."""

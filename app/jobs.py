@@ -122,7 +122,7 @@ class Jobs:
         job_id = self.ids.derive(owner, key) if key else self.ids.new(owner)
         fingerprint = make_fingerprint(function, payload, asked) if key else None
         options = choose_options(function, asked, self.settings)
-        shared = shared_fields(self.connection, function, options, owner, group=None)
+        shared = shared_fields(function, options, owner, group=None)
         own = own_fields(function, payload, options)
         if fingerprint:
             own["fingerprint"] = fingerprint
@@ -165,7 +165,7 @@ class Jobs:
         }
         if fingerprint:
             own[job_ids[0]]["fingerprint"] = fingerprint
-        shared = shared_fields(self.connection, function, options, owner, group)
+        shared = shared_fields(function, options, owner, group)
         kept = {"key_id": key_id, "key_ttl": GROUP_TTL, "group": group, "group_ttl": GROUP_TTL}
         created = self._enqueue(options, own, shared, fingerprint, **kept)
         return GroupReceipt(group, job_ids, is_replay=created is None and key is not None)

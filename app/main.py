@@ -148,7 +148,8 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
         status = jobs.wait(query.job_id, wait_seconds(query.wait, settings), reader())
         answer = json_answer(status, headers={**ask_again(status), "Cache-Control": "private, no-cache"})
         answer.set_etag(hashlib.blake2b(answer.get_data(), digest_size=12).hexdigest())
-        answer.make_conditional(request)
+        if "If-None-Match" in request.headers:
+            answer.make_conditional(request)
         return answer
 
     @app.get("/get_result")

@@ -30,10 +30,14 @@ def read_payload(limit: int) -> Any:
         given = request.mimetype or "none"
         raise problems.UnsupportedMediaType(f"The body must be JSON, with Content-Type application/json, not {given}.")
     connection = request.environ.get("gunicorn.socket")  # gunicorn itself limits the time of the head only
+    length = request.content_length
+    if length is not None and length > limit:
+        raise RequestEntityTooLarge
     if connection:
         connection.settimeout(BODY_PATIENCE)
     try:
-        body = request.get_data(cache=False)
+        # werkzeug's own stream around it, which chunked bodies need, takes 25 µs.
+        body = request.get_data(cache=False) if length is None else request.environ["wsgi.input"].read(length)
     except (OSError, ParseException) as error:  # a time-out, or gunicorn's words for chunks that are none or endless
         raise problems.BadRequest("The body could not be read to its end.") from error
     finally:
@@ -41,14 +45,14 @@ def read_payload(limit: int) -> Any:
             connection.settimeout(None)
     if len(body) > limit:
         raise RequestEntityTooLarge
-    if request.content_length not in (None, len(body)):  # cut short, which gunicorn does not say
+    if length not in (None, len(body)):  # cut short, which gunicorn does not say
         raise problems.BadRequest("The body is shorter than its Content-Length.")
     return parse_json(body)
 
 
 def _preferred_wait() -> float | None:
     """The seconds of `Prefer: wait=SECONDS` (RFC 7240); a preference that is not understood is ignored."""
-    for preference in ",".join(request.headers.getlist("Prefer")).split(","):
+    for preference in request.headers.get("Prefer", "").split(","):
         if match := re.fullmatch(r'wait="?(\d{1,9})"?', preference.partition(";")[0].replace(" ", ""), re.IGNORECASE):
             return float(match[1])
     return None
