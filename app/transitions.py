@@ -149,6 +149,7 @@ def enqueue(
     common = {
         "count": len(jobs),
         "queue": queue,
+        "owner": shared.get("owner"),
         "limit": limit,
         "at_front": at_front,
         "ttl": ttl,

@@ -4,6 +4,7 @@
 -- hash that all share, as RQ writes them; then for each job its id, a number of strings, and its own fields.
 --   count        how many jobs
 --   queue        where they wait
+--   owner        whose they are, as in the fields that they share
 --   limit        how many jobs the queue may hold
 --   at_front     ahead of what waits
 --   ttl          seconds after which it is dropped if no worker took it
@@ -22,8 +23,9 @@ local known, position = all.key_id and (redis.call('GET', key_mark) or read(all.
 local is_known = known or (all.group and redis.call('EXISTS', group_mark) == 1)
 for _ = 1, all.count do
   local id = ARGV[position]
-  is_known = is_known or redis.call('EXISTS', job_key(id)) == 1
-  known = known or read(id, 'fingerprint')[1]
+  if redis.call('EXISTS', job_key(id)) == 1 then
+    is_known, known = true, known or read(id, 'fingerprint')[1]
+  end
   position = position + 2 + ARGV[position + 1]
 end
 if is_known then return {'exists', known or ''} end
@@ -39,21 +41,21 @@ local function write(key, first, last)
   for from = first, last, 100 do redis.call('HSET', key, unpack(ARGV, from, math.min(from + 99, last))) end
 end
 
-local ids = {}
+local ids, owners = {}, scopes(nil, all.owner or '')
 position = shared_end + 1
 for number = 1, all.count do
   local id, own_end = ARGV[position], position + 1 + ARGV[position + 1]
   local key = job_key(id)
   write(key, 3, shared_end)
   write(key, position + 2, own_end)
-  redis.call('HSET', key, 'created_at', stamp, 'status', status)
   if status == 'queued' then
-    redis.call('HSET', key, 'enqueued_at', stamp)
+    redis.call('HSET', key, 'created_at', stamp, 'status', status, 'enqueued_at', stamp)
   else
+    redis.call('HSET', key, 'created_at', stamp, 'status', status)
     redis.call('ZADD', registry('scheduled', all.queue), exact(due + (number - 1) * 1e-6), id) -- in their order
   end
   if all.ttl then redis.call('EXPIRE', key, math.ceil(due > now and due - now or 0) + all.ttl) end
-  for _, scope in ipairs(scopes(id)) do
+  for _, scope in ipairs(owners) do
     if scope ~= '' then redis.call('SADD', OWNERS, scope) end
     redis.call('ZADD', index(scope, status), microseconds(now) + number - 1, id)
   end
@@ -61,11 +63,12 @@ for number = 1, all.count do
   ids[number], position = id, own_end + 1
 end
 
-redis.call('SADD', RQ .. ':queues', queue_key(all.queue))
 if status == 'queued' then
   -- The order of the jobs is the order in which they run, at the front too.
   for number = 1, all.count do push(ids[all.at_front and all.count + 1 - number or number], all.queue, all.at_front) end
   ring()
+else
+  redis.call('SADD', RQ .. ':queues', queue_key(all.queue))
 end
 if all.key_id then redis.call('SET', key_mark, all.fingerprint, 'EX', all.key_ttl) end
 if all.group then
