@@ -20,11 +20,12 @@ from app.transitions import STOPPED, Ending, Failure, Run, describe_failure
 
 
 class Assignment(NamedTuple):
-    """A job as the work-horse gets it, how often its runs crashed before, and its function's own limit of that."""
+    """A job as the work-horse gets it, its function's name, and how often its runs crashed and may crash."""
 
     run: Run
     header: Header = {}  # noqa: RUF012  # never changed
     data: bytes = b""
+    function: str = "?"
     crashes: int = 0
     max_crashes: int | None = None
 

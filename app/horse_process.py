@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import socket
+import time
 from pathlib import Path
 
 import psutil
@@ -11,6 +12,8 @@ import psutil
 from app.fork_server import ForkServer
 from app.frames import Channel
 
+#: Seconds between two looks at which processes a work-horse has started.
+FAMILY_EVERY = 0.2
 #: Seconds that a work-horse has to load the job functions, with whatever they load.
 START_WITHIN = 300.0
 
@@ -48,6 +51,8 @@ class WorkHorse:
         its.close()
         self.channel = Channel(ours)
         self._is_ready = False
+        self._family: list[psutil.Process] = []
+        self._next_look = 0.0
         #: How many jobs were sent to it.
         self.jobs = 0
         #: Whether it may run no further job.
@@ -93,13 +98,19 @@ class WorkHorse:
         self._out_of_memory_kills = _count_out_of_memory_kills()
 
     def memory(self) -> int:
-        """Bytes that it and the processes below it use. It takes about a millisecond, for a look at all there are."""
+        """Bytes that it and the processes below it use.
+
+        Which these are is looked up now and then only: that takes some milliseconds, for a look at all there are.
+        """
+        if time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + FAMILY_EVERY
+            with contextlib.suppress(psutil.Error):
+                horse = psutil.Process(self.pid)
+                self._family = [horse, *horse.children(recursive=True)]
         used = 0
-        with contextlib.suppress(psutil.Error):
-            horse = psutil.Process(self.pid)
-            for process in (horse, *horse.children(recursive=True)):
-                with contextlib.suppress(psutil.Error):
-                    used += process.memory_info().rss
+        for process in self._family:
+            with contextlib.suppress(psutil.Error):
+                used += process.memory_info().rss
         return used
 
     def kill(self, number: signal.Signals = signal.SIGKILL) -> None:

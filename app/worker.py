@@ -265,8 +265,6 @@ class Worker(EndingWorker):
             # Not RQ's way, whatever the job has: that way the hooks that it names would be called.
             self._finish(run, self._ending("failed", failure)._replace(force=True))
             return None
-        function = (taken.fields.function or b"?").decode(errors="replace")
-        self.log.info("%s: %s (%s)", taken.queue, function, taken.job_id)
         self.reorder_queues(reference_queue=queue)
         return job, queue
 
@@ -288,7 +286,8 @@ class Worker(EndingWorker):
             "enqueued_at": (fields.enqueued_at or b"").decode(),
             "started_at": taken.started_at,
         }
-        return Assignment(run, header, data, int(fields.crashes or 0))
+        function = (fields.function or b"?").decode(errors="replace")
+        return Assignment(run, header, data, function, int(fields.crashes or 0))
 
     def _tick(self) -> None:
         """Once a tick: what dead workers left, what is due, and the own heartbeat."""
@@ -413,14 +412,19 @@ class Worker(EndingWorker):
         """
         run, limit, progress = assignment.run, assignment.header["timeout"], ""
         start = last_renewal = last_progress = next_look = time.monotonic()
+        is_told = False
         patience = MEMORY_EVERY if self.settings.worker_max_memory else TICK
         while True:
             if self._unsettled and time.monotonic() >= self._patient_until:
                 self._quietly(partial(self._settle, is_patient=False))
             # All that is there: an outcome may stand behind old progress, after Redis kept us waiting.
             frame = horse.channel.receive(PROGRESS_EVERY if progress else patience)
-            if frame is None and horse.has_died():
-                raise EOFError  # the socket is still open in a process that the job forked
+            if frame is None:
+                if horse.has_died():
+                    raise EOFError  # the socket is still open in a process that the job forked
+                if not is_told:  # a line in the log takes 50 µs: a short job has but the one of its end
+                    self.log.info("%s: job %s, %s, runs", run.queue, run.job_id, assignment.function)
+                    is_told = True
             reading_since = time.monotonic()
             while frame:
                 if "outcome" in frame[0]:
