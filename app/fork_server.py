@@ -34,6 +34,8 @@ class ForkServer:
         self._dead: dict[int, int] = {}
         sys.stdout.flush()  # what waits there would be written by each process
         sys.stderr.flush()
+        gc.collect()
+        gc.freeze()  # a collection would write to memory that all of them share: 5 MB of it
         self._pid = os.fork()
         if self._pid == 0:
             self._control.close()
@@ -89,8 +91,6 @@ def _serve(control: socket.socket, run: Callable[[socket.socket], None]) -> NoRe
     try:
         os.setpgid(0, 0)  # a Ctrl-C in a terminal is the worker's to handle
         _let_go_of_files(control)
-        gc.collect()
-        gc.freeze()  # so that the children's collections leave the memory alone that they share
 
         def tell(word: Literal[b"b", b"d"], pid: int, code: int = 0) -> None:
             control.send(_NEWS.pack(word, pid, code))
