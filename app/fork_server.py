@@ -17,7 +17,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any, Literal, NoReturn
 
-#: What the server says of a process: `b` for born or `d` for dead, its id, and its exit code.
+#: What the server says of a process: `b` for born or `d` for dead, its id, and its exit code; or `n` if none could be
+#: born, with the error's number in place of the code.
 _NEWS = struct.Struct("!cii")
 
 
@@ -43,12 +44,20 @@ class ForkServer:
         its.close()
 
     def start(self, end: socket.socket) -> int:
-        """Start a process that has this socket; its id."""
-        socket.send_fds(self._control, [b"s"], [end.fileno()])
-        while True:
-            word, pid, _ = self._read()
-            if word == b"b":
-                return pid
+        """Start a process that has this socket; its id.
+
+        Raises:
+            OSError: the system has no room for it.
+        """
+        with contextlib.suppress(ConnectionError):  # `_read` will say it
+            socket.send_fds(self._control, [b"s"], [end.fileno()])
+        while (news := self._read())[0] == b"d":
+            pass
+        word, pid, code = news
+        if word == b"n":
+            raise OSError(code, os.strerror(code))
+        self._dead.pop(pid, None)  # of another one, long ago
+        return pid
 
     def poll(self, pid: int) -> int | None:
         """The exit code of one of its processes, as `subprocess` has it; None while it runs."""
@@ -90,9 +99,11 @@ class ForkServer:
 def _serve(control: socket.socket, run: Callable[[socket.socket], None]) -> NoReturn:
     try:
         os.setpgid(0, 0)  # a Ctrl-C in a terminal is the worker's to handle
+        for number in (signal.SIGINT, signal.SIGTERM):  # as when all processes of a service are told to end
+            signal.signal(number, signal.SIG_IGN)
         _let_go_of_files(control)
 
-        def tell(word: Literal[b"b", b"d"], pid: int, code: int = 0) -> None:
+        def tell(word: Literal[b"b", b"d", b"n"], pid: int, code: int = 0) -> None:
             control.send(_NEWS.pack(word, pid, code))
 
         def reap(*_: Any) -> None:
@@ -105,26 +116,31 @@ def _serve(control: socket.socket, run: Callable[[socket.socket], None]) -> NoRe
             order, files, _, _ = socket.recv_fds(control, 1, 1)
             if not order:
                 os._exit(0)
-            pid = os.fork()
-            if pid == 0:
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                os.setpgid(0, 0)
-                control.close()
-                _be_child(socket.socket(fileno=files[0]), run)
+            try:
+                pid = os.fork()
+            except OSError as error:
+                tell(b"n", 0, error.errno or 0)
+            else:
+                if pid == 0:
+                    for number in (signal.SIGCHLD, signal.SIGTERM):
+                        signal.signal(number, signal.SIG_DFL)
+                    os.setpgid(0, 0)
+                    control.close()
+                    _be_child(socket.socket(fileno=files[0]), run)
+                tell(b"b", pid)
             os.close(files[0])
-            tell(b"b", pid)
     except BaseException:  # noqa: BLE001  # a bug, or a worker that ended as we spoke to it: not into the worker's code
         os._exit(1)
 
 
 def _let_go_of_files(control: socket.socket) -> None:
-    """Put an empty file in the place of each that the worker has open, its connections to Redis among them.
+    """Put an empty file in the place of each that the worker has open, its connections to Redis and stdin among them.
 
     They are not closed: an object of the worker's that is thrown away here would close what has its number by then.
     """
     with open(os.devnull, "r+b", buffering=0) as nothing:  # noqa: PTH123  # a descriptor is wanted
         for name in os.listdir("/dev/fd"):  # noqa: PTH208  # numbers
-            if int(name) > 2 and int(name) not in (control.fileno(), nothing.fileno()):
+            if int(name) not in (1, 2, control.fileno(), nothing.fileno()):
                 with contextlib.suppress(OSError):  # that of the listing itself
                     os.fstat(int(name))
                     os.dup2(nothing.fileno(), int(name), inheritable=False)

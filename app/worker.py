@@ -30,7 +30,7 @@ from rq.worker import WorkerStatus
 
 from app import transitions, work_horse
 from app.endings import Assignment, EndingWorker
-from app.fork_server import ForkServer
+from app.fork_server import ForkServer, ForkServerDied
 from app.frames import Header
 from app.horse_process import HorseDied, WorkHorse
 from app.rq_worker import LONGEST_PAUSE, TICK
@@ -101,9 +101,10 @@ class Worker(EndingWorker):
 
     def teardown(self) -> None:
         """As RQ's; a Redis that is away does not keep the worker from ending."""
-        for horse in filter(None, (self._horse, self._next_horse)):
-            horse.kill()
-            horse.bury()
+        with contextlib.suppress(ForkServerDied):
+            for horse in filter(None, (self._horse, self._next_horse)):
+                horse.kill()
+                horse.bury()
         self._stopping_since = self._stopping_since or time.monotonic()  # a Redis that is away is not waited for long
         try:
             self._settle()
@@ -224,7 +225,9 @@ class Worker(EndingWorker):
             )
             self._bury_horse()
         if self._horse is None:
-            horse, self._next_horse = self._next_horse or self._start_horse(), None
+            horse, self._next_horse = self._next_horse, None
+            if horse is None or horse.has_died():
+                horse = self._start_horse()
             horse.await_ready()
             self._horse, self._horse_pid = horse, horse.pid
         return self._horse
@@ -241,10 +244,12 @@ class Worker(EndingWorker):
 
     def _is_next_ready(self) -> bool:
         """Whether there is a work-horse that may take over. It loads the functions while the old one runs jobs."""
-        self._next_horse = self._next_horse or self._start_horse()
         try:
-            return self._next_horse.is_ready() and not self._next_horse.has_died()
-        except HorseDied as error:  # the old one goes on
+            self._next_horse = self._next_horse or self._start_horse()
+            if self._next_horse.has_died():
+                raise HorseDied(self._next_horse.bury())
+            return self._next_horse.is_ready()
+        except (HorseDied, OSError) as error:  # the old one goes on
             self.log.error("Worker %s: no new work-horse: %s", self.name, error)
             self._next_horse = None
             return False

@@ -42,6 +42,18 @@ def test_work_horse_has_none_of_the_workers_connections(own: Bench, tmp_path: Pa
         assert own.result_of(own.enqueue("current_job_reads_redis")) is True
 
 
+def test_fork_server_is_not_ended_by_what_ends_a_service(own: Bench, tmp_path: Path) -> None:
+    """As systemd does it: SIGTERM to each of the processes; the work-horse may die of it, which the worker sees to."""
+    with worker(environment(own.url), tmp_path / "worker.log") as process:
+        _, server, horse = family(process)
+        server.terminate()
+        server.send_signal(signal.SIGINT)
+        horse.terminate()
+        assert own.result_of(own.enqueue("use_fresh_process")) != horse.pid
+        assert server.is_running()
+        assert Path(f"/proc/{server.pid}/fd/0").readlink() == Path("/dev/null")
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_nothing_is_left_of_a_worker_that_ended(own: Bench, tmp_path: Path, number: signal.Signals) -> None:
     with worker(environment(own.url), tmp_path / "worker.log") as process:
@@ -62,7 +74,7 @@ def test_worker_whose_fork_server_died_puts_its_job_back_and_ends(own: Bench, tm
         assert process.popen.returncode != 0
     job = own.read(job_id)
     assert (job["status"], job.get("crashes")) == ("queued", None)
-    with worker(environment(own.url), tmp_path / "another.log"):
+    with worker(environment(own.url, WORKER_SHUTDOWN_SECONDS=0), tmp_path / "another.log"):
         own.wait_for(job_id, "started")
 
 
