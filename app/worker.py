@@ -28,12 +28,12 @@ from rq.serializers import JSONSerializer
 from rq.utils import parse_timeout
 from rq.worker import WorkerStatus
 
-from app import transitions, work_horse
+from app import transitions
 from app.endings import Assignment, EndingWorker
-from app.fork_server import ForkServer, ForkServerDied
 from app.frames import Header
 from app.horse_process import HorseDied, WorkHorse
 from app.rq_worker import LONGEST_PAUSE, TICK
+from app.stable import Stable
 from app.transitions import DOORBELL_KEY, Ending, Run, describe_failure
 
 #: Seconds between two looks at the memory that a work-horse uses.
@@ -61,10 +61,7 @@ class Worker(EndingWorker):
     def __init__(self, queues: Any, name: str | None = None, **kwargs: Any) -> None:
         """Take what `rq worker` passes."""
         super().__init__(queues, name, **kwargs)
-        self._fork_server: ForkServer | None = None
-        self._horse: WorkHorse | None = None
-        #: Loads the job functions, to take the place of one that has run enough jobs.
-        self._next_horse: WorkHorse | None = None
+        self._stable = Stable(self.settings, self.log)
         self._next_execution = uuid.uuid4().hex
         # One connection of its own: a third of the time that redis-py spends on a command goes into its pool.
         self._redis = self.connection.client()
@@ -88,23 +85,12 @@ class Worker(EndingWorker):
 
     def bootstrap(self, *args: Any, **kwargs: Any) -> None:
         """As RQ's, once there is a work-horse: a worker that cannot load the functions takes no job."""
-        self._fork_server = ForkServer(work_horse.main)  # there are no threads yet
-        try:
-            self._horse = self._ensure_horse()
-        except HorseDied as error:
-            raise SystemExit(f"The work-horse cannot load the job functions ({error}).") from None
-        if self._is_over_memory(self._horse):
-            raise SystemExit(
-                f"WORKER_MAX_MEMORY is too little: a work-horse that runs no job uses {self._horse.memory()} bytes."
-            )
+        self._stable.open()  # there are no threads yet
         super().bootstrap(*args, **kwargs)
 
     def teardown(self) -> None:
         """As RQ's; a Redis that is away does not keep the worker from ending."""
-        with contextlib.suppress(ForkServerDied):
-            for horse in filter(None, (self._horse, self._next_horse)):
-                horse.kill()
-                horse.bury()
+        self._stable.close()
         self._stopping_since = self._stopping_since or time.monotonic()  # a Redis that is away is not waited for long
         try:
             self._settle()
@@ -114,16 +100,20 @@ class Worker(EndingWorker):
         except RedisError as error:  # its lease runs out
             self.log.warning("Worker %s: could not put a job back: %s", self.name, error)
         super().teardown()
-        if self._fork_server:
-            self._fork_server.close()
 
     def kill_horse(self, sig: signal.Signals = signal.SIGKILL) -> None:
         """Kill the work-horse and what it started. Called from RQ's pubsub thread, too.
 
         RQ asks for the process group of `horse_pid`; without a horse that is 0, and the group is the worker's own.
         """
-        if horse := self._horse:
+        if horse := self._stable.horse:
             horse.kill(sig)
+
+    @property
+    def horse_pid(self) -> int:
+        """The work-horse's process id, for RQ; 0 while there is none."""
+        horse = self._stable.horse
+        return horse.pid if horse else 0
 
     def handle_payload(self, message: Any) -> None:
         """As RQ's; a stop is for one job only.
@@ -173,7 +163,7 @@ class Worker(EndingWorker):
                 if not isinstance(taken, transitions.Taken):
                     self._settle()
                 if not taken:
-                    self._ensure_horse()
+                    self._stable.ready_horse()
                     self._asked_at = self._asked_at or time.monotonic()
                     taken = transitions.take(
                         self._redis, self.name, self._next_execution, self.settings.worker_lease, self._queue_order()
@@ -212,47 +202,6 @@ class Worker(EndingWorker):
 
     def _queue_order(self) -> list[str]:
         return [queue.name for queue in self._ordered_queues]
-
-    def _ensure_horse(self, *, is_fresh: bool = False) -> WorkHorse:
-        """A work-horse that has loaded the job functions; if it is to be fresh, one that has run no job yet."""
-        if self._horse and self._horse.has_died():  # while idle: no job's fault
-            self.log.error("Worker %s: the idle work-horse died: %s", self.name, self._bury_horse())
-        if self._horse and self._has_to_go(self._horse, is_fresh):
-            self._bury_horse()
-        if self._horse and self._is_over_memory(self._horse):  # what its jobs left behind is not the next one's fault
-            self.log.warning(
-                "Worker %s: a new work-horse, after the jobs of the old one: %s", self.name, self._too_much_memory
-            )
-            self._bury_horse()
-        if self._horse is None:
-            horse, self._next_horse = self._next_horse, None
-            if horse is None or horse.has_died():
-                horse = self._start_horse()
-            horse.await_ready()
-            self._horse, self._horse_pid = horse, horse.pid
-        return self._horse
-
-    def _has_to_go(self, horse: WorkHorse, is_fresh: bool) -> bool:
-        if horse.is_spent or (is_fresh and horse.jobs):
-            return True
-        most = self.settings.worker_max_jobs
-        return most is not None and horse.jobs >= most and self._is_next_ready()
-
-    def _start_horse(self) -> WorkHorse:
-        assert self._fork_server
-        return WorkHorse(self._fork_server)
-
-    def _is_next_ready(self) -> bool:
-        """Whether there is a work-horse that may take over. It loads the functions while the old one runs jobs."""
-        try:
-            self._next_horse = self._next_horse or self._start_horse()
-            if self._next_horse.has_died():
-                raise HorseDied(self._next_horse.bury())
-            return self._next_horse.is_ready()
-        except (HorseDied, OSError) as error:  # the old one goes on
-            self.log.error("Worker %s: no new work-horse: %s", self.name, error)
-            self._next_horse = None
-            return False
 
     def _read_job(self, taken: transitions.Taken) -> tuple[Job, rq.Queue] | None:
         """The job as RQ's object; None if it cannot be run, and was failed for that."""
@@ -304,8 +253,8 @@ class Worker(EndingWorker):
                 self._beat()
             except ResponseError as error:  # Redis is full: what is below, and the jobs, may well go on
                 self.log.error("Worker %s: no heartbeat: %s", self.name, error)
-        if self._horse:
-            self._horse.note_time()
+        if horse := self._stable.horse:
+            horse.note_time()
         names = [queue.name for queue in self.queues]
         now = time.monotonic()
         if self._last_tick and now - self._last_tick > max(OUTAGE, self.settings.worker_lease / 2):
@@ -358,19 +307,19 @@ class Worker(EndingWorker):
         with self._stop_lock:
             self._stoppable_run = None
             is_stopped, self._stopped_job_id = self._stopped_job_id == run.job_id, None
-        if is_stopped and self._horse:
-            self._bury_horse()
+        if is_stopped and self._stable.horse:
+            self._stable.bury()
         return is_stopped
 
     def _run(self) -> None:
         assert self._assignment
         run = self._assignment.run
         try:
-            horse = self._ensure_horse()
+            horse = self._stable.ready_horse()
             path = self._assignment.path if horse.crash_limits or horse.fresh else ""
             own_limit = horse.crash_limits.get(path)
             if is_fresh := self.settings.worker_fresh_process or path in horse.fresh:
-                horse = self._ensure_horse(is_fresh=True)
+                horse = self._stable.ready_horse(is_fresh=True)
             self._assignment = assignment = self._assignment._replace(max_crashes=own_limit)
             # The function's limit is written down before the run begins: another worker may have to know. And what was
             # taken a while ago, or must not run twice, is run only if it is still this worker's.
@@ -387,18 +336,17 @@ class Worker(EndingWorker):
             horse.jobs, horse.is_spent = horse.jobs + 1, is_fresh
             horse.channel.send(assignment.header, assignment.data, timeout=KILL_AFTER)
             if is_fresh:
-                self._is_next_ready()  # it begins to load
+                self._stable.prepare_next()  # it begins to load
             self._watch(horse, assignment)
         except HorseDied as error:  # as it was started
             if not self._end_stopped(run):
                 self._release(self._assignment, crashed=False, how=f"no work-horse: {error}")
         except (EOFError, OSError) as error:  # OSError: it was gone, or did not read, as we sent
             if isinstance(error, TimeoutError):
-                self._bury_horse()
+                self._stable.bury()
                 how = f"it did not take the job within {KILL_AFTER:.0f} s"
             else:
-                how = self._horse.bury() if self._horse else str(error)
-                self._horse, self._horse_pid = None, 0
+                how = self._stable.bury() if self._stable.horse else str(error)
             if not self._end_stopped(run):
                 self._release(self._assignment, crashed=self._has_begun, how=how)
 
@@ -444,24 +392,24 @@ class Worker(EndingWorker):
             # Each tick, which is oftener than the lease needs: a stop whose message was missed is seen here.
             if (due or now - last_renewal >= TICK) and now >= self._patient_until:
                 if (held := self._renew(run, progress)) != "held":
-                    self._bury_horse()
+                    self._stable.bury()
                     self._end_unheld(run, held)
                     return
                 last_renewal = last_progress = now
                 progress = ""
             if limit > 0 and now - start > limit + KILL_AFTER:
-                self._bury_horse()
+                self._stable.bury()
                 message = f"The job ran longer than its limit of {limit} s, and its process was killed."
                 self._fail(run, "JobTimeoutException", message)
                 return
-            is_over = now >= next_look and self._is_over_memory(horse)
+            is_over = now >= next_look and self._stable.is_over_memory()
             next_look = now + MEMORY_EVERY if now >= next_look else next_look
             if is_over:
-                self._bury_horse()
-                self._release(assignment, crashed=True, how=self._too_much_memory)
+                self._stable.bury()
+                self._release(assignment, crashed=True, how=self._stable.too_much_memory)
                 return
             if self._is_out_of_time():
-                self._bury_horse()
+                self._stable.bury()
                 self._put_back("its worker was told to end")
                 return
             if now >= self._patient_until:
@@ -486,24 +434,6 @@ class Worker(EndingWorker):
             failure = describe_failure(error["type"], error["message"], trace)
             ending = self._ending("failed", failure, progress=progress)
         self._finish_and_take(run, ending)
-
-    def _bury_horse(self) -> str:
-        """End the work-horse and whatever it started; the next job gets a new one. Returns how it ended."""
-        assert self._horse
-        self._horse.kill()
-        how = self._horse.bury()
-        self._horse, self._horse_pid = None, 0
-        return how
-
-    def _is_over_memory(self, horse: WorkHorse) -> bool:
-        limit = self.settings.worker_max_memory
-        return limit is not None and horse.memory() > limit
-
-    @property
-    def _too_much_memory(self) -> str:
-        limit = self.settings.worker_max_memory
-        assert limit
-        return f"it used more memory than WORKER_MAX_MEMORY allows, {limit.human_readable()}"
 
     # Redis, whether it is there or not
 

@@ -452,7 +452,7 @@ def test_job_that_was_lost_before_it_began_is_not_run(real_redis: "Redis") -> No
     job_id = bench.enqueue("echo", 1)
     first = Worker(["default"], connection=real_redis)
     horse = Mock(spec=WorkHorse, channel=Mock(), crash_limits={}, fresh=frozenset(), is_spent=False, jobs=0)
-    first._horse = horse
+    first._stable.horse = horse
     horse.has_died.return_value = False
     taken = first.dequeue_job_and_maintain_ttl(None)
     assert taken
