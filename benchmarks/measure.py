@@ -1,9 +1,14 @@
 """How things are measured: in turns, so that whatever else the machine does hits all alike, and told as ratios."""
 
+import math
+import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 Figures = dict[str, list[float]]
+
+_CORES = sorted(os.sched_getaffinity(0))
 
 
 def take_turns(contestants: Mapping[str, Callable[[], float]], rounds: int) -> Figures:
@@ -31,3 +36,19 @@ def ratios(figures: Figures, one: str, other: str) -> list[float]:
 def spread(values: Sequence[float], digits: int = 2) -> str:
     """The median and, in brackets, the least and the most."""
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The least of the values that so many percent of them do not exceed."""
+    return sorted(values)[math.ceil(len(values) * percent / 100) - 1]
+
+
+@contextmanager
+def on_core(number: int) -> Iterator[None]:
+    """Stay on this core, and with us the processes that are started meanwhile, which stay there for good."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {_CORES[number % len(_CORES)]})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)

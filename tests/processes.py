@@ -126,12 +126,12 @@ def worker(env: dict[str, str], log: Path, *args: str) -> Iterator[Process]:
 
 
 @contextmanager
-def web(env: dict[str, str], log: Path) -> Iterator[str]:
-    """The API under gunicorn; gives its base URL once it answers."""
+def gunicorn(env: dict[str, str], log: Path, *args: str) -> Iterator[tuple[str, Process]]:
+    """A web server by gunicorn with these arguments; gives its base URL once it answers, and its process."""
     port = free_port()
     # Not measured for coverage: the routes run in the tests' own process too, and measuring greenlets is slow.
     env = {name: value for name, value in env.items() if not name.startswith("COVERAGE")}
-    with running(python("gunicorn", "app.main:app"), env | {"PORT": str(port)}, log) as process:
+    with running(python("gunicorn", *args), env | {"PORT": str(port)}, log) as process:
         url = f"http://127.0.0.1:{port}"
 
         def answers() -> bool:
@@ -142,6 +142,13 @@ def web(env: dict[str, str], log: Path) -> Iterator[str]:
                 return False
 
         wait_until(answers)
+        yield url, process
+
+
+@contextmanager
+def web(env: dict[str, str], log: Path) -> Iterator[str]:
+    """The API under gunicorn; gives its base URL once it answers."""
+    with gunicorn(env, log, "app.main:app") as (url, _):
         yield url
 
 

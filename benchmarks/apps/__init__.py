@@ -1,0 +1,1 @@
+"""The peers of our service: what it is compared with, as small as each can be."""

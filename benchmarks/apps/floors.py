@@ -1,0 +1,41 @@
+"""What no Flask app under our gunicorn outruns: one that answers a constant, at once or after a word with Redis."""
+
+import json
+from collections.abc import Iterable
+from wsgiref.types import StartResponse, WSGIEnvironment
+
+from flask import Flask, Response
+
+from app.config import get_settings
+from app.redis_resc import connect
+
+#: As long as the status object of a job that waits.
+_ANSWER = json.dumps({"job_status": "queued", "": "." * 420})
+
+app = Flask(__name__)
+redis = connect(get_settings())
+
+
+@app.get("/healthz")
+def healthz() -> str:
+    """Tell that the app is up."""
+    return "ok"
+
+
+@app.get("/constant")
+def constant() -> Response:
+    """Answer."""
+    return Response(_ANSWER, mimetype="application/json")
+
+
+@app.route("/ping", methods=["GET", "POST"])
+def ping() -> Response:
+    """Answer after one round trip to Redis."""
+    redis.ping()
+    return Response(_ANSWER, mimetype="application/json")
+
+
+def bare(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    """Answer without Flask."""
+    start_response("200 OK", [("Content-Type", "application/json"), ("Content-Length", str(len(_ANSWER)))])
+    return [_ANSWER.encode()]

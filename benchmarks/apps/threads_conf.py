@@ -1,0 +1,8 @@
+"""gunicorn's settings for the tutorial's app: one process of eight threads."""
+
+import os
+
+bind = f"127.0.0.1:{os.environ['PORT']}"
+threads = 8
+# As in our own settings: the socket is one file per user.
+control_socket_disable = True

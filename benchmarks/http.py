@@ -1,0 +1,305 @@
+"""Requests/s of the API beside a tutorial's app and beside floors: `pipenv run bench http` (minutes, 2 GB, wrk).
+
+The server of whoever's turn it is has one core for itself; wrk and Redis share the other one.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import requests
+from redis import Redis
+
+from app.config import Settings
+from app.functions import count_words
+from app.job_function import FUNCTIONS
+from app.jobs import Jobs
+from app.main import create_app
+from benchmarks.load import CONNECTIONS, find_wrk, send_load
+from benchmarks.measure import on_core, ratios, spread, take_turns
+from benchmarks.report import Section, Target
+from tests.processes import end_run, environment, gunicorn, take_job, valkey_server
+
+FUNCTION = FUNCTIONS[count_words.__name__]
+ENQUEUE = f"/enqueue/{FUNCTION.name}"
+PAYLOAD = {"text": "a word or two"}
+RESULT = {"words": [["a", 1], ["word", 1]], "total": 4}
+ROUNDS, SECONDS = 5, 4
+#: For what must not make a difference: more and shorter turns, since the difference looked for is small.
+FLAT_ROUNDS, FLAT_SECONDS = 15, 1
+QUEUED, BATCH = 1_000_000, 1000
+SMALL, LARGE = 1000, 10_000_000
+
+
+class Server(NamedTuple):
+    """A web server, and its process that answers."""
+
+    url: str
+    process: psutil.Process
+
+    def ask(self, path: str, body: str | None = None) -> dict[str, Any]:
+        """The JSON object that one GET, or POST of this JSON, is answered with."""
+        kind = {"Content-Type": "application/json"}
+        answer = requests.request(
+            "GET" if body is None else "POST", self.url + path, data=body, headers=kind, timeout=9
+        )
+        assert answer.ok, answer.text
+        return dict(answer.json())
+
+
+class Turn(NamedTuple):
+    """Requests/s, and the share of a core that each process took."""
+
+    rate: float
+    server: float
+    wrk: float
+    redis: float
+
+
+def _cpu(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system
+
+
+@dataclass
+class Contestant:
+    """A route under load."""
+
+    server: Server
+    redis: Redis
+    #: makes what will be asked for, and gives the path
+    prepare: Callable[[], str]
+    #: members that the answer has
+    expected: Mapping[str, Any]
+    body: str | None = None
+    #: whether each request makes a job
+    enqueues: bool = False
+    turns: list[Turn] = field(default_factory=list)
+
+    def take_turn(self, seconds: int) -> float:
+        """Requests/s.
+
+        Raises:
+            AssertionError: an answer was wrong, or there are not as many new jobs as there should be.
+        """
+        path = self.prepare()
+        answer = self.server.ask(path, self.body)
+        assert self.expected.items() <= answer.items(), answer
+        redis_process = psutil.Process(self.redis.info("server")["process_id"])
+        queued, server_cpu, redis_cpu, start = (
+            self._count(),
+            _cpu(self.server.process),
+            _cpu(redis_process),
+            time.time(),
+        )
+        load = send_load(self.server.url + path, seconds, self.body)
+        took = time.time() - start
+        turn = Turn(
+            rate=load.requests / load.seconds,
+            server=(_cpu(self.server.process) - server_cpu) / took,
+            wrk=load.own_cpu / took,
+            redis=(_cpu(redis_process) - redis_cpu) / took,
+        )
+        # What was on its way as wrk ended makes a job without an answer.
+        unknown = self._count_in_the_end() - queued - self.enqueues * load.requests
+        assert 0 <= unknown <= self.enqueues * CONNECTIONS, f"{unknown} more jobs than answers"
+        self.turns.append(turn)
+        return turn.rate
+
+    def _count(self) -> int:
+        length: Any = self.redis.llen("rq:queue:default")
+        return int(length)
+
+    def _count_in_the_end(self) -> int:
+        """The jobs that wait once there come no more, so that the next turn begins in peace."""
+        count = -1
+        while count != (count := self._count()):
+            time.sleep(0.2)
+        return count
+
+    def row(self) -> tuple[str, ...]:
+        """Its figures for a table.
+
+        On a busy machine the server's µs of processor for each request tell more than the requests/s.
+        """
+        microseconds = [turn.server / turn.rate * 1e6 for turn in self.turns]
+        shares = zip(*((turn.server, turn.wrk, turn.redis) for turn in self.turns), strict=True)
+        return (
+            spread([turn.rate for turn in self.turns], 0),
+            spread(microseconds, 0),
+            *(f"{statistics.median(share):.0%}" for share in shares),
+        )
+
+
+class Stage:
+    """Starts servers, one Redis for all of them, and ends them with the stack."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        self._started = 0
+
+    def _place(self) -> Path:
+        self._started += 1
+        return self._folder / str(self._started)
+
+    def start_redis(self) -> Redis:
+        """A client of a server of its own."""
+        server = self._stack.enter_context(valkey_server(self._place(), save=""))
+        connection: Redis = self._stack.enter_context(Redis(port=server.port))
+        return connection
+
+    def start_web(self, redis: Redis, *args: str) -> Server:
+        """A web server by gunicorn with these arguments, on the other core."""
+        port = redis.connection_pool.connection_kwargs["port"]
+        env = environment(f"redis://127.0.0.1:{port}/0", MAX_QUEUE_LENGTH=10**9)
+        with on_core(0):
+            url, process = self._stack.enter_context(gunicorn(env, self._place(), *args))
+        return Server(url, psutil.Process(process.popen.pid).children()[0])
+
+
+def _empty(redis: Redis, path: str) -> str:
+    redis.flushall()
+    return path
+
+
+def _poll_new(redis: Redis, server: Server, enqueue: str) -> str:
+    """The path that polls a new job, the only one there is."""
+    redis.flushall()
+    return f"/check_status?job_id={server.ask(enqueue, json.dumps(PAYLOAD))['job_id']}"
+
+
+def _read_new(redis: Redis, server: Server) -> str:
+    """The path of the result of a new job, which has ended."""
+    path = _poll_new(redis, server, ENQUEUE)
+    assert end_run(redis, take_job(redis), value=RESULT) == "finished"
+    return path.replace("check_status", "get_result")
+
+
+def make_contestants(stage: Stage, redis: Redis, ours: Server) -> dict[str, Contestant]:
+    """Our routes, the tutorial's, and the floors."""
+    tutorial = stage.start_web(redis, "-c", "benchmarks/apps/threads_conf.py", "benchmarks.apps.tutorial:app")
+    floors = stage.start_web(redis, "benchmarks.apps.floors:app")
+    bare = stage.start_web(redis, "benchmarks.apps.floors:bare")
+    queued, post = {"job_status": "queued"}, partial(Contestant, redis=redis, body=json.dumps(PAYLOAD))
+    get = partial(Contestant, redis=redis)
+    return {
+        "POST /enqueue": post(ours, prepare=partial(_empty, redis, ENQUEUE), expected=queued, enqueues=True),
+        "POST, tutorial": post(tutorial, prepare=partial(_empty, redis, "/enqueue"), expected={}, enqueues=True),
+        "POST, one round trip": post(floors, prepare=partial(_empty, redis, "/ping"), expected=queued),
+        "GET /check_status": get(ours, prepare=partial(_poll_new, redis, ours, ENQUEUE), expected=queued),
+        "GET, tutorial": get(tutorial, prepare=partial(_poll_new, redis, tutorial, "/enqueue"), expected=queued),
+        "GET, one round trip": get(floors, prepare=partial(_empty, redis, "/ping"), expected=queued),
+        "GET /get_result": get(ours, prepare=partial(_read_new, redis, ours), expected=RESULT),
+        "GET, a constant": get(floors, prepare=partial(_empty, redis, "/constant"), expected=queued),
+        "GET, a constant, without Flask": get(bare, prepare=partial(_empty, redis, "/"), expected=queued),
+    }
+
+
+def _measure_flatness(name: str, little: Contestant, much: Contestant) -> tuple[tuple[str, ...], Target]:
+    """A row for what is not to cost more where there is more, and its target."""
+    sides = {"little": partial(little.take_turn, FLAT_SECONDS), "much": partial(much.take_turn, FLAT_SECONDS)}
+    take_turns(sides, 1)  # to warm up
+    figures = take_turns(sides, FLAT_ROUNDS)
+    found = ratios(figures, "much", "little")
+    row = (name, spread(figures["little"], 0), spread(figures["much"], 0), spread(found))
+    return row, Target(
+        f"{name}, requests/s, to the lesser one", "≥ 0.9", spread(found), statistics.median(found) >= 0.9
+    )
+
+
+def _poll_size(redis: Redis, server: Server, size: int, is_finished: bool) -> Contestant:
+    """Polls of a job with a payload, and a result if it has ended, of so many bytes."""
+    text = "x" * size
+    job_id = server.ask("/enqueue/echo", json.dumps(text))["job_id"]
+    if is_finished:
+        assert end_run(redis, take_job(redis), value=text, ttl=3600) == "finished"
+    path = f"/check_status?job_id={job_id}"
+    return Contestant(server, redis, lambda: path, {"job_status": "finished" if is_finished else "queued"})
+
+
+def _fill(redis: Redis) -> None:
+    """Let QUEUED jobs wait."""
+    jobs: Jobs = create_app(Settings(max_queue_length=10**9), redis).extensions["jobs"]
+    for _ in range(QUEUED // BATCH):
+        jobs.enqueue_many(FUNCTION, [PAYLOAD] * BATCH, {})
+
+
+def measure_flatness(stage: Stage, redis: Redis, ours: Server) -> list[tuple[tuple[str, ...], Target]]:
+    """Whether large jobs and long queues cost more."""
+    found = []
+    for is_finished in (True, False):
+        redis.flushall()
+        little, much = (_poll_size(redis, ours, size, is_finished) for size in (SMALL, LARGE))
+        what = "payload and result" if is_finished else "payload"
+        found.append(_measure_flatness(f"GET /check_status, {what} of 1 kB and 10 MB", little, much))
+    full = stage.start_redis()
+    theirs = stage.start_web(full, "app.main:app")
+    poll = f"/check_status?job_id={theirs.ask(ENQUEUE, json.dumps(PAYLOAD))['job_id']}"
+    _fill(full)
+    queued, body = {"job_status": "queued"}, json.dumps(PAYLOAD)
+    little = Contestant(ours, redis, partial(_poll_new, redis, ours, ENQUEUE), queued)
+    much = Contestant(theirs, full, lambda: poll, queued)
+    found.append(_measure_flatness("GET /check_status, 0 and 1,000,000 jobs queued", little, much))
+    little = Contestant(ours, redis, partial(_empty, redis, ENQUEUE), queued, body, enqueues=True)
+    much = Contestant(theirs, full, lambda: ENQUEUE, queued, body, enqueues=True)
+    found.append(_measure_flatness("POST /enqueue, 0 and 1,000,000 jobs queued", little, much))
+    return found
+
+
+#: Ours, what it is compared with, and the least ratio of their requests/s.
+TARGETS = [
+    ("POST /enqueue", "POST, tutorial", 2.0),
+    ("POST /enqueue", "POST, one round trip", 0.7),
+    ("GET /check_status", "GET, tutorial", 2.5),
+    ("GET /check_status", "GET, one round trip", 0.85),
+]
+
+
+def run() -> Section:
+    """Measure."""
+    find_wrk()
+    with ExitStack() as stack:
+        stack.enter_context(on_core(1))
+        stage = Stage(stack)
+        redis = stage.start_redis()
+        ours = stage.start_web(redis, "app.main:app")
+        contestants = make_contestants(stage, redis, ours)
+        for contestant in contestants.values():  # to warm up
+            contestant.take_turn(1)
+            contestant.turns.clear()
+        figures = take_turns({name: partial(each.take_turn, SECONDS) for name, each in contestants.items()}, ROUNDS)
+        flat = measure_flatness(stage, redis, ours)
+        valkey = redis.info("server").get("valkey_version", "?")
+    targets = []
+    for name, other, least in TARGETS:
+        found = ratios(figures, name, other)
+        aim, is_met = f"≥ {least:g}", statistics.median(found) >= least
+        targets.append(Target(f"{name}, requests/s, to {other}", aim, spread(found), is_met))
+    head = ("", "requests/s", "µs of the server's CPU a request", "server", "wrk", "Redis")
+    return Section(
+        title="Requests",
+        text=f"Requests/s of one web process by wrk with {CONNECTIONS} connections that are kept alive, {ROUNDS} rounds"
+        f" of {SECONDS} s each, Redis emptied before each turn; and the share of a core that each process took. The web"
+        " server has one core for itself, wrk and Redis share the other: where the server took all of its core and the"
+        " two others had room, it was the server that was measured. `POST /enqueue` is that of `count_words`. The"
+        " tutorial is Flask and RQ as tutorials have it, under gunicorn with 8 threads; the floors answer a constant of"
+        f" the same size under our own gunicorn settings, some after a `PING` of Redis. Below, turns of {FLAT_SECONDS}"
+        f" s, {FLAT_ROUNDS} rounds.",
+        tables=[
+            [head, *((name, *contestant.row()) for name, contestant in contestants.items())],
+            [("", "requests/s, the lesser", "requests/s, the greater", "ratio"), *(row for row, _ in flat)],
+        ],
+        targets=[*targets, *(target for _, target in flat)],
+        versions={"Valkey": valkey, **{name: version(name) for name in ("gunicorn", "gevent", "flask", "rq", "redis")}},
+        bars={name: statistics.median(found) for name, found in figures.items()},
+    )
