@@ -6,7 +6,7 @@ import importlib
 from benchmarks import report
 
 #: In the order in which they stand in RESULTS.md; each a module of this package with `run() -> report.Section`.
-BENCHMARKS = ("http", "lists")
+BENCHMARKS = ("http", "waiting", "lists")
 
 
 def main() -> None:
