@@ -49,20 +49,21 @@ class Server(NamedTuple):
     def ask(self, path: str, body: str | None = None) -> dict[str, Any]:
         """The JSON object that one GET, or POST of this JSON, is answered with."""
         kind = {"Content-Type": "application/json"}
-        answer = requests.request(
-            "GET" if body is None else "POST", self.url + path, data=body, headers=kind, timeout=9
-        )
+        method = "GET" if body is None else "POST"
+        answer = requests.request(method, self.url + path, data=body, headers=kind, timeout=9)
         assert answer.ok, answer.text
         return dict(answer.json())
 
 
 class Turn(NamedTuple):
-    """Requests/s, and the share of a core that each process took."""
+    """What came of a turn."""
 
+    #: requests/s
     rate: float
-    server: float
-    wrk: float
-    redis: float
+    #: of processor, that the server took for one request
+    microseconds: float
+    #: of a core, that the server, wrk and Redis took
+    shares: tuple[float, float, float]
 
 
 def _cpu(process: psutil.Process) -> float:
@@ -94,20 +95,14 @@ class Contestant:
         path = self.prepare()
         answer = self.server.ask(path, self.body)
         assert self.expected.items() <= answer.items(), answer
-        redis_process = psutil.Process(self.redis.info("server")["process_id"])
-        queued, server_cpu, redis_cpu, start = (
-            self._count(),
-            _cpu(self.server.process),
-            _cpu(redis_process),
-            time.time(),
-        )
+        processes = self.server.process, psutil.Process(self.redis.info("server")["process_id"])
+        queued, before = self._count(), [_cpu(process) for process in processes]
         load = send_load(self.server.url + path, seconds, self.body)
-        took = time.time() - start
+        server, redis = (_cpu(process) - then for process, then in zip(processes, before, strict=True))
         turn = Turn(
             rate=load.requests / load.seconds,
-            server=(_cpu(self.server.process) - server_cpu) / took,
-            wrk=load.own_cpu / took,
-            redis=(_cpu(redis_process) - redis_cpu) / took,
+            microseconds=server / load.requests * 1e6,
+            shares=(server / load.seconds, load.own_cpu / load.seconds, redis / load.seconds),
         )
         # What was on its way as wrk ended makes a job without an answer.
         unknown = self._count_in_the_end() - queued - self.enqueues * load.requests
@@ -121,9 +116,10 @@ class Contestant:
 
     def _count_in_the_end(self) -> int:
         """The jobs that wait once there come no more, so that the next turn begins in peace."""
-        count = -1
-        while count != (count := self._count()):
+        before, count = -1, self._count()
+        while count != before:
             time.sleep(0.2)
+            before, count = count, self._count()
         return count
 
     def row(self) -> tuple[str, ...]:
@@ -131,17 +127,15 @@ class Contestant:
 
         On a busy machine the server's µs of processor for each request tell more than the requests/s.
         """
-        microseconds = [turn.server / turn.rate * 1e6 for turn in self.turns]
-        shares = zip(*((turn.server, turn.wrk, turn.redis) for turn in self.turns), strict=True)
         return (
             spread([turn.rate for turn in self.turns], 0),
-            spread(microseconds, 0),
-            *(f"{statistics.median(share):.0%}" for share in shares),
+            spread([turn.microseconds for turn in self.turns], 0),
+            *(f"{statistics.median(share):.0%}" for share in zip(*(turn.shares for turn in self.turns), strict=True)),
         )
 
 
 class Stage:
-    """Starts servers, one Redis for all of them, and ends them with the stack."""
+    """Starts servers, which end with the stack."""
 
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
@@ -232,6 +226,7 @@ def _fill(redis: Redis) -> None:
     jobs: Jobs = create_app(Settings(max_queue_length=10**9), redis).extensions["jobs"]
     for _ in range(QUEUED // BATCH):
         jobs.enqueue_many(FUNCTION, [PAYLOAD] * BATCH, {})
+    assert redis.llen("rq:queue:default") >= QUEUED
 
 
 def measure_flatness(stage: Stage, redis: Redis, ours: Server) -> list[tuple[tuple[str, ...], Target]]:

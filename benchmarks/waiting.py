@@ -273,10 +273,10 @@ def run() -> Section:
         text=f"One client, one worker and nobody else: ms from the request to the result, {ROUNDS} rounds of {REQUESTS}"
         f" requests one after another, over one connection; beside it a Flask app under the same gunicorn settings that"
         f" hands the payload to another process and waits for the answer by Redis' lists alone. Then {CROWD} requests"
-        f" that wait for their jobs in one web process, {CROWD_ROUNDS} times, each in a new one: what they take of"
-        f" memory, what other clients' requests take meanwhile ({OTHERS} of each kind, {1 / PAUSE:.0f} a second, from"
-        " when they were due), and, once one worker comes and runs the jobs as fast as it can, the time from"
-        " `ended_at` of a job to the arrival of its answer.",
+        f" that come {1 / CROWD_PAUSE:.0f} a second and wait for their jobs in one web process, {CROWD_ROUNDS} times,"
+        " each in a new one: what they take of memory, what other clients' requests take meanwhile"
+        f" ({OTHERS} of each kind, {1 / PAUSE:.0f} a second, from when they were due), and, once one worker comes and"
+        " runs the jobs as fast as it can, the time from `ended_at` of a job to the arrival of its answer.",
         tables=[
             [("one request", "p50, ms", "p95, ms"), *latency_rows],
             [(f"{CROWD} requests", "in the rounds"), *crowd_rows],
