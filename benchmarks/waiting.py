@@ -271,7 +271,7 @@ def run() -> Section:
     return Section(
         title="Waiting",
         text=f"One client, one worker and nobody else: ms from the request to the result, {ROUNDS} rounds of {REQUESTS}"
-        f" requests one after another, over one connection; beside it a Flask app under the same gunicorn settings that"
+        f" requests one after another over one connection; beside it a Flask app under the same gunicorn settings that"
         f" hands the payload to another process and waits for the answer by Redis' lists alone. Then {CROWD} requests"
         f" that come {1 / CROWD_PAUSE:.0f} a second and wait for their jobs in one web process, {CROWD_ROUNDS} times,"
         " each in a new one: what they take of memory, what other clients' requests take meanwhile"

@@ -9,11 +9,12 @@ from flask import Flask, Response, request
 from redis import Redis
 
 QUESTIONS, TAKEN = "echo:questions", "echo:taken"
-#: Seconds that either side waits for the other.
+#: Seconds that a request waits for the other process.
 PATIENCE = 10
 
 app = Flask(__name__)
-redis = Redis.from_url(os.environ["REDIS_URL"])
+# Without redis-py's limit of 5 s: the other process waits as long as nothing comes.
+redis = Redis.from_url(os.environ["REDIS_URL"], socket_timeout=None)
 
 
 @app.get("/healthz")
