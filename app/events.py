@@ -43,6 +43,11 @@ class EventLog:
         self._lock = threading.Lock()
         self._reading = False
 
+    @property
+    def is_read(self) -> bool:
+        """Whether somebody listens, or did just now: a new listener misses nothing from the first moment on then."""
+        return self._reading
+
     @contextmanager
     def listen(self, job_id: str) -> Iterator[Bell]:
         """Hear of each event of a job from now on.

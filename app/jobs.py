@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from queue import Empty
 from typing import Any, NamedTuple
 
@@ -339,25 +340,34 @@ class Jobs:
         if seconds <= 0:
             return self.read_status(job_id, owner)
         with self.events.listen(job_id) as bell:
-            return self._await_end(job_id, owner, bell, seconds)
+            return self._await_end(partial(self.read_status, job_id, owner), bell, seconds)
 
     def wait_for_new(self, receipt: Receipt, seconds: float, owner: str = "") -> StatusObject:
-        """As `wait`, for what `enqueue` answered.
+        """As `wait`, for what `enqueue` answered; with `result`, as JSON data, if it was waited for and has finished.
 
         An outage that begins once the job is enqueued is no error: told of one, a client would send the job again.
+
+        Raises:
+            JobFailed, ResultExpired: it finished, but there is no result to be told.
         """
-        if receipt.status is not None and seconds <= 0:
-            return receipt.status
+        if seconds <= 0:
+            return receipt.status or self.read_status(receipt.job_id, owner)
+        # A job that was just made needs no look before its first event.
+        known = receipt.status if self.events.is_read else None
         try:
-            return self.wait(receipt.job_id, seconds, owner)
+            with self.events.listen(receipt.job_id) as bell:
+                look = partial(self._read_status_and_result, receipt.job_id, owner)
+                return self._await_end(look, bell, seconds, known)
         except RedisError as error:
             if receipt.status is None:
                 raise
             logger.error("job %s is enqueued, but cannot be waited for: %s", receipt.job_id, error)
             return receipt.status
 
-    def _await_end(self, job_id: str, owner: str | None, bell: Bell, seconds: float) -> StatusObject:
-        """Look at the job, and look again when its events say that it ended.
+    def _await_end(
+        self, look: Callable[[], StatusObject], bell: Bell, seconds: float, known: StatusObject | None = None
+    ) -> StatusObject:
+        """Look at the job, unless its status is known, and look again when its events say that it ended.
 
         The job itself is looked at now and then without an event too: a stock worker's jobs have none, and a `ttl`
         that runs out is nobody's transition. The looks grow rarer, so that long waits cost little.
@@ -365,13 +375,10 @@ class Jobs:
         start = time.monotonic()
         deadline = start + seconds
         if self._free_waits is None or not self._free_waits.acquire(blocking=False):
-            return self.read_status(job_id, owner)
+            return known or look()
         try:
-            while True:
-                status = self.read_status(job_id, owner)
-                now = time.monotonic()
-                if status["job_status"] in TERMINAL or now >= deadline:
-                    return status
+            status, known = known or look(), None
+            while status["job_status"] not in TERMINAL and (now := time.monotonic()) < deadline:
                 next_look = min(deadline, now + min(max(0.25, (now - start) / 2), 5))
                 while (left := next_look - time.monotonic()) > 0:
                     try:
@@ -379,6 +386,8 @@ class Jobs:
                             break
                     except Empty:
                         break
+                status = look()
+            return status
         finally:
             self._free_waits.release()
 
@@ -392,14 +401,10 @@ class Jobs:
             JobFailed, JobStopped, JobCanceled: it ended without a result.
             ResultExpired, JobNotFound: as `read_status`.
         """
-        with self.connection.pipeline() as pipeline:
-            pipeline.hmget(transitions.job_key(job_id), STATUS_FIELDS)
-            pipeline.xrevrange(transitions.results_key(job_id), count=1)
-            values, results = pipeline.execute()
-        fields = self._decode(job_id, owner, values)
+        fields, text = self._read_result(job_id, owner)
+        if text is not None:
+            return text
         status = fields["status"]
-        if status == "finished" and results:
-            return read_return_value(job_id, results[0][1])
         members: dict[str, Any] = {"job_id": job_id, "job_status": status}
         if status == "finished":  # its hash outlived its result
             raise problems.ResultExpired(f"The result of the job {job_id} is not kept any more.", job_id=job_id)
@@ -409,6 +414,20 @@ class Jobs:
         problem = {"failed": problems.JobFailed, "stopped": problems.JobStopped, "canceled": problems.JobCanceled}
         raise problem[status or ""](f"The job was {status}." if status != "failed" else "The job failed.", **members)
 
-    def read_result_value(self, job_id: str, owner: str | None = "") -> Any:
-        """The job's return value, as JSON data; raises as `read_result`."""
-        return json.loads(self.read_result(job_id, owner))
+    def _read_result(self, job_id: str, owner: str | None) -> tuple[dict[str, str | None], bytes | None]:
+        """The fields of the job's hash for its status, and its return value if it has finished; in one round trip."""
+        with self.connection.pipeline(transaction=False) as pipeline:
+            pipeline.hmget(transitions.job_key(job_id), STATUS_FIELDS)
+            pipeline.xrevrange(transitions.results_key(job_id), count=1)
+            values, results = pipeline.execute()
+        fields = self._decode(job_id, owner, values)
+        if fields["status"] == "finished" and results:
+            return fields, read_return_value(job_id, results[0][1])
+        return fields, None
+
+    def _read_status_and_result(self, job_id: str, owner: str | None) -> StatusObject:
+        fields, text = self._read_result(job_id, owner)
+        status = make_status_object(self.connection, job_id, fields)
+        if fields["status"] == "finished":
+            status["result"] = json.loads(text if text is not None else self.read_result(job_id, owner))
+        return status

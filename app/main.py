@@ -138,8 +138,6 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
         headers = {"Location": status["links"]["check_status"], **ask_again(status)}
         if not wait or status["job_status"] not in TERMINAL:
             return json_answer(status, 202, headers)
-        if status["job_status"] == "finished":
-            status["result"] = jobs.read_result_value(status["job_id"], reader())
         return json_answer(status, 200, headers)
 
     @app.get("/check_status")
