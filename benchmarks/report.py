@@ -4,14 +4,16 @@ import json
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from xml.sax.saxutils import escape
 
 FOLDER = Path(__file__).parent
 STORE = FOLDER / "results.json"
 RESULTS = FOLDER / "RESULTS.md"
+CHART = FOLDER / "chart.svg"
 
 Rows = Sequence[Sequence[str]]
 
@@ -69,6 +71,37 @@ def _table(rows: Rows) -> list[str]:
     return [head, "|" + " --- |" * len(rows[0]), *body, ""]
 
 
+def draw_chart(title: str, bars: Mapping[str, float]) -> str:
+    """An SVG of horizontal bars with widths to scale, this service's in another colour; for light and dark pages."""
+    names, longest, row = 250, 390, 28  # pixels: the space for names, the longest bar, the height of a row
+    shapes = []
+    for number, (name, figure) in enumerate(bars.items()):
+        top, width = 40 + number * row, longest * figure / max(bars.values())
+        kind = "own" if name.startswith("this service") else "peer"
+        shapes += [
+            f'<text x="{names - 10}" y="{top + 15}" text-anchor="end">{escape(name.replace("`", ""))}</text>',
+            f'<rect x="{names}" y="{top}" width="{width:.1f}" height="{row - 8}" rx="2" class="{kind}"/>',
+            f'<text x="{names + width + 8:.1f}" y="{top + 15}">{figure:,.0f}</text>',
+        ]
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {48 + len(bars) * row}" role="img">',
+            f"<title>{escape(title)}</title>",
+            "<style>",
+            "text { font: 13px system-ui, sans-serif; fill: #1f2328 } .own { fill: #1a7f37 } .peer { fill: #8c959f }",
+            ".title { font-weight: 600 }",
+            "@media (prefers-color-scheme: dark) {",
+            "text { fill: #e6edf3 } .own { fill: #3fb950 } .peer { fill: #6e7681 }",
+            "}",
+            "</style>",
+            f'<text x="10" y="24" class="title">{escape(title)}</text>',
+            *shapes,
+            "</svg>",
+            "",
+        ]
+    )
+
+
 def render(order: Sequence[str]) -> None:
     """Write RESULTS.md: the targets first, then each section in this order."""
     stored = _load()
@@ -89,6 +122,9 @@ def render(order: Sequence[str]) -> None:
     ]
     for section in sections:
         lines += [f"## {section['title']}", "", section["text"], ""]
+        if section["bars"]:
+            CHART.write_text(draw_chart(section["title"], section["bars"]))
+            lines += [f"![{section['title']}]({CHART.name})", ""]
         for table in section["tables"]:
             lines += _table(table)
         versions = "".join(f", {name} {version}" for name, version in section["versions"].items())
