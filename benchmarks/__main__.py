@@ -2,6 +2,8 @@
 
 import argparse
 import importlib
+import signal
+import sys
 
 from benchmarks import report
 
@@ -16,6 +18,7 @@ def main() -> None:
     names = parser.parse_args().names or BENCHMARKS
     if unknown := set(names) - set(BENCHMARKS):
         parser.error(f"there is no benchmark {', '.join(sorted(unknown))}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: what was started is ended, too
     for name in names:
         report.save(name, importlib.import_module(f"benchmarks.{name}").run())
         report.render(BENCHMARKS)
