@@ -5,7 +5,8 @@ from gevent import monkey
 # Before anything else is imported: many clients wait in one process, each in a greenlet.
 monkey.patch_all()
 
-import sys  # noqa: E402  # see above
+import resource  # noqa: E402  # see above
+import sys  # noqa: E402
 from typing import Any  # noqa: E402
 
 from app.config import get_settings, is_loopback  # noqa: E402
@@ -17,6 +18,13 @@ workers = _settings.web_concurrency
 worker_class = "gevent"
 # Room for all that may wait, and for those who do not.
 worker_connections = _settings.max_waiting + 1000
+# Each of them is an open file, of which a process may have 1024 on most systems, unless it asks for more.
+_soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+if _soft != resource.RLIM_INFINITY:
+    _most = worker_connections + 500
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (max(_soft, _most if _hard == resource.RLIM_INFINITY else min(_most, _hard)), _hard)
+    )
 # A request in flight has this long to end on a shutdown: a little more than the longest wait.
 graceful_timeout = _settings.max_wait + 5
 keepalive = 5

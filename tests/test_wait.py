@@ -1,10 +1,13 @@
 import json
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import requests
 from apiflask import APIFlask
@@ -23,6 +26,8 @@ from tests.conftest import Service
 from tests.processes import (
     end_run,
     enqueue_echo,
+    environment,
+    gunicorn,
     job_in_state,
     json_of,
     problem_of,
@@ -356,3 +361,15 @@ def test_wait_of_fifty_clients_holds_one_connection(client: FlaskClient, redis: 
     end_run(redis, take_job(redis), value=1)
     assert {json_of(future.result(10))["job_status"] for future in asked} == {"finished"}
     assert listeners(jobs) == 0
+
+
+def test_wait_has_a_file_for_each_connection(tmp_path: Path, redis_url: str) -> None:
+    """The system's usual limit, 1024, is less than MAX_WAITING."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, limits[1]))
+    try:
+        with gunicorn(environment(redis_url), tmp_path / "web.log", "app.main:app") as (_, process):
+            most, _ = psutil.Process(process.popen.pid).children()[0].rlimit(resource.RLIMIT_NOFILE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert most >= min(Settings().max_waiting + 1000, limits[1])
