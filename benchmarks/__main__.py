@@ -8,7 +8,7 @@ import sys
 from benchmarks import report
 
 #: In the order in which they stand in RESULTS.md; each a module of this package with `run() -> report.Section`.
-BENCHMARKS = ("http", "waiting", "lists")
+BENCHMARKS = ("workers", "http", "waiting", "lists")
 
 
 def main() -> None:

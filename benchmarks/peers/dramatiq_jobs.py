@@ -1,0 +1,32 @@
+"""Dramatiq, with its middleware for results; it acknowledges a job when it has run."""
+
+import os
+from typing import Any
+
+import dramatiq
+from dramatiq.brokers.redis import RedisBroker
+from dramatiq.results import ResultMissing, Results
+from dramatiq.results.backends import RedisBackend
+
+broker = RedisBroker(url=os.environ["REDIS_URL"])
+broker.add_middleware(Results(backend=RedisBackend(url=os.environ["REDIS_URL"])))
+dramatiq.set_broker(broker)
+
+
+@dramatiq.actor(store_results=True)
+def noop(number: int) -> dict[str, int]:
+    """Return the number."""
+    return {"number": number}
+
+
+def enqueue(count: int) -> list[Any]:
+    """So many new jobs."""
+    return [noop.send(number) for number in range(count)]
+
+
+def find_result(handle: Any) -> Any:
+    """What the job returned; None while there is nothing."""
+    try:
+        return handle.get_result()
+    except ResultMissing:
+        return None

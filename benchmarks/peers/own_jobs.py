@@ -1,0 +1,19 @@
+"""The queues and the job functions of this service; the jobs are spread over the queues in their order."""
+
+import os
+from typing import Any
+
+from app.redis_resc import queues, settings
+from benchmarks import job_functions
+
+
+def enqueue(count: int) -> list[Any]:
+    """So many new jobs, of the function that BENCHMARK_FUNCTION names."""
+    function = getattr(job_functions, os.environ["BENCHMARK_FUNCTION"])
+    names = [settings.queues[number * len(settings.queues) // count] for number in range(count)]
+    return [queues[name].enqueue(function, number) for number, name in enumerate(names)]
+
+
+def find_result(handle: Any) -> Any:
+    """What the job returned; None while there is nothing."""
+    return handle.return_value(refresh=True)
