@@ -8,7 +8,7 @@ import sys
 from benchmarks import report
 
 #: In the order in which they stand in RESULTS.md; each a module of this package with `run() -> report.Section`.
-BENCHMARKS = ("workers", "http", "waiting", "lists")
+BENCHMARKS = ("workers", "http", "waiting", "size", "lists")
 
 
 def main() -> None:
