@@ -105,8 +105,8 @@ def run() -> Section:
         text=f"Memory of each process as shipped, started anew {ROUNDS} times: idle, after {CALLS} jobs were enqueued, "
         "waited for, looked at and their results fetched, one after the other. RSS is all of its pages in memory; PSS "
         "divides each page by the number of processes that share it, whatever they are. The start is that of "
-        "`python -m app.start` with an empty data folder, compiled files being there, to the result of its first job of "
-        f"`count_words`, {ROUNDS} times.",
+        "`python -m app.start` with an empty data folder, compiled files being there, to the result of its first job, "
+        f"{ROUNDS} times.",
         tables=[
             [("process", "RSS, MB", "PSS, MB"), *((name, spread(rss[name], 1), spread(pss[name], 1)) for name in rss)],
             [("start", "seconds"), ("to the first job's result", spread(starts))],
