@@ -142,7 +142,8 @@ def test_no_job_is_lost_though_workers_are_killed(
         tally = clients.ledger.settle(RECOVERED_WITHIN)
         recovery = time.monotonic() - last
     row.close(tally, recovery, note=f"{times} times, {len(queues)} queues", may_run_again=crashes_of(tally))
-    assert (1 if long else 0) <= sum(crashes_of(tally).values()) <= times
+    # A worker has two jobs in its hands for an instant: it takes the next one, and then tells the end of the last.
+    assert (1 if long else 0) <= sum(crashes_of(tally).values()) <= 2 * times
 
 
 @pytest.mark.fault("4", "SIGKILL of worker and work-horse after the take, before the run", timeout=300)
