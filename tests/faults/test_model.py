@@ -163,8 +163,9 @@ class World:
                 yield f"{number} takes", lambda: self._take(state, number, worker)
             return
         yield f"{number} renews", lambda: self._renew(state, number, worker)
-        if not worker.ending:
-            yield f"{number} takes ahead", lambda: self._take(state, number, WorkerState(ending=worker.run))
+        if self._may(state, "ahead") and not worker.ending:
+            ahead = WorkerState(ending=worker.run)
+            yield f"{number} takes ahead", lambda: self._take(self._spend(state, "ahead"), number, ahead)
         for outcome in ("finished", "failed", "stopped"):
             yield f"{number} ends {outcome}", lambda outcome=outcome: self._finish(state, number, outcome)  # type: ignore[misc]
         yield f"{number} loses its work-horse", lambda: self._release(state, number, worker.run, crashed=True)
@@ -237,8 +238,8 @@ class World:
         state = state._replace(executions=state.executions + 1)
         # The second answer has the fields as they are then; all else is the same.
         answer = self._send(lambda: transitions.take(self.redis, f"w{number}", execution, LEASE, [QUEUE])[:3], SAME)
-        if answer[:2] != (QUEUE, JOB):
-            return self._set(state, number, worker)
+        if answer[:2] != (QUEUE, JOB):  # a worker that took nothing ahead ends its run as any other
+            return state
         run = Run(JOB, execution, QUEUE, f"w{number}")
         return self._set(state, number, worker._replace(run=run))._replace(waits=state.waits - 1)
 
@@ -389,12 +390,13 @@ def explore(world: World, start: State) -> tuple[int, int]:
 
 #: How often each may happen, by what the check is for, and whether it is quick.
 BUDGETS = [
-    ("a pause", True, {"expire": 1}),
-    ("a pause and a death", False, {"expire": 1, "die": 1}),
-    ("a cancel and a shutdown", True, {"cancel": 1, "shutdown": 1}),
-    ("a retry and a pause", False, {"retry": 1, "expire": 1}),
-    ("control", False, {"cancel": 1, "retry": 1, "shutdown": 1}),
-    ("deaths and pauses", False, {"die": 2, "expire": 2}),
+    ("a pause", True, {"expire": 1, "ahead": 2}),
+    ("a pause and a death", False, {"expire": 1, "die": 1, "ahead": 2}),
+    ("a cancel and a shutdown", True, {"cancel": 1, "shutdown": 1, "ahead": 1}),
+    ("a retry and a pause", False, {"retry": 1, "expire": 1, "ahead": 2}),
+    ("control", False, {"cancel": 1, "retry": 1, "shutdown": 1, "ahead": 1}),
+    ("deaths and pauses", False, {"die": 2, "expire": 2, "ahead": 1}),
+    # Jobs that are taken ahead multiply the states, so they are left to those above.
     ("all of it", False, {"cancel": 1, "retry": 1, "shutdown": 1, "die": 2, "expire": 2}),
 ]
 
