@@ -14,7 +14,7 @@ import requests
 from tests.faults.conftest import Row
 from tests.faults.ledger import RUNS_KEY, Job, Tally
 from tests.faults.site import Clients, Site
-from tests.processes import Process, wait_until
+from tests.processes import wait_until
 
 JOBS = 200_000
 #: Jobs that are enqueued, run and counted before the next ones come, and how many of them are of which kind.
@@ -99,11 +99,10 @@ def resident(pid: int) -> int:
     return int(re.findall(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())[0])
 
 
-def horse_of(worker: Process) -> int:
-    """The number of the worker's work-horse."""
-    pid = worker.popen.pid
-    (horse,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return int(horse)
+def only_child_of(pid: int) -> int:
+    """The process that a worker, or its fork server, has started."""
+    (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(child)
 
 
 def ask_until_answered(url: str, **options: Any) -> requests.Response:
@@ -204,7 +203,9 @@ def test_very_many_jobs_leave_nothing_behind(own_site: Site, row: Row) -> None:
 
     crowd.settle(crowd.enqueue_wave())  # all have loaded what they need then
     elder = next(iter(site.staff.workers))
-    pids = {"worker": site.staff.workers[elder].popen.pid, "work-horse": horse_of(site.staff.workers[elder])}
+    pids = {"worker": site.staff.workers[elder].popen.pid}
+    pids["fork server"] = only_child_of(pids["worker"])
+    pids["work-horse"] = only_child_of(pids["fork server"])
     pids |= {f"web {number}": pid for number, pid in enumerate(site.web_processes(), 1)}
     before = {name: resident(pid) for name, pid in pids.items()}
 
