@@ -8,6 +8,7 @@ pubsub) that can deadlock the child.
 import contextlib
 import gc
 import os
+import select
 import signal
 import socket
 import struct
@@ -15,7 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any, Literal, NoReturn
+from typing import Literal, NoReturn
 
 #: What the server says of a process: `b` for born or `d` for dead, its id, and its exit code; or `n` if none could be
 #: born, with the error's number in place of the code.
@@ -106,13 +107,20 @@ def _serve(control: socket.socket, run: Callable[[socket.socket], None]) -> NoRe
         def tell(word: Literal[b"b", b"d", b"n"], pid: int, code: int = 0) -> None:
             control.send(_NEWS.pack(word, pid, code))
 
-        def reap(*_: Any) -> None:
-            with contextlib.suppress(ChildProcessError):
-                while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                    tell(b"d", ended[0], os.waitstatus_to_exitcode(ended[1]))
-
-        signal.signal(signal.SIGCHLD, reap)
+        # A handler alone would run only after the wait for the next order if the signal came just before that.
+        wakes, wake = socket.socketpair()
+        wake.setblocking(False)
+        signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
         while True:
+            ready, _, _ = select.select([control, wakes], [], [])
+            if wakes in ready:
+                wakes.recv(4096)
+                with contextlib.suppress(ChildProcessError):
+                    while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                        tell(b"d", ended[0], os.waitstatus_to_exitcode(ended[1]))
+            if control not in ready:
+                continue
             order, files, _, _ = socket.recv_fds(control, 1, 1)
             if not order:
                 os._exit(0)
@@ -122,10 +130,12 @@ def _serve(control: socket.socket, run: Callable[[socket.socket], None]) -> NoRe
                 tell(b"n", 0, error.errno or 0)
             else:
                 if pid == 0:
+                    signal.set_wakeup_fd(-1)
                     for number in (signal.SIGCHLD, signal.SIGTERM):
                         signal.signal(number, signal.SIG_DFL)
                     os.setpgid(0, 0)
-                    control.close()
+                    for inherited in (control, wakes, wake):
+                        inherited.close()
                     _be_child(socket.socket(fileno=files[0]), run)
                 tell(b"b", pid)
             os.close(files[0])
