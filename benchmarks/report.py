@@ -13,7 +13,6 @@ from xml.sax.saxutils import escape
 FOLDER = Path(__file__).parent
 STORE = FOLDER / "results.json"
 RESULTS = FOLDER / "RESULTS.md"
-CHART = FOLDER / "chart.svg"
 
 Rows = Sequence[Sequence[str]]
 
@@ -103,13 +102,13 @@ def draw_chart(title: str, bars: Mapping[str, float]) -> str:
 
 
 def render(order: Sequence[str]) -> None:
-    """Write RESULTS.md: the targets first, then each section in this order."""
+    """Write RESULTS.md: the targets first, then each section in this order, with a chart of its own if it has bars."""
     stored = _load()
-    sections = [stored[name] for name in order if name in stored]
+    sections = {name: stored[name] for name in order if name in stored}
     head = ("figure", "target", "measured", "met")
     targets = [
         (target["figure"], target["aim"], target["measured"], "yes" if target["is_met"] else "**no**")
-        for section in sections
+        for section in sections.values()
         for target in section["targets"]
     ]
     lines = [
@@ -120,11 +119,12 @@ def render(order: Sequence[str]) -> None:
         "",
         *_table([head, *targets]),
     ]
-    for section in sections:
+    for name, section in sections.items():
         lines += [f"## {section['title']}", "", section["text"], ""]
         if section["bars"]:
-            CHART.write_text(draw_chart(section["title"], section["bars"]))
-            lines += [f"![{section['title']}]({CHART.name})", ""]
+            chart = FOLDER / f"{name}.svg"
+            chart.write_text(draw_chart(section["title"], section["bars"]))
+            lines += [f"![{section['title']}]({chart.name})", ""]
         for table in section["tables"]:
             lines += _table(table)
         versions = "".join(f", {name} {version}" for name, version in section["versions"].items())
