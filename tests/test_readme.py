@@ -101,7 +101,17 @@ def test_no_tracked_file_names_a_package_registry() -> None:
     hosts = re.compile(
         "|".join(["py" + r"pi\.org", "python" + r"hosted\.org", "registry" + r"\.npmjs", "deb" + r"\.debian\.org"])
     )
-    skipped = {".git", ".venv", "node_modules", ".data", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis"}
+    skipped = {
+        ".git",
+        ".venv",
+        "node_modules",
+        ".data",
+        ".bench",
+        ".mypy_cache",
+        ".ruff_cache",
+        ".pytest_cache",
+        ".hypothesis",
+    }
     for path in ROOT.rglob("*"):
         if path.is_file() and not skipped & set(path.relative_to(ROOT).parts) and _is_text(path):
             assert not hosts.search(path.read_text(errors="replace")), path
