@@ -5,9 +5,19 @@ from gevent import monkey
 # Before anything else is imported: many clients wait in one process, each in a greenlet.
 monkey.patch_all()
 
-import resource  # noqa: E402  # see above
+import os  # noqa: E402  # see above
+import resource  # noqa: E402
+import shutil  # noqa: E402
 import sys  # noqa: E402
+import tempfile  # noqa: E402
 from typing import Any  # noqa: E402
+
+# Before `prometheus_client` and the settings are imported: each process keeps what it measures in files there, so that
+# whichever is asked tells of all of them.
+_measured = "PROMETHEUS_MULTIPROC_DIR"
+_own_folder = "" if os.environ.get(_measured) else os.environ.setdefault(_measured, tempfile.mkdtemp(prefix="metrics-"))
+
+from prometheus_client import multiprocess  # noqa: E402
 
 from app.config import get_settings, is_loopback  # noqa: E402
 
@@ -46,3 +56,14 @@ def worker_exit(server: Any, worker: Any) -> None:
     if not worker.booted and isinstance(reason, SystemExit) and isinstance(reason.code, str):
         print(reason.code, file=sys.stderr, flush=True)
         raise SystemExit(3)  # gunicorn's own word for it, Arbiter.WORKER_BOOT_ERROR
+
+
+def child_exit(server: Any, worker: Any) -> None:
+    """Its requests are counted on, but none of them waits any more."""
+    multiprocess.mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
+
+
+def on_exit(server: Any) -> None:
+    """Leave nothing behind; unless a new gunicorn (SIGUSR2) has taken over, and the folder with it."""
+    if _own_folder and not server.reexec_pid:
+        shutil.rmtree(_own_folder, ignore_errors=True)

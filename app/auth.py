@@ -45,6 +45,16 @@ def check_function(name: str) -> None:
         raise problems.Forbidden(f"The key {current_key().name!r} may not use {name}.")
 
 
+def want_admin() -> None:
+    """Let only an admin key go on, where there are keys.
+
+    Raises:
+        Forbidden: it is another key.
+    """
+    if not (current_key() is ANONYMOUS or current_key().admin):
+        raise problems.Forbidden(f"The key {current_key().name!r} is no admin key.")
+
+
 def limit_rate(app: APIFlask, limit: str | None, connection: Redis) -> None:
     """Let each key (each address, where there are no keys) send so many requests, counted in Redis."""
     if limit is None:

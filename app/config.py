@@ -109,6 +109,10 @@ class Settings(BaseSettings):
         description="Requests that one key (without keys: one address) may send, as `100/minute`; unset: any number",
     )
 
+    prometheus_multiproc_dir: Path | None = Field(
+        default=None, description="Where web processes keep what they measure; gunicorn makes a folder for it, if unset"
+    )
+
     queues: Annotated[tuple[QueueName, ...], NoDecode] = Field(
         default=("default",),
         min_length=1,

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from redis import Redis
 from redis.exceptions import RedisError
 
-from app import problems, transitions
+from app import overviews, problems, transitions
 from app.config import MAX_SECONDS, Settings
 from app.events import Bell, EventLog
 from app.job_function import JobFunction
@@ -44,17 +44,17 @@ MOST_LOOKED_AT = 1000
 MOST_ERRORS = 100
 
 
-def _encode_cursor(cursor: transitions.Cursor) -> str:
+def _encode_cursor(cursor: overviews.Cursor) -> str:
     text = " ".join(cursor).encode(errors="surrogateescape")
     return base64.urlsafe_b64encode(text).decode().rstrip("=")
 
 
-def _decode_cursor(text: str) -> transitions.Cursor:
+def _decode_cursor(text: str) -> overviews.Cursor:
     with suppress(ValueError):
         decoded = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)).decode(errors="surrogateescape")
         created, _, job_id = decoded.partition(" ")
         if re.fullmatch(r"[0-9]{1,17}", created) and job_id:
-            return transitions.Cursor(created, job_id)
+            return overviews.Cursor(created, job_id)
     error: problems.ErrorItem = {"loc": ["query", "cursor"], "msg": "It does not come from `next` of a page."}
     raise problems.InvalidRequest("The cursor is none of ours.", errors=[error])
 
@@ -262,7 +262,7 @@ class Jobs:
             GroupNotFound: there is no such group, or it is somebody else's.
             ResultExpired: it existed, and is not kept any more.
         """
-        total, statuses = transitions.read_group(self.connection, group_id)
+        total, statuses = overviews.read_group(self.connection, group_id)
         is_admins = owner is None and total is not None  # its owner's key may be gone
         if not is_admins and not any(self.ids.is_ours(group_id, f"group:{name}") for name in self._owners(owner)):
             if total is not None or not statuses or owner not in (None, ""):
@@ -289,7 +289,7 @@ class Jobs:
         Raises:
             InvalidRequest: the cursor is none of ours.
         """
-        page = transitions.list_jobs(
+        page = overviews.list_jobs(
             self.connection,
             owner,
             STATUS_FIELDS,

@@ -18,6 +18,7 @@ from app.control import make_control
 from app.events import BLOCK, EventLog
 from app.job_function import load_functions
 from app.jobs import Jobs
+from app.metrics import measure_requests
 from app.ops import ops
 from app.redis_resc import connect, redis_conn
 from app.request_parts import add_header, idempotency_key, read_payload, reader, wait_seconds
@@ -96,6 +97,7 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
         )
     )
     answer_errors(app)
+    measure_requests(app)
     want_keys(app, settings.api_keys, settings.allow_anonymous)
     limit_rate(app, settings.rate_limit, jobs.connection)
     app.register_blueprint(ops)

@@ -1,14 +1,18 @@
-"""Operating the service: is it up, would a job run."""
+"""Operating the service: is it up, would a job run, how are the queues and the workers."""
 
 from typing import Any
 
 from apiflask import APIBlueprint
 from flask import Response, current_app
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from redis.exceptions import RedisError
 
 from app import problems
 from app.answers import json_answer
+from app.auth import want_admin
 from app.jobs import TRY_AGAIN, Jobs
+from app.metrics import render_metrics
+from app.overviews import read_overview
 from app.transitions import PROBE_KEY, workers_key
 
 ops = APIBlueprint("ops", __name__)
@@ -50,3 +54,34 @@ def readyz() -> Response:
         failed = ", ".join(f"{name}: {check}" for name, check in checks.items() if check != "ok")
         raise problems.NotReady(f"Not ready: {failed}.", checks=checks, retry_after=TRY_AGAIN)
     return json_answer({"status": "ready", "checks": checks})
+
+
+@ops.get("/queues")
+@ops.doc(tags=["Operating"])
+def queues() -> Response:
+    """Tell how the queues and workers are."""
+    want_admin()
+    jobs: Jobs = current_app.extensions["jobs"]
+    overview = read_overview(jobs.connection, jobs.settings.queues)
+    listed = [
+        {
+            "name": queue.name,
+            "jobs": queue.jobs,
+            "workers": sum(queue.name in worker.queues for worker in overview.workers),
+            "oldest_waiting_seconds": None if queue.oldest is None else round(queue.oldest, 3),
+            "runs_per_minute": round(queue.runs / queue.since * 60, 3),
+            "mean_run_seconds": round(queue.run_seconds / queue.runs, 6) if queue.runs else None,
+        }
+        for queue in overview.queues
+    ]
+    workers = [worker._asdict() for worker in sorted(overview.workers)]
+    return json_answer({"queues": listed, "workers": workers}, headers={"Cache-Control": "private, no-cache"})
+
+
+@ops.get("/metrics")
+@ops.doc(tags=["Operating"])
+def metrics() -> Response:
+    """Tell Prometheus how the service is."""
+    want_admin()
+    jobs: Jobs = current_app.extensions["jobs"]
+    return Response(render_metrics(jobs.settings, jobs.connection), content_type=CONTENT_TYPE_PLAIN_0_0_4)

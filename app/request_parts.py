@@ -10,6 +10,7 @@ from werkzeug.exceptions import RequestEntityTooLarge
 from app import problems
 from app.auth import current_key
 from app.config import Settings
+from app.metrics import note_wait
 from app.strict_json import parse_json
 
 #: Seconds that a client may be silent in the middle of a body.
@@ -64,6 +65,8 @@ def wait_seconds(asked: float | None, settings: Settings) -> float:
     seconds = min(asked if asked is not None else preferred or 0, settings.max_wait)
     if preferred is not None:
         add_header("Preference-Applied", f"wait={seconds:.0f}")
+    if seconds > 0:
+        note_wait()
     return seconds
 
 

@@ -224,6 +224,35 @@ class FunctionList(Answer):
     functions: list[FunctionObject]
 
 
+class QueueObject(Answer):
+    """A queue at one moment."""
+
+    name: str
+    jobs: dict[str, int] = Field(
+        description="by status; `failed` has those that were stopped, too", examples=[{"queued": 3, "started": 1}]
+    )
+    workers: int = Field(description="live ones that take its jobs")
+    oldest_waiting_seconds: float | None = Field(description="age of the job that waits longest")
+    runs_per_minute: float = Field(description="runs that ended, in the last one to two minutes")
+    mean_run_seconds: float | None = Field(description="of these")
+
+
+class WorkerObject(Answer):
+    """A live worker."""
+
+    name: str
+    state: str = Field(description="RQ's word: busy, idle, suspended, started", examples=["busy"])
+    queues: list[str] = Field(description="in the order in which it looks")
+    job_ids: list[str] = Field(description="the job that it runs, and maybe the next one, which it has taken already")
+
+
+class Queues(Answer):
+    """The queues, in the configured order, and the workers."""
+
+    queues: list[QueueObject]
+    workers: list[WorkerObject]
+
+
 class Health(Answer):
     """The process serves."""
 

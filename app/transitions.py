@@ -25,6 +25,9 @@ SECRET_KEY = f"{RQ_KEY_PREFIX}:api:secret"
 #: Written by `/readyz`, to see whether Redis takes writes.
 PROBE_KEY = f"{RQ_KEY_PREFIX}:api:probe"
 
+#: Upper bounds, in seconds, of the buckets in which it is counted how long jobs wait and run.
+TIME_BOUNDS = (0.005, 0.025, 0.1, 0.5, 1, 5, 15, 60, 300, 1800, 7200)
+
 #: The statuses after which nothing happens to a job by itself (rq.job.JobStatus).
 TERMINAL = frozenset({"finished", "failed", "stopped", "canceled"})
 
@@ -51,6 +54,7 @@ STOPPED = describe_failure("JobStopped", "The job was stopped on request.")
 
 _LUA = Path(__file__).parent / "lua"
 _COMMON = (_LUA / "common.lua").read_text().replace("{RQ}", RQ_KEY_PREFIX)
+_COMMON = _COMMON.replace("{BOUNDS}", ", ".join(map(str, TIME_BOUNDS)))
 _COMMON = _COMMON.replace("{STOPPED_EXCEPTION}", STOPPED.exception).replace("{STOPPED_ERROR}", STOPPED.error)
 _SCRIPTS = {path.stem: _COMMON + path.read_text() for path in _LUA.glob("*.lua") if path.stem != "common"}
 _DIGESTS = {name: hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest() for name, text in _SCRIPTS.items()}
@@ -62,7 +66,12 @@ def _encode(arguments: Iterable[Argument]) -> list[Argument]:
     return [part.encode(errors="surrogateescape") if isinstance(part, str) else part for part in arguments]
 
 
-def _run(connection: Redis, script: str, *arguments: Argument) -> Any:
+def run_script(connection: Redis, script: str, *arguments: Argument) -> Any:
+    """What the script of this name answers.
+
+    Raises:
+        RedisError: it is not known whether the script was run; or, with a ResponseError, Redis refused.
+    """
     raw = _encode(arguments)
     try:
         return connection.evalsha(_DIGESTS[script], 0, *raw)
@@ -70,8 +79,8 @@ def _run(connection: Redis, script: str, *arguments: Argument) -> Any:
         return connection.eval(_SCRIPTS[script], 0, *raw)
 
 
-def _text(value: bytes | str) -> str:
-    # An id that is not UTF-8 goes back to Redis as it came (`_run`).
+def to_text(value: bytes | str) -> str:
+    """Text as Redis answered it; an id that is not UTF-8 goes back to Redis as it came (`run_script`)."""
     return value.decode(errors="surrogateescape") if isinstance(value, bytes) else value
 
 
@@ -150,6 +159,7 @@ def enqueue(
         "count": len(jobs),
         "queue": queue,
         "owner": shared.get("owner"),
+        "fn": shared.get("function"),
         "limit": limit,
         "at_front": at_front,
         "ttl": ttl,
@@ -164,7 +174,7 @@ def enqueue(
     flat = _flatten(shared)
     own = [part for job_id, fields in jobs.items() for part in (job_id, 2 * len(fields), *_flatten(fields))]
     given = json.dumps({name: value for name, value in common.items() if value is not None})
-    word, *rest = map(_text, _run(connection, "enqueue", given, len(flat), *flat, *own))
+    word, *rest = map(to_text, run_script(connection, "enqueue", given, len(flat), *flat, *own))
     if word == "created":
         return Created(*rest)  # type: ignore[arg-type]  # the script answers with a status
     return Exists(*rest) if word == "exists" else Full()
@@ -219,24 +229,24 @@ TakeAnswer = Taken | Skipped | Nothing | Again | Suspended
 
 def take(connection: Redis, worker: str, execution: str, lease: int, queues: Iterable[str]) -> TakeAnswer:
     """Take the first waiting job of the queues, in their order, under a lease of so many seconds."""
-    return _read_taken(_run(connection, "take", worker, execution, lease, *queues))
+    return _read_taken(run_script(connection, "take", worker, execution, lease, *queues))
 
 
 def _read_taken(answer: list[Any]) -> TakeAnswer:
     word, *rest = answer
-    match _text(word):
+    match to_text(word):
         case "taken":
             queue, job_id, started_at, (status, data, timeout, enqueued_at, crashes, function, *callbacks) = rest
             fields = Fields(status, data, timeout, enqueued_at, crashes, function, tuple(callbacks))
-            return Taken(_text(queue), _text(job_id), _text(started_at), fields)
+            return Taken(to_text(queue), to_text(job_id), to_text(started_at), fields)
         case "skipped":
-            return Skipped(*map(_text, rest))
+            return Skipped(*map(to_text, rest))
         case "again":
             return Again()
         case "suspended":
             return Suspended()
         case _:
-            return Nothing(_text(rest[0]))
+            return Nothing(to_text(rest[0]))
 
 
 class Run(NamedTuple):
@@ -257,7 +267,9 @@ def renew(
         `held`; `lost` if the job is not this run's any more; `stop` if somebody canceled it.
     """
     limit = "" if max_crashes is None else max_crashes
-    return cast('Literal["held", "lost", "stop"]', _text(_run(connection, "renew", *run, lease, progress, limit)))
+    return cast(
+        'Literal["held", "lost", "stop"]', to_text(run_script(connection, "renew", *run, lease, progress, limit))
+    )
 
 
 class Ending(NamedTuple):
@@ -287,7 +299,7 @@ def finish(connection: Redis, run: Run, ending: Ending) -> str:
         (nothing is written then); or `rq` if it has dependents, repeats, a rate limit or RQ's webhooks, which RQ's own
         code is to handle (nothing is written).
     """
-    return _text(_run(connection, "finish", *ending.arguments(run)))
+    return to_text(run_script(connection, "finish", *ending.arguments(run)))
 
 
 def take_and_finish(
@@ -324,7 +336,7 @@ def read_finish(connection: Redis) -> str:
     Raises:
         RedisError: it is not known whether the end was written; or Redis refused.
     """
-    return _text(_wire_of(connection).read_response())
+    return to_text(_wire_of(connection).read_response())
 
 
 def _wire_of(connection: Redis) -> Connection:
@@ -340,8 +352,8 @@ def release(
 
     It is stopped if somebody canceled it while it ran.
     """
-    answer = _run(connection, "release", *run, int(crashed), limit, *failure, failure_ttl)
-    return cast('Literal["queued", "failed", "stopped", "lost", "rq"]', _text(answer))
+    answer = run_script(connection, "release", *run, int(crashed), limit, *failure, failure_ttl)
+    return cast('Literal["queued", "failed", "stopped", "lost", "rq"]', to_text(answer))
 
 
 class Abandoned(NamedTuple):
@@ -356,11 +368,11 @@ def recover(connection: Redis, queues: Sequence[str]) -> list[Abandoned]:
     """Name the runs whose lease ran out, and put back what a stock worker popped but never started."""
     return [
         Abandoned(
-            Run(_text(job_id), _text(execution), _text(queue), _text(worker)),
+            Run(to_text(job_id), to_text(execution), to_text(queue), to_text(worker)),
             crashes,
             int(limit) if limit.isdigit() else None,
         )
-        for queue, job_id, execution, worker, crashes, limit in _run(connection, "recover", *queues)
+        for queue, job_id, execution, worker, crashes, limit in run_script(connection, "recover", *queues)
     ]
 
 
@@ -373,11 +385,12 @@ class Promoted(NamedTuple):
 
 def promote(connection: Redis, queues: Sequence[str]) -> Promoted:
     """Let the delayed jobs and retries whose time has come wait in their queues."""
-    jobs, due = _run(connection, "promote", *queues)
+    jobs, due = run_script(connection, "promote", *queues)
     return Promoted(jobs, float(due) if due else None)
 
 
-def _owner_argument(owner: str | None) -> str:
+def owner_argument(owner: str | None) -> str:
+    """Whose jobs a script may touch; None is anybody."""
     return "*" if owner is None else owner
 
 
@@ -394,7 +407,7 @@ def cancel(connection: Redis, job_id: str, owner: str | None, failure_ttl: int) 
         The job's status: `canceled` or `stopped`; `started` if its worker was told to stop it; `finished` or `failed`
         if it had ended before; an empty one if there is no such job.
     """
-    return _text(_run(connection, "cancel", job_id, _owner_argument(owner), failure_ttl))
+    return to_text(run_script(connection, "cancel", job_id, owner_argument(owner), failure_ttl))
 
 
 def retry(connection: Redis, job_id: str, owner: str | None, limit: int) -> str:
@@ -410,71 +423,9 @@ def retry(connection: Redis, job_id: str, owner: str | None, limit: int) -> str:
         `queued`; `full`; an empty string if there is no such job; else `not` and the status that is in the way. Sent
         twice, the second one answers `not queued`.
     """
-    return _text(_run(connection, "retry", job_id, _owner_argument(owner), limit))
+    return to_text(run_script(connection, "retry", job_id, owner_argument(owner), limit))
 
 
 def sweep(connection: Redis) -> int:
     """Take jobs that are not kept any more out of the index of `/jobs`, a part of it a second; how many there were."""
-    return int(_run(connection, "sweep"))
-
-
-class Cursor(NamedTuple):
-    """Where a page of jobs ended: when its last job was created, in microseconds since 1970, and its id."""
-
-    created: str
-    job_id: str
-
-
-class Page(NamedTuple):
-    """Jobs by their id, with the fields that were asked for, newest first; and where to go on, if there are more."""
-
-    jobs: list[tuple[str, list[bytes | None]]]
-    next: Cursor | None
-
-
-def list_jobs(
-    connection: Redis,
-    owner: str | None,
-    fields: Sequence[str],
-    *,
-    status: str = "",
-    queue: str = "",
-    function: str = "",
-    limit: int,
-    most: int,
-    cursor: Cursor | None = None,
-) -> Page:
-    """A page of jobs, newest first. Empty filters let everything through.
-
-    Args:
-        connection: the Redis that they are in.
-        owner: whose jobs; None for everybody's.
-        fields: of the job's hash; they begin with status, function, origin, owner, created_at.
-        status: one of RQ's.
-        queue: name of the queue.
-        function: name of the job function.
-        limit: most jobs of the page.
-        most: most jobs to look at. A page is short if too few of these fit; it has a `next` then.
-        cursor: where the last page ended.
-    """
-    created, job_id, *rows = _run(
-        connection, "list", owner or "", _owner_argument(owner), status, queue, function, limit, most,
-        *(cursor or ("", "")), *fields,
-    )  # fmt: skip
-    return Page([(_text(row[0]), row[1]) for row in rows], Cursor(_text(created), _text(job_id)) if created else None)
-
-
-class Group(NamedTuple):
-    """The statuses of a group's jobs, None for those that are not kept any more; `total` is None for one of RQ's."""
-
-    total: int | None
-    statuses: list[str | None]
-
-
-def read_group(connection: Redis, group_id: str) -> Group:
-    """The statuses of a group's jobs, in one round trip, whatever their payloads."""
-    with connection.pipeline(transaction=False) as pipeline:
-        pipeline.get(f"{RQ_KEY_PREFIX}:api:group:{group_id}")
-        pipeline.sort(f"{RQ_KEY_PREFIX}:group:{group_id}", by="nosort", get=[f"{RQ_KEY_PREFIX}:job:*->status"])
-        total, statuses = pipeline.execute()
-    return Group(int(total) if total else None, [status and status.decode() for status in statuses])
+    return int(run_script(connection, "sweep"))

@@ -55,12 +55,43 @@ local function timestamp(seconds)
     math.floor(rest / 3600), math.floor(rest / 60) % 60, rest % 60, math.floor((seconds - whole) * 1e6))
 end
 
+-- The other way round; nil if it is no such time.
+local function seconds_since_1970(stamp)
+  local year, month, day, hour, minute, second =
+    string.match(stamp or '', '^(%d%d%d%d)-(%d%d)-(%d%d)T(%d%d):(%d%d):(%d%d%.?%d*)Z$')
+  if not year then return nil end
+  year, month = tonumber(year), tonumber(month)
+  if month <= 2 then year = year - 1 end
+  local doy = math.floor((153 * (month > 2 and month - 3 or month + 9) + 2) / 5) + day - 1
+  local days = 365 * year + math.floor(year / 4) - math.floor(year / 100) + math.floor(year / 400) + doy - 719468
+  return days * 86400 + hour * 3600 + minute * 60 + second
+end
+
 -- A number of seconds with its microseconds (Lua's own tostring keeps 14 digits only).
 local function exact(seconds) return string.format('%.6f', seconds) end
 
 local function tell(id, status)
   redis.call('XADD', EVENTS, 'MAXLEN', '~', EVENTS_KEPT, '*', 'job_id', id, 'status', status)
 end
+
+-- What happened, for `/metrics`: a hash with a number for each `event:queue:function`. By `pcall`: no transition is held
+-- up by what somebody may have written there.
+local METRICS = RQ .. ':api:metrics'
+local function count(event, queue, fn, by)
+  redis.pcall('HINCRBY', METRICS, event .. ':' .. queue .. ':' .. (fn or ''), by or 1)
+end
+
+-- How long jobs of a function wait, or run: in the same hash how many took no longer than each bound and longer than the
+-- one before, as `wait:number of the bound:function`; and as number 0 the sum, in microseconds.
+local function observe(what, fn, seconds)
+  local bounds, number = {{BOUNDS}}, 1
+  while bounds[number] and seconds > bounds[number] do number = number + 1 end
+  redis.pcall('HINCRBY', METRICS, what .. ':' .. number .. ':' .. (fn or ''), 1)
+  redis.pcall('HINCRBY', METRICS, what .. ':0:' .. (fn or ''), math.floor(seconds * 1e6))
+end
+
+-- What `/queues` calls recent: how many runs of a queue's jobs ended in a minute, and their time in microseconds.
+local function minute_key(queue, now) return RQ .. ':api:minute:' .. queue .. ':' .. math.floor(now / 60) end
 
 -- The index that `/jobs` reads: for each scope (the jobs of one owner, and '' for all jobs) and each status a sorted
 -- set of job ids, by the microsecond of their creation. A job is in one set of a scope at a time, so its status is
@@ -175,6 +206,7 @@ local function end_badly(id, was, queue, status, failure_ttl, result, error, now
   redis.call('XADD', registry('results', id), 'MAXLEN', 10, '*', 'type', 2, unpack(result))
   keep(id, queue, 'failed', failure_ttl, now)
   move(id, was, status, owner)
+  count(status, queue, read(id, 'function')[1])
 end
 
 -- What a job that was stopped on request says of it: RQ's text of an exception, and our `error`.

@@ -5,6 +5,7 @@
 --   count        how many jobs
 --   queue        where they wait
 --   owner        whose they are, as in the fields that they share
+--   fn           name of their function, likewise
 --   limit        how many jobs the queue may hold
 --   at_front     ahead of what waits
 --   ttl          seconds after which it is dropped if no worker took it
@@ -77,4 +78,5 @@ if all.group then
   redis.call('EXPIRE', RQ .. ':group:' .. all.group, all.group_ttl)
   redis.call('SET', group_mark, all.count, 'EX', all.group_ttl)
 end
+count('enqueued', all.queue, all.fn, all.count)
 return {'created', stamp, status}

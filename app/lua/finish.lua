@@ -7,8 +7,8 @@
 local id, execution, queue, worker, outcome, value, exception, error, result_ttl, failure_ttl, progress,
   force = unpack(ARGV)
 local job = read(id, 'status', 'owner', 'stop_requested', 'result_ttl', 'failure_ttl', 'retries_left', 'retry_intervals',
-  'enqueue_at_front_on_retry', 'repeats_left', 'rate_limit_key', 'webhooks')
-local owner = job[2]
+  'enqueue_at_front_on_retry', 'repeats_left', 'rate_limit_key', 'webhooks', 'function')
+local owner, fn = job[2], job[12]
 if not holds(id, execution, queue, job[1]) then
   end_execution(id, execution, queue, worker)
   return 'lost'
@@ -26,9 +26,15 @@ local started = tonumber(redis.call('HGET', execution_key(id, execution), 'creat
 local result = {'worker_name', worker, 'execution_id', execution, 'execution_started_at', exact(started),
   'execution_ended_at', exact(now)}
 end_execution(id, execution, queue, worker)
+local minute, took = minute_key(queue, now), math.max(0, now - started)
+redis.pcall('HINCRBY', minute, 'runs', 1)
+redis.pcall('HINCRBY', minute, 'microseconds', math.floor(took * 1e6))
+redis.pcall('EXPIRE', minute, 180)
+observe('run', fn, took)
 if progress ~= '' then redis.call('HSET', key, 'progress', progress) end
 
 if outcome == 'finished' then
+  count('finished', queue, fn)
   local ttl = whole(job[4], result_ttl)
   if ttl == 0 then
     for _, scope in ipairs(scopes(id, owner)) do remove_from_index(scope, id, 'started') end
@@ -52,6 +58,7 @@ if outcome == 'finished' then
 end
 
 if is_tried_again then
+  count('retried', queue, fn)
   redis.call('HSET', key, 'retries_left', retries_left - 1)
   local is_json, intervals = pcall(cjson.decode, job[7] or '[]')
   if not is_json or type(intervals) ~= 'table' then intervals = {} end

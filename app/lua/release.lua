@@ -4,7 +4,8 @@
 -- default failure TTL.
 -- Answers 'queued', 'failed', 'stopped' if it was asked to stop, 'lost', or 'rq' as `finish` does.
 local id, execution, queue, worker, crashed, limit, exception, error, failure_ttl = unpack(ARGV)
-local job = read(id, 'status', 'stop_requested', 'crashes', 'failure_ttl', 'repeats_left', 'rate_limit_key', 'webhooks')
+local job = read(id, 'status', 'stop_requested', 'crashes', 'failure_ttl', 'repeats_left', 'rate_limit_key', 'webhooks',
+  'function')
 if not holds(id, execution, queue, job[1]) then
   end_execution(id, execution, queue, worker)
   return 'lost'
@@ -18,7 +19,10 @@ if is_over and wants_rq(id, false, unpack(job, 5, 7)) then return 'rq' end
 
 local now = clock()
 end_execution(id, execution, queue, worker)
-if crashed == '1' then redis.call('HSET', job_key(id), 'crashes', crashes) end
+if crashed == '1' then
+  redis.call('HSET', job_key(id), 'crashes', crashes)
+  count('crashed', queue, job[8])
+end
 if is_over then
   local result = {'worker_name', worker, 'execution_id', execution, 'exc_string', exception}
   end_badly(id, 'started', queue, status, whole(job[4], failure_ttl), result, error, now)

@@ -16,4 +16,5 @@ if job[5] then redis.call('HSET', key, 'retries_left', job[5]) end
 local ttl = whole(job[6], 0)
 if ttl > 0 then redis.call('EXPIRE', key, ttl) else redis.call('PERSIST', key) end
 make_waiting(id, status, queue, false, clock())
+count('retried', queue, read(id, 'function')[1])
 return 'queued'

@@ -53,6 +53,7 @@ for position = 4, #ARGV do
         'id', execution, 'job_id', id, 'created_at', exact(now), 'worker_name', worker)
       redis.call('HSET', worker_key(worker), 'state', 'busy')
       move(id, job[1] or 'queued', 'started', owner)
+      observe('wait', job[6], math.max(0, now - (seconds_since_1970(job[4]) or now)))
       return {'taken', queue, id, stamp, job}
     end
     -- A million canceled jobs must not keep Redis from all others.

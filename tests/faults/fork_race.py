@@ -19,6 +19,10 @@ WINDOW = 0.0025
 TOLD_WITHIN = 3
 
 
+def wait_for_end(end: socket.socket) -> None:
+    end.recv(1)
+
+
 def start(server: ForkServer) -> tuple[int, socket.socket]:
     ours, its = socket.socketpair()
     with its:
@@ -33,7 +37,7 @@ def kill_after(seconds: float, pid: int) -> None:
 
 
 def main(deaths: int) -> None:
-    server = ForkServer(lambda end: end.recv(1))
+    server = ForkServer(wait_for_end)
     pid, channel = start(server)
     untold = 0
     for _ in range(deaths):

@@ -28,11 +28,11 @@ BOOM = describe_failure("ValueError", "boom")
 #: The second answer has to be the first one again.
 SAME = object()
 
-#: All keys but the logs, which only wake those who wait.
+#: All keys but those that decide nothing: events, doorbell, metrics, minutes.
 _SNAPSHOT = """
 local found = {}
 for _, key in ipairs(redis.call('KEYS', '*')) do
-  if not string.find(key, ':api:events') and not string.find(key, ':api:doorbell') then
+  if not string.find(key, ':api:[edm][voei]') then
     found[#found + 1] = {key, redis.call('PTTL', key), redis.call('DUMP', key)}
   end
 end
@@ -42,7 +42,7 @@ _READ = """
 local read = {hash = 'HGETALL', list = 'LRANGE', set = 'SMEMBERS', zset = 'ZRANGE', stream = 'XLEN', string = 'GET'}
 local found = {}
 for _, key in ipairs(redis.call('KEYS', '*')) do
-  if not string.find(key, ':api:events') and not string.find(key, ':api:doorbell') then
+  if not string.find(key, ':api:[edm][voei]') then
     local kind = redis.call('TYPE', key).ok
     local range = (kind == 'list' or kind == 'zset') and {0, -1} or {}
     found[#found + 1] = {key, kind, redis.call('TTL', key) < 0 and 1 or 0, redis.call(read[kind], key, unpack(range))}

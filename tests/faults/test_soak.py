@@ -38,7 +38,7 @@ PERMANENT = re.compile(
         queues | workers | workers:\w+ | groups                # the names of what is there
       | (finished|failed|canceled|scheduled|deferred|wip):\w+  # RQ's registries, one a queue and status
       | api:(events|doorbell)                                  # streams of bounded length
-      | api:(secret|sweep|owners)
+      | api:(secret|sweep|owners|metrics)
       | api:jobs::\w+                                          # the index of /jobs, one a status
     )""",
     re.VERBOSE,
