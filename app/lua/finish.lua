@@ -27,9 +27,8 @@ local result = {'worker_name', worker, 'execution_id', execution, 'execution_sta
   'execution_ended_at', exact(now)}
 end_execution(id, execution, queue, worker)
 local minute, took = minute_key(queue, now), math.max(0, now - started)
-redis.pcall('HINCRBY', minute, 'runs', 1)
 redis.pcall('HINCRBY', minute, 'microseconds', math.floor(took * 1e6))
-redis.pcall('EXPIRE', minute, 180)
+if redis.pcall('HINCRBY', minute, 'runs', 1) == 1 then redis.call('EXPIRE', minute, 180) end
 observe('run', fn, took)
 if progress ~= '' then redis.call('HSET', key, 'progress', progress) end
 
