@@ -181,6 +181,8 @@ class Settings(BaseSettings):
     def split_names(cls, value: object) -> object:
         """Read `a, b` as two names, and refuse the same name twice."""
         names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+        if isinstance(names, list) and "" in names:
+            raise ValueError("a name is empty")
         if isinstance(names, list) and len(set(names)) < len(names):
             raise ValueError("each name may stand there once")
         return names
@@ -203,6 +205,8 @@ class Settings(BaseSettings):
                 first = error.errors()[0]
                 place = ".".join(map(str, first["loc"]))
                 raise ValueError(f"API_KEYS is not right{place and f' at {place}'}: {first['msg']}") from None
+            if not values["api_keys"]:  # whoever sets it does not want to serve everybody
+                raise ValueError("API_KEYS is an empty list")
         return values
 
     @model_validator(mode="after")
@@ -211,9 +215,12 @@ class Settings(BaseSettings):
         names = [key.name for key in self.api_keys]
         if len(set(names)) < len(names):
             raise ValueError("two API_KEYS have the same name")
+        if len({key.digest for key in self.api_keys}) < len(names):
+            raise ValueError("two API_KEYS are the same key")
         for name, most in (("job_timeout", "max_job_timeout"), ("result_ttl", "max_ttl"), ("failure_ttl", "max_ttl")):
             if getattr(self, name) > getattr(self, most):
-                raise ValueError(f"{name.upper()} is more than {most.upper()}")
+                given, limit = getattr(self, name), getattr(self, most)
+                raise ValueError(f"{name.upper()}={given} is more than {most.upper()}={limit}")
         if not (self.api_keys or self.allow_anonymous or is_loopback(self.host)):
             raise ValueError(f"HOST={self.host} is no loopback address: set API_KEYS, or ALLOW_ANONYMOUS=true")
         return self
@@ -258,4 +265,6 @@ def get_settings() -> Settings:
             raise SystemExit(f"Bad settings: {message}.") from None
         is_secret = any(word in name for word in ("PASSWORD", "URL", "KEYS"))
         shown = "(hidden)" if is_secret else repr(first["input"])
-        raise SystemExit(f"Bad setting {name}={shown}: {message}.") from None
+        field = name.lower() if name.lower() in Settings.model_fields else "redis_url"
+        meaning = Settings.model_fields[field].description
+        raise SystemExit(f"Bad setting {name}={shown}: {message} ({meaning}).") from None

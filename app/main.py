@@ -39,7 +39,7 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
         connection: instead of the one to the Redis of the settings.
 
     Raises:
-        SystemExit: a job function's default is no value for its option.
+        SystemExit: a job function's default is no value for its option, or an API key names no function.
     """
     settings = settings or get_settings()
     functions = load_functions(settings.function_modules)
@@ -57,6 +57,10 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
             raise SystemExit(
                 f"The job function {function.name} has the default {name}={first['input']!r}: {first['msg']}."
             ) from None
+
+    for key in settings.api_keys:
+        if unknown := sorted((key.functions or frozenset()) - functions.keys()):
+            raise SystemExit(f"API_KEYS lets {key.name!r} use {', '.join(unknown)}, and there is no such job function.")
 
     # The event log's reads block for a while, on a connection of their own, which the reader closes in the end.
     events = EventLog(

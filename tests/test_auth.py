@@ -124,6 +124,9 @@ def test_auth_reads_keys_from_a_file(tmp_path: Path, redis: fakeredis.FakeRedis)
         ('[{"name": "a", "sha256": "xyz"}]', "pattern"),
         ('[{"name": "a", "key": "0123456789abcdef", "adm": true}]', "Extra inputs"),
         (json.dumps([KEYS[0], KEYS[0]]), "same name"),
+        (json.dumps([KEYS[0], {**KEYS[0], "name": "other"}]), "are the same key"),
+        (json.dumps([KEYS[1], {"name": "other", "key": BOB}]), "are the same key"),
+        ("[]", "API_KEYS is an empty list"),
     ],
 )
 def test_auth_refuses_bad_keys_without_showing_them(keys: str, message: str) -> None:
@@ -132,6 +135,12 @@ def test_auth_refuses_bad_keys_without_showing_them(keys: str, message: str) -> 
     text = caught.value.errors()[0]["msg"]
     assert message in text
     assert "0123456789abcdef" not in text
+
+
+def test_auth_refuses_a_key_for_functions_that_there_are_not(redis: fakeredis.FakeRedis) -> None:
+    keys = [{**KEYS[1], "functions": ["count_words", "count_wrods"]}]
+    with pytest.raises(SystemExit, match="'bob' use count_wrods, and there is no such"):
+        create_app(Settings(api_keys=json.dumps(keys)), redis)
 
 
 @pytest.mark.parametrize(("host", "is_refused"), [("0.0.0.0", True), ("10.0.0.1", True), ("::", True), ("::1", False)])
