@@ -38,6 +38,10 @@ if _soft != resource.RLIM_INFINITY:
 # A request in flight has this long to end on a shutdown: a little more than the longest wait.
 graceful_timeout = _settings.max_wait + 5
 keepalive = 5
+# No header changes a request's path or scheme. gunicorn takes SCRIPT_NAME from a proxy on this machine, and so from any
+# client of it: `SCRIPT_NAME: /x` would make `/queues` of `/x/queues`, which the proxy may let through.
+forwarder_headers = ""
+forwarded_allow_ips = ""
 # gunicorn 25's control socket is one file per user: a second instance on the machine would take it from the first.
 control_socket_disable = True
 
