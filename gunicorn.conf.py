@@ -17,11 +17,23 @@ from typing import Any  # noqa: E402
 _measured = "PROMETHEUS_MULTIPROC_DIR"
 _own_folder = "" if os.environ.get(_measured) else os.environ.setdefault(_measured, tempfile.mkdtemp(prefix="metrics-"))
 
+from gunicorn.glogging import Logger  # noqa: E402
 from prometheus_client import multiprocess  # noqa: E402
 
 from app.config import get_settings, is_loopback  # noqa: E402
+from app.logs import configure_logs, start_sentry  # noqa: E402
 
 _settings = get_settings()
+
+
+class logger_class(Logger):  # type: ignore[misc]  # noqa: N801  # gunicorn's name for the setting; it has no types
+    """Lines as all other loggers write them. (With `logconfig_dict` gunicorn writes a line for each request, too.)"""
+
+    def setup(self, cfg: Any) -> None:
+        """As gunicorn's, and then ours."""
+        super().setup(cfg)
+        configure_logs("gunicorn.error")
+
 
 bind = _settings.address
 workers = _settings.web_concurrency
@@ -52,6 +64,11 @@ def on_starting(server: Any) -> None:
         is_open = isinstance(address, tuple) and not is_loopback(address[0])
         if is_open and not (_settings.api_keys or _settings.allow_anonymous):
             raise SystemExit(f"Listening on {address[0]} wants API_KEYS, or ALLOW_ANONYMOUS=true.")
+
+
+def post_fork(server: Any, worker: Any) -> None:
+    """Tell Sentry of errors from now on."""
+    start_sentry(_settings)
 
 
 def worker_exit(server: Any, worker: Any) -> None:

@@ -3,7 +3,6 @@
 import json
 import logging
 import re
-import uuid
 from http import HTTPStatus
 from typing import Any
 
@@ -18,6 +17,7 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, Reque
 from app import problems
 from app.jobs import POLL_AGAIN, TRY_AGAIN
 from app.openapi import PROBLEM_JSON
+from app.request_ids import current_request_id
 from app.status import StatusObject
 from app.transitions import TERMINAL
 
@@ -85,7 +85,7 @@ def _redis_answer(error: RedisError) -> Response:
 
 
 def _bug_answer(error: Exception) -> Response:
-    request_id = uuid.uuid4().hex[:16]
+    request_id = current_request_id()
     logger.error("request %s: %s %r", request_id, request.method, request.path, exc_info=error)
     return _problem_answer(problems.InternalError("Something went wrong on our side.", request_id=request_id))
 

@@ -5,7 +5,7 @@ import os
 from functools import cache, lru_cache
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import quote
 
 from pydantic import (
@@ -109,6 +109,16 @@ class Settings(BaseSettings):
         description="Requests that one key (without keys: one address) may send, as `100/minute`; unset: any number",
     )
 
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="How the log is written: `text` for people, or `json`, an object a line"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="The least that is logged: debug, info, warning or error"
+    )
+    access_log: bool = Field(default=False, description="Log each request, not only those that failed for our fault")
+    sentry_dsn: str | None = Field(
+        default=None, repr=False, description="Where sentry-sdk, if it is installed, tells of errors"
+    )
     prometheus_multiproc_dir: Path | None = Field(
         default=None, description="Where web processes keep what they measure; gunicorn makes a folder for it, if unset"
     )
@@ -263,7 +273,7 @@ def get_settings() -> Settings:
             name = "REDIS_URL"
         if not name:  # several settings that do not go together; the message names them
             raise SystemExit(f"Bad settings: {message}.") from None
-        is_secret = any(word in name for word in ("PASSWORD", "URL", "KEYS"))
+        is_secret = any(word in name for word in ("PASSWORD", "URL", "KEYS", "DSN"))
         shown = "(hidden)" if is_secret else repr(first["input"])
         field = name.lower() if name.lower() in Settings.model_fields else "redis_url"
         meaning = Settings.model_fields[field].description

@@ -9,7 +9,7 @@ from flask import Response
 from app.answers import ask_again, json_answer
 from app.auth import check_function, current_key
 from app.jobs import POLL_AGAIN, Jobs
-from app.request_parts import add_header, idempotency_key, read_payload, reader
+from app.request_parts import add_header, origin, read_payload, reader
 from app.schemas import GroupQuery, JobQuery, JobsQuery, Query
 
 
@@ -44,7 +44,7 @@ def make_control(jobs: Jobs, options: type[Query]) -> APIBlueprint:
         check_function(function)
         payloads = read_payload(jobs.settings.max_payload_bytes)
         asked = options.model_dump(exclude_none=True)
-        receipt = jobs.enqueue_many(found, payloads, asked, owner=current_key().name, key=idempotency_key())
+        receipt = jobs.enqueue_many(found, payloads, asked, **origin())
         if receipt.is_replay:
             add_header("Idempotent-Replayed", "true")
         answer = {"group_id": receipt.group_id, "job_ids": receipt.job_ids}

@@ -60,10 +60,10 @@ class EndingWorker(SteadyWorker):
         if status != "lost":
             self.successful_job_count += ending.outcome == "finished"
             self.failed_job_count += ending.outcome != "finished"
-        self.log.info("%s: job %s %s", run.queue, run.job_id, status)
+        self.log.info("%s %s", run, status)
 
     def _fail(self, run: Run, kind: str, message: str) -> None:
-        self.log.error("%s: job %s failed: %s", run.queue, run.job_id, message)
+        self.log.error("%s failed: %s", run, message)
         self._finish(run, self._ending("failed", describe_failure(kind, message)))
 
     def _finish_stopped(self, run: Run) -> None:
@@ -95,7 +95,7 @@ class EndingWorker(SteadyWorker):
             status = insist(lambda: self._finish_as_rq(run, self._ending("failed", failure), crashes + crashed))
         self.failed_job_count += status in ("failed", "stopped") and run.worker == self.name
         what = "crashed" if crashed else "was put back"
-        self.log.warning("%s: job %s %s (%s); it is %s now", run.queue, run.job_id, what, how, status)
+        self.log.warning("%s %s (%s); it is %s now", run, what, how, status)
 
     def _finish_as_rq(self, run: Run, ending: Ending, crashes: int = 0) -> str:
         """End a job that has dependents, repeats or a rate limit: RQ's own code knows them.
@@ -112,9 +112,9 @@ class EndingWorker(SteadyWorker):
         except RedisError as error:
             if "WRONGTYPE" not in str(error):
                 raise
-            self.log.exception("%s: RQ cannot end job %s", run.queue, run.job_id)
+            self.log.exception("%s: RQ cannot end it", run)
         except Exception:  # RQ raises whatever there is for a job, or a dependent, that it cannot read
-            self.log.exception("%s: RQ cannot end job %s", run.queue, run.job_id)
+            self.log.exception("%s: RQ cannot end it", run)
         return transitions.finish(self.connection, run, ending._replace(force=True))
 
     def _end_as_rq(self, run: Run, ending: Ending, crashes: int) -> str:

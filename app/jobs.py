@@ -103,7 +103,14 @@ class Jobs:
         return self.functions[name]
 
     def enqueue(
-        self, function: JobFunction, payload: Any, asked: Options, *, owner: str = "", key: str | None = None
+        self,
+        function: JobFunction,
+        payload: Any,
+        asked: Options,
+        *,
+        owner: str = "",
+        key: str | None = None,
+        request_id: str = "",
     ) -> Receipt:
         """Enqueue a job.
 
@@ -113,6 +120,7 @@ class Jobs:
             asked: options of the request; those missing are the function's own defaults, or the settings'.
             owner: name of the API key that makes the job.
             key: idempotency key. The same request again gets the job of the first one, whatever became of it.
+            request_id: of the HTTP request, for the log of what runs the job.
 
         Raises:
             InvalidRequest: the payload does not fit the function.
@@ -123,7 +131,7 @@ class Jobs:
         job_id = self.ids.derive(owner, key) if key else self.ids.new(owner)
         fingerprint = make_fingerprint(function, payload, asked) if key else None
         options = choose_options(function, asked, self.settings)
-        shared = shared_fields(function, options, owner, group=None)
+        shared = shared_fields(function, options, owner, group=None, request_id=request_id)
         own = own_fields(function, payload, options)
         if fingerprint:
             own["fingerprint"] = fingerprint
@@ -136,7 +144,14 @@ class Jobs:
         return Receipt(job_id, make_status_object(self.connection, job_id, fields), is_replay=False)
 
     def enqueue_many(
-        self, function: JobFunction, payloads: Any, asked: Options, *, owner: str = "", key: str | None = None
+        self,
+        function: JobFunction,
+        payloads: Any,
+        asked: Options,
+        *,
+        owner: str = "",
+        key: str | None = None,
+        request_id: str = "",
     ) -> GroupReceipt:
         """Enqueue a job for each of the payloads, all or none, in one round trip.
 
@@ -166,7 +181,7 @@ class Jobs:
         }
         if fingerprint:
             own[job_ids[0]]["fingerprint"] = fingerprint
-        shared = shared_fields(function, options, owner, group)
+        shared = shared_fields(function, options, owner, group, request_id)
         kept = {"key_id": key_id, "key_ttl": GROUP_TTL, "group": group, "group_ttl": GROUP_TTL}
         created = self._enqueue(options, own, shared, fingerprint, **kept)
         return GroupReceipt(group, job_ids, is_replay=created is None and key is not None)

@@ -21,7 +21,8 @@ from app.jobs import Jobs
 from app.metrics import measure_requests
 from app.ops import ops
 from app.redis_resc import connect, redis_conn
-from app.request_parts import add_header, idempotency_key, read_payload, reader, wait_seconds
+from app.request_ids import follow_requests
+from app.request_parts import add_header, origin, read_payload, reader, wait_seconds
 from app.schemas import WaitQuery, enqueue_query, job_options
 from app.transitions import TERMINAL
 
@@ -102,6 +103,7 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
     )
     answer_errors(app)
     measure_requests(app)
+    follow_requests(app, access_log=settings.access_log)
     want_keys(app, settings.api_keys, settings.allow_anonymous)
     limit_rate(app, settings.rate_limit, jobs.connection)
     app.register_blueprint(ops)
@@ -137,7 +139,7 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
         payload = read_payload(settings.max_payload_bytes)
         asked = options.model_dump(exclude_none=True)
         wait = wait_seconds(asked.pop("wait", None), settings)
-        receipt = jobs.enqueue(found, payload, asked, owner=current_key().name, key=idempotency_key())
+        receipt = jobs.enqueue(found, payload, asked, **origin())
         if receipt.is_replay:
             add_header("Idempotent-Replayed", "true")
         status = jobs.wait_for_new(receipt, wait, current_key().name)

@@ -64,7 +64,9 @@ def _blank_fields() -> dict[str, Argument]:
     return fields
 
 
-def shared_fields(function: JobFunction, options: Options, owner: str, group: str | None) -> dict[str, Argument]:
+def shared_fields(
+    function: JobFunction, options: Options, owner: str, group: str | None, request_id: str
+) -> dict[str, Argument]:
     """The fields that all jobs of one request have."""
     fields = {
         **_blank_fields(),
@@ -78,6 +80,8 @@ def shared_fields(function: JobFunction, options: Options, owner: str, group: st
         "function": function.name,
         "owner": owner,
     }
+    if request_id:
+        fields["request_id"] = request_id
     if ttl := options.get("ttl"):
         fields["ttl"] = ttl
     if options.get("at_front"):

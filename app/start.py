@@ -212,10 +212,10 @@ def run_all(settings: Settings, redis: Redis, workers: int, demo: bool) -> int:
     }
     output = io.StringIO() if demo else sys.stdout
     # Workers end the running job in this time.
-    supervisor = Supervisor(output, kill_after=settings.worker_shutdown_seconds + 5)
+    supervisor = Supervisor(output, kill_after=settings.worker_shutdown_seconds + 5, log_format=settings.log_format)
     supervisor.add("web", python("gunicorn", "app.main:app"))
     for number in range(1, workers + 1):
-        supervisor.add(f"worker.{number}", python("rq.cli", "worker", "--log-format", "%(message)s"))
+        supervisor.add(f"worker.{number}", python("rq.cli", "worker"))
 
     url = base_url(settings)
     failure = ""

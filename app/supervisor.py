@@ -1,6 +1,7 @@
 """Processes that are one service: their logs as one, started again when they end, and ended together."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from types import FrameType
 from typing import TextIO
 
@@ -48,9 +50,9 @@ class _Child:
 class Supervisor:
     """Runs processes until it is told to end. While `restarts` is false, the end of one is the end of all."""
 
-    def __init__(self, output: TextIO, kill_after: float) -> None:
-        """Take where the logs go, and how many seconds the processes have for their end."""
-        self._output, self._kill_after = output, kill_after
+    def __init__(self, output: TextIO, *, kill_after: float, log_format: str = "text") -> None:
+        """Take where the logs go and how, and how many seconds the processes have for their end."""
+        self._output, self._log_format, self._kill_after = output, log_format, kill_after
         self._children: list[_Child] = []
         self._width = 0
         self._printing = threading.Lock()
@@ -97,7 +99,7 @@ class Supervisor:
                     self.end()
                     return
                 pause = child.start_at - time.monotonic()
-                self._print(child.name, f"ended by itself: {how}; it is started again in {pause:.0f} s")
+                self._tell(child.name, f"ended by itself: {how}; it is started again in {pause:.0f} s")
             if child.popen is None and time.monotonic() >= child.start_at:
                 self._start(child, env)
 
@@ -108,7 +110,7 @@ class Supervisor:
                 child.command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
             )
         except OSError as error:  # no memory, or too many processes
-            self._print(child.name, f"cannot be started: {error}")
+            self._tell(child.name, f"cannot be started: {error}")
             child.start_at = time.monotonic() + LONGEST_PAUSE
             return
         child.started_at = time.monotonic()
@@ -121,13 +123,25 @@ class Supervisor:
             for line in popen.stdout:
                 self._print(name, line.decode(errors="replace").rstrip("\n"))
 
+    def _tell(self, name: str, event: str) -> None:
+        self._print(name, event if self._log_format == "json" else f"{time.strftime('%H:%M:%S')} {event}")
+
     def _print(self, name: str, line: str) -> None:
         encoding = self._output.encoding or "utf-8"
         line = line.encode(encoding, errors="backslashreplace").decode(encoding)
         # Whoever reads the log may be gone, as after `| head`; the processes go on, and so does the reading of theirs.
         with self._printing, contextlib.suppress(OSError, ValueError):
-            self._output.write(f"{time.strftime('%H:%M:%S')} {name:<{self._width}} | {line}\n")
+            self._output.write(f"{self._shape(name, line)}\n")
             self._output.flush()
+
+    def _shape(self, name: str, line: str) -> str:
+        if self._log_format == "text":
+            return f"{name:<{self._width}} | {line}"
+        if line.startswith('{"time": '):
+            return line
+        # What a job function printed, or what we have to say.
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        return json.dumps({"time": now, "level": "info", "logger": name, "message": line})
 
     def _end_all(self, look: Callable[[], None]) -> None:
         running = [child.popen for child in self._children if child.popen]
@@ -138,7 +152,7 @@ class Supervisor:
             try:
                 look()  # what jobs come to in their last seconds is to be stored
             except (Exception, SystemExit) as error:  # noqa: BLE001  # the processes are to be ended all the same
-                self._print("", str(error))
+                self._tell("", str(error))
                 look = _look_at_nothing
             time.sleep(LOOK_EVERY)
         for popen in running:

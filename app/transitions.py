@@ -189,6 +189,7 @@ class Fields(NamedTuple):
     enqueued_at: bytes | None
     crashes: bytes | None
     function: bytes | None
+    request_id: bytes | None
     #: RQ's own hooks: the callbacks for success, failure and stop, and its webhooks.
     callbacks: tuple[bytes | None, ...]
 
@@ -236,8 +237,8 @@ def _read_taken(answer: list[Any]) -> TakeAnswer:
     word, *rest = answer
     match to_text(word):
         case "taken":
-            queue, job_id, started_at, (status, data, timeout, enqueued_at, crashes, function, *callbacks) = rest
-            fields = Fields(status, data, timeout, enqueued_at, crashes, function, tuple(callbacks))
+            queue, job_id, started_at, (status, data, timeout, enqueued_at, crashes, function, request, *hooks) = rest
+            fields = Fields(status, data, timeout, enqueued_at, crashes, function, request, tuple(hooks))
             return Taken(to_text(queue), to_text(job_id), to_text(started_at), fields)
         case "skipped":
             return Skipped(*map(to_text, rest))
@@ -256,6 +257,21 @@ class Run(NamedTuple):
     execution: str
     queue: str
     worker: str
+    #: of the request that made the job; for the log only
+    request_id: str = ""
+
+    @property
+    def fence(self) -> tuple[str, str, str, str]:
+        """What the scripts want to see."""
+        return self[:4]
+
+    def __str__(self) -> str:
+        """As it stands in the text of a log."""
+        return f"{self.queue}: job {self.job_id}"
+
+    def log_members(self) -> dict[str, str]:
+        """What a line in a log that names it is about."""
+        return {"job_id": self.job_id, "queue": self.queue, "request_id": self.request_id}
 
 
 def renew(
@@ -268,7 +284,7 @@ def renew(
     """
     limit = "" if max_crashes is None else max_crashes
     return cast(
-        'Literal["held", "lost", "stop"]', to_text(run_script(connection, "renew", *run, lease, progress, limit))
+        'Literal["held", "lost", "stop"]', to_text(run_script(connection, "renew", *run.fence, lease, progress, limit))
     )
 
 
@@ -288,7 +304,7 @@ class Ending(NamedTuple):
     def arguments(self, run: Run) -> tuple[Argument, ...]:
         """What the script is called with."""
         ttls = self.result_ttl, self.failure_ttl
-        return (*run, self.outcome, self.return_value, *self.failure, *ttls, self.progress, int(self.force))
+        return (*run.fence, self.outcome, self.return_value, *self.failure, *ttls, self.progress, int(self.force))
 
 
 def finish(connection: Redis, run: Run, ending: Ending) -> str:
@@ -352,7 +368,7 @@ def release(
 
     It is stopped if somebody canceled it while it ran.
     """
-    answer = run_script(connection, "release", *run, int(crashed), limit, *failure, failure_ttl)
+    answer = run_script(connection, "release", *run.fence, int(crashed), limit, *failure, failure_ttl)
     return cast('Literal["queued", "failed", "stopped", "lost", "rq"]', to_text(answer))
 
 
@@ -368,11 +384,11 @@ def recover(connection: Redis, queues: Sequence[str]) -> list[Abandoned]:
     """Name the runs whose lease ran out, and put back what a stock worker popped but never started."""
     return [
         Abandoned(
-            Run(to_text(job_id), to_text(execution), to_text(queue), to_text(worker)),
+            Run(*map(to_text, run)),
             crashes,
             int(limit) if limit.isdigit() else None,
         )
-        for queue, job_id, execution, worker, crashes, limit in run_script(connection, "recover", *queues)
+        for *run, crashes, limit in run_script(connection, "recover", *queues)
     ]
 
 

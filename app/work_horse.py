@@ -7,7 +7,6 @@ a function asks for it through `rq.get_current_job()`.
 
 import copy
 import json
-import logging
 import math
 import os
 import select
@@ -27,6 +26,7 @@ from rq.timeouts import JobTimeoutException, UnixSignalDeathPenalty
 from app.config import get_settings
 from app.frames import Channel, Header
 from app.job_function import JobFunction, Progress, load_functions, progress_goes_to
+from app.logs import configure_logs, process_members, start_sentry, tell_sentry
 from app.redis_resc import redis_conn
 from app.strict_json import dump_result
 
@@ -107,13 +107,17 @@ def _run(header: Header, data: bytes, functions: Mapping[str, JobFunction], chan
 
 def run_job(header: Header, data: bytes, functions: Mapping[str, JobFunction], channel: Channel) -> None:
     """Run one job, and send its outcome: `finished` with the return value, or `failed` with error and traceback."""
+    process_members.update({name: header[name] for name in ("job_id", "queue", "request_id")})
     try:
         text = _run(header, data, functions, channel)
     except BaseException as error:  # noqa: BLE001  # sys.exit() in a job ends the job, not the work-horse
+        tell_sentry(error)
         trace = "".join(traceback.format_exception(error)).encode(errors="backslashreplace")
         channel.send({"outcome": "failed", "error": _describe(error)}, trace[-LONGEST_TRACE:])
     else:
         channel.send({"outcome": "finished"}, text)
+    finally:
+        process_members.clear()
 
 
 def _die_with_worker(channel: Channel) -> None:
@@ -126,7 +130,8 @@ def _die_with_worker(channel: Channel) -> None:
 
 def main(end: socket.socket) -> None:
     """Load the job functions, say so, and run jobs until the worker closes its end of the socket."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    configure_logs()
+    start_sentry(get_settings())
     channel = Channel(end)
     threading.Thread(target=_die_with_worker, args=(channel,), daemon=True).start()
     # Ctrl-C in a terminal is the worker's to handle.

@@ -32,6 +32,7 @@ from app import transitions
 from app.endings import Assignment, EndingWorker
 from app.frames import Header
 from app.horse_process import HorseDied, WorkHorse
+from app.logs import configure_logs, start_sentry
 from app.rq_worker import LONGEST_PAUSE, TICK
 from app.stable import Stable
 from app.transitions import DOORBELL_KEY, Ending, Run, describe_failure
@@ -85,7 +86,9 @@ class Worker(EndingWorker):
 
     def bootstrap(self, *args: Any, **kwargs: Any) -> None:
         """As RQ's, once there is a work-horse: a worker that cannot load the functions takes no job."""
+        configure_logs("rq.worker", "rq.job")  # RQ's command has given them handlers
         self._stable.open()  # there are no threads yet
+        start_sentry(self.settings)
         super().bootstrap(*args, **kwargs)
 
     def teardown(self) -> None:
@@ -206,7 +209,8 @@ class Worker(EndingWorker):
     def _read_job(self, taken: transitions.Taken) -> tuple[Job, rq.Queue] | None:
         """The job as RQ's object; None if it cannot be run, and was failed for that."""
         queue = next(queue for queue in self.queues if queue.name == taken.queue)
-        run = Run(taken.job_id, self._next_execution, taken.queue, self.name)
+        request_id = (taken.fields.request_id or b"").decode(errors="replace")
+        run = Run(taken.job_id, self._next_execution, taken.queue, self.name, request_id)
         self._next_execution = uuid.uuid4().hex
         try:
             # Not RQ's `restore`, which takes a tenth of a millisecond and trips over fields that nobody needs here.
@@ -214,7 +218,7 @@ class Worker(EndingWorker):
             job.id = taken.job_id
             self._assignment = self._read_assignment(run, taken)
         except (ValueError, TimeoutFormatError) as error:
-            self.log.error("%s: job %s set aside: %r", taken.queue, taken.job_id, error)
+            self.log.error("%s set aside: %r", run, error)
             failure = describe_failure("UnreadableJob", f"The job cannot be run: {error!r}.")
             # Not RQ's way, whatever the job has: that way the hooks that it names would be called.
             self._finish(run, self._ending("failed", failure)._replace(force=True))
@@ -234,6 +238,7 @@ class Worker(EndingWorker):
             data = zlib.decompress(data)
         header = {
             "job_id": run.job_id,
+            "request_id": run.request_id,
             "queue": run.queue,
             "worker": self.name,
             "timeout": (fields.timeout and parse_timeout(fields.timeout.decode())) or self.settings.job_timeout,
@@ -266,7 +271,7 @@ class Worker(EndingWorker):
                 try:  # once: the next tick comes soon, and a job that runs here is not to be kept waiting
                     self._release(abandoned, crashed=True, how=how, is_patient=False)
                 except ResponseError as error:
-                    self.log.error("%s: job %s cannot be released: %s", run.queue, run.job_id, error)
+                    self.log.error("%s cannot be released: %s", run, error)
         self._last_tick = now
         due = transitions.promote(self.connection, names).due
         # A job that is due before the next tick moves it forward; so delays are right to some milliseconds.
@@ -300,7 +305,7 @@ class Worker(EndingWorker):
 
     def _complain(self, run: Run, error: ResponseError) -> None:
         # A key of another type: `recover` will find the run, and set it aside.
-        self.log.error("%s: the end of job %s cannot be written: %s", run.queue, run.job_id, error)
+        self.log.error("%s: its end cannot be written: %s", run, error)
 
     def _close_to_stops(self, run: Run) -> bool:
         """From now on no message stops the run; True if one did before, and the work-horse was killed for it."""
@@ -376,7 +381,7 @@ class Worker(EndingWorker):
                 if horse.has_died():
                     raise EOFError  # the socket is still open in a process that the job forked
                 if not is_told:  # a line in the log takes 50 µs: a short job has but the one of its end
-                    self.log.info("%s: job %s, %s, runs", run.queue, run.job_id, assignment.function)
+                    self.log.info("%s, %s, runs", run, assignment.function)
                     is_told = True
             reading_since = time.monotonic()
             while frame:
@@ -420,7 +425,7 @@ class Worker(EndingWorker):
         if held == "stop":
             self._finish_stopped(run)
         else:
-            self.log.warning("%s: job %s is lost to this worker; its run was ended", run.queue, run.job_id)
+            self.log.warning("%s is lost to this worker; its run was ended", run)
 
     def _end(self, run: Run, header: Header, body: bytes, progress: str) -> None:
         """Write down what the work-horse sent."""
@@ -430,7 +435,7 @@ class Worker(EndingWorker):
             ending = self._ending("finished", return_value=value, progress=progress)
         else:
             trace, error = body.decode(errors="replace"), header["error"]  # it may be cut in a character
-            self.log.error("%s: job %s raised %s\n%s", run.queue, run.job_id, error["type"], trace)
+            self.log.error("%s raised %s", run, error["type"], extra={"trace": trace})
             failure = describe_failure(error["type"], error["message"], trace)
             ending = self._ending("failed", failure, progress=progress)
         self._finish_and_take(run, ending)
@@ -441,7 +446,7 @@ class Worker(EndingWorker):
         try:
             return transitions.renew(self.connection, run, self.settings.worker_lease, progress)
         except RedisError as error:  # the lease may yet hold; whether it did, `finish` will learn
-            self.log.error("Worker %s: could not renew the lease of job %s: %s", self.name, run.job_id, error)
+            self.log.error("%s: its lease could not be renewed: %s", run, error)
             self._be_patient(error)
             return "held"
 

@@ -1,11 +1,13 @@
 """Job functions that only tests run: FUNCTION_MODULES names this module beside app.functions."""
 
 import datetime
+import logging
 import math
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import cache
 from pathlib import Path
@@ -237,3 +239,13 @@ def fail_once(payload: dict[str, str]) -> str:
         return "second"
     path.write_text("first")
     raise ValueError("first")
+
+
+@job_function()
+def log_something(text: str) -> None:
+    """Write to the log, also from a thread, and print."""
+    logging.getLogger("mine").warning("from the function: %s", text)
+    thread = threading.Thread(target=logging.getLogger("mine.too").info, args=("from its thread",))
+    thread.start()
+    thread.join()
+    print("printed")

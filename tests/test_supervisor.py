@@ -73,7 +73,7 @@ def test_supervisor_starts_again_what_ends_and_says_how_it_ended() -> None:
     supervisor = Supervisor(output, kill_after=1)
     supervisor.restarts = True
     log = run(supervisor, output, QUICK, "started again in 2 s")
-    assert "child | ended by itself: exit code 3; it is started again in 1 s" in log
+    assert "ended by itself: exit code 3; it is started again in 1 s" in log
     assert log.count("→") == 2
 
 

@@ -226,13 +226,15 @@ def test_enqueue_with_a_ttl_lets_the_waiting_job_expire(redis: Any) -> None:
 
 
 def test_take_starts_the_job_under_a_lease(redis: Any) -> None:
-    add(redis, function="echo", ttl=50)
+    add(redis, function="echo", ttl=50, request_id="r")
     redis.hset("rq:job:j", mapping={"timeout": 9, "crashes": 1, "failure_callback_name": "os.system"})
     enqueued_at = job_of(redis)["enqueued_at"].encode()
     taken = take(redis, execution="e", lease=30)
     assert isinstance(taken, Taken)
     assert (taken.queue, taken.job_id) == ("default", "j")
-    assert taken.fields == Fields(b"queued", b"[]", b"9", enqueued_at, b"1", b"echo", (None, b"os.system", None, None))
+    assert taken.fields == Fields(
+        b"queued", b"[]", b"9", enqueued_at, b"1", b"echo", b"r", (None, b"os.system", None, None)
+    )
     job = job_of(redis)
     assert (job["status"], job["worker_name"], job["started_at"]) == ("started", "w", taken.started_at)
     assert abs(seconds_of(taken.started_at) - time.time()) < 2

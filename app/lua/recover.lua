@@ -2,7 +2,7 @@
 -- of its execution. A job that a stock worker left in its intermediate list, popped but never started (rq#2236), goes
 -- back to its queue once it has been seen there for a minute, as RQ counts it.
 -- ARGV: queues.
--- Answers a list of {queue, job id, execution id, worker, crashes so far, the job's own crash limit or ''}.
+-- Answers a list of {job id, execution id, queue, worker, request id or '', crashes so far, the job's own crash limit or ''}.
 local now, expired = clock(), {}
 for _, queue in ipairs(ARGV) do
   for _, member in ipairs(redis.call('ZRANGEBYSCORE', registry('wip', queue), '-inf', now + GRACE, 'LIMIT', 0, 100)) do
@@ -15,8 +15,8 @@ for _, queue in ipairs(ARGV) do
       -- A stock worker's execution has no lease of ours; its score is when RQ would give it up.
       local ends = number(run[1], tonumber(redis.call('ZSCORE', registry('wip', queue), member)))
       if ends < now then
-        local job = read(id, 'crashes', 'max_crashes')
-        expired[#expired + 1] = {queue, id, execution, run[2] or '', whole(job[1], 0), job[2] or ''}
+        local job = read(id, 'crashes', 'max_crashes', 'request_id')
+        expired[#expired + 1] = {id, execution, queue, run[2] or '', job[3] or '', whole(job[1], 0), job[2] or ''}
       end
     end
   end

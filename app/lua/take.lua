@@ -3,7 +3,7 @@
 -- Answers {'taken', queue, job id, start of the run, FIELDS of the job as they were}, {'nothing', last id of the doorbell},
 -- {'skipped', queue, job id, reason} for what cannot be a job, {'again'} after many entries that are no jobs any more, or
 -- {'suspended'}.
-local FIELDS = {'status', 'data', 'timeout', 'enqueued_at', 'crashes', 'function', 'success_callback_name',
+local FIELDS = {'status', 'data', 'timeout', 'enqueued_at', 'crashes', 'function', 'request_id', 'success_callback_name',
   'failure_callback_name', 'stopped_callback_name', 'webhooks'}
 local worker, execution, lease = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local now = clock()
