@@ -5,11 +5,13 @@ from gevent import monkey
 # Before anything else is imported: many clients wait in one process, each in a greenlet.
 monkey.patch_all()
 
-import os  # noqa: E402  # see above
+import mmap  # noqa: E402  # see above
+import os  # noqa: E402
 import resource  # noqa: E402
 import shutil  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
+import time  # noqa: E402
 from typing import Any  # noqa: E402
 
 # Before `prometheus_client` and the settings are imported: each process keeps what it measures in files there, so that
@@ -64,6 +66,31 @@ def on_starting(server: Any) -> None:
         is_open = isinstance(address, tuple) and not is_loopback(address[0])
         if is_open and not (_settings.api_keys or _settings.allow_anonymous):
             raise SystemExit(f"Listening on {address[0]} wants API_KEYS, or ALLOW_ANONYMOUS=true.")
+
+
+def when_ready(server: Any) -> None:
+    """On SIGTERM say so first: `/readyz` says no and nobody waits any more, while all else is served for a while."""
+    server.draining = mmap.mmap(-1, 1)  # memory that all processes share
+    end = server.handle_term
+
+    def drain() -> None:
+        server.draining[0] = 1
+        if _settings.drain_seconds:
+            server.log.info("Draining for %s s", _settings.drain_seconds)
+            time.sleep(_settings.drain_seconds)
+        end()
+
+    server.handle_term = drain
+
+
+def post_worker_init(worker: Any) -> None:
+    """Let the app know when its process is about to end."""
+    worker.wsgi.extensions["jobs"].is_draining = lambda: worker.draining[0] == 1
+
+
+def pre_fork(server: Any, worker: Any) -> None:
+    """Let each process have the shared memory."""
+    worker.draining = server.draining
 
 
 def post_fork(server: Any, worker: Any) -> None:

@@ -96,6 +96,13 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=1, le=65535, description="Port that `pipenv run start` and gunicorn listen on")
     web_concurrency: int = Field(default=1, ge=1, le=64, description="Number of gunicorn processes")
 
+    drain_seconds: int = Field(
+        default=0,
+        ge=0,
+        le=300,
+        description="How long `/readyz` says no before gunicorn stops, in seconds",
+    )
+
     api_keys: Annotated[tuple[ApiKey, ...], NoDecode] = Field(
         default=(), repr=False, description="JSON list of the keys that clients may use; without any, no key is wanted"
     )

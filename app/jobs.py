@@ -87,6 +87,8 @@ class Jobs:
         self.functions = functions
         self.events = events
         self.ids = JobIds(connection)
+        #: Whether this process is about to end, and nobody is to wait here any longer.
+        self.is_draining: Callable[[], bool] = lambda: False
         self._free_waits = threading.BoundedSemaphore(settings.max_waiting) if settings.max_waiting else None
 
     # Enqueue
@@ -394,6 +396,8 @@ class Jobs:
         try:
             status, known = known or look(), None
             while status["job_status"] not in TERMINAL and (now := time.monotonic()) < deadline:
+                if self.is_draining():
+                    break
                 next_look = min(deadline, now + min(max(0.25, (now - start) / 2), 5))
                 while (left := next_look - time.monotonic()) > 0:
                     try:

@@ -33,7 +33,7 @@ def readyz() -> Response:
     It would if Redis answers and takes writes, and every configured queue has a live worker.
     """
     jobs: Jobs = current_app.extensions["jobs"]
-    checks: dict[str, str] = {}
+    checks = {"web": "draining"} if jobs.is_draining() else {}
     try:
         with jobs.connection.pipeline() as pipeline:
             pipeline.set(PROBE_KEY, 1, ex=60)
