@@ -90,6 +90,7 @@ class Settings(BaseSettings):
     redis_port: int = Field(default=6379, ge=1, le=65535, description="Port of Redis, if REDIS_URL is not set")
     redis_db: int = Field(default=0, ge=0, description="Database number, if REDIS_URL is not set")
     redis_password: str | None = Field(default=None, repr=False, description="Password, if REDIS_URL is not set")
+    redis_password_file: FilePath | None = Field(default=None, description="A file that holds REDIS_PASSWORD")
     redis_ssl: bool = Field(default=False, description="Speak TLS to REDIS_HOST, if REDIS_URL is not set")
 
     host: str = Field(default="127.0.0.1", description="Address that `pipenv run start` and gunicorn listen on")
@@ -206,15 +207,17 @@ class Settings(BaseSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def read_api_keys(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Take the keys from their file."""
-        if file := values.get("api_keys_file"):
-            if values.get("api_keys"):
-                raise ValueError("API_KEYS and API_KEYS_FILE are both set, one is wanted")
-            try:
-                values["api_keys"] = Path(file).read_text()
-            except OSError as error:
-                raise ValueError(f"API_KEYS_FILE cannot be read: {error.strerror}") from None
+    def read_files(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Take from their files what is kept in files, and read the keys."""
+        for name in ("api_keys", "redis_password"):
+            if file := values.get(f"{name}_file"):
+                if values.get(name):
+                    raise ValueError(f"{name.upper()} and {name.upper()}_FILE are both set, one is wanted")
+                try:
+                    values[name] = Path(file).read_text().strip()
+                except (OSError, UnicodeDecodeError) as error:
+                    reason = getattr(error, "strerror", None) or "it is not UTF-8"
+                    raise ValueError(f"{name.upper()}_FILE cannot be read: {reason}") from None
         if isinstance(keys := values.get("api_keys"), str):
             try:
                 values["api_keys"] = TypeAdapter(tuple[ApiKey, ...]).validate_json(keys)

@@ -17,6 +17,7 @@ from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
+from app.logs import request_members
 from app.transitions import EVENTS_KEY
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class EventLog:
             raise
 
     def _read(self, position: bytes | str) -> None:
+        request_members.set({})  # not those of the request that came first
         connection = self._connect()
         last_heard = time.monotonic()
         try:

@@ -42,6 +42,10 @@ def follow_requests(app: Flask, *, access_log: bool) -> None:
     def begin() -> None:
         request_members.set({"request_id": current_request_id()})
 
+    @app.teardown_request
+    def forget(_error: BaseException | None) -> None:
+        request_members.set({})
+
     @app.after_request
     def end(answer: Response) -> Response:
         answer.headers["X-Request-ID"] = current_request_id()

@@ -31,7 +31,9 @@ def settings_of(environment: pytest.MonkeyPatch, **variables: str) -> Settings:
 
 BAD = [
     ("REDIS_PORT", "0"), ("REDIS_PORT", "65536"), ("REDIS_PORT", "x"), ("REDIS_DB", "-1"), ("REDIS_SSL", "maybe"),
-    ("PORT", "0"), ("PORT", "65536"), ("PORT", "80a"), ("WEB_CONCURRENCY", "0"), ("WEB_CONCURRENCY", "65"),
+    ("PORT", "0"), ("PORT", "65536"), ("PORT", "80a"), ("DRAIN_SECONDS", "-1"), ("DRAIN_SECONDS", "301"),
+    ("LOG_FORMAT", "xml"), ("LOG_LEVEL", "loud"), ("ACCESS_LOG", "perhaps"),
+    ("WEB_CONCURRENCY", "0"), ("WEB_CONCURRENCY", "65"),
     ("QUEUES", "a b"), ("QUEUES", "a,,b"), ("QUEUES", ","), ("QUEUES", "a,a"), ("QUEUES", "x" * 65), ("QUEUES", "a:b"),
     ("QUEUES", "é"), ("FUNCTION_MODULES", "app.functions,"), ("FUNCTION_MODULES", "1x"),
     ("FUNCTION_MODULES", "a/b"), ("FUNCTION_MODULES", "a,a"),

