@@ -42,6 +42,7 @@ def is_loopback(host: str) -> bool:
 
 QueueName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_.]*$")]
+Address = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+:[0-9]{1,5}$")]
 #: Redis keeps TTLs as whole seconds in RQ's fields.
 Seconds = Annotated[int, Field(ge=1, le=MAX_SECONDS)]
 
@@ -89,9 +90,17 @@ class Settings(BaseSettings):
     redis_host: str = Field(default="localhost", description="Host of Redis, if REDIS_URL is not set")
     redis_port: int = Field(default=6379, ge=1, le=65535, description="Port of Redis, if REDIS_URL is not set")
     redis_db: int = Field(default=0, ge=0, description="Database number, if REDIS_URL is not set")
+    redis_username: str | None = Field(default=None, description="ACL user, if REDIS_URL is not set")
     redis_password: str | None = Field(default=None, repr=False, description="Password, if REDIS_URL is not set")
     redis_password_file: FilePath | None = Field(default=None, description="A file that holds REDIS_PASSWORD")
     redis_ssl: bool = Field(default=False, description="Speak TLS to REDIS_HOST, if REDIS_URL is not set")
+
+    redis_sentinels: Annotated[tuple[Address, ...], NoDecode] = Field(
+        default=(),
+        description="Redis Sentinels, as `host:port` with commas; they tell where Redis is, REDIS_URL must not",
+    )
+    redis_sentinel_service: str = Field(default="mymaster", description="Name under which Sentinel knows Redis")
+    redis_sentinel_password: str | None = Field(default=None, repr=False, description="Password of the Sentinels")
 
     host: str = Field(default="127.0.0.1", description="Address that `pipenv run start` and gunicorn listen on")
     port: int = Field(default=8000, ge=1, le=65535, description="Port that `pipenv run start` and gunicorn listen on")
@@ -194,7 +203,7 @@ class Settings(BaseSettings):
                 raise ValueError(f"it is no URL of a Redis ({error})") from None
         return url
 
-    @field_validator("queues", "function_modules", mode="before")
+    @field_validator("queues", "function_modules", "redis_sentinels", mode="before")
     @classmethod
     def split_names(cls, value: object) -> object:
         """Read `a, b` as two names, and refuse the same name twice."""
@@ -241,6 +250,8 @@ class Settings(BaseSettings):
             if getattr(self, name) > getattr(self, most):
                 given, limit = getattr(self, name), getattr(self, most)
                 raise ValueError(f"{name.upper()}={given} is more than {most.upper()}={limit}")
+        if self.redis_url and self.redis_sentinels:
+            raise ValueError("REDIS_URL and REDIS_SENTINELS are both set, one is wanted")
         if not (self.api_keys or self.allow_anonymous or is_loopback(self.host)):
             raise ValueError(f"HOST={self.host} is no loopback address: set API_KEYS, or ALLOW_ANONYMOUS=true")
         return self
@@ -260,9 +271,10 @@ class Settings(BaseSettings):
         """The URL of Redis, whichever way it was configured."""
         if self.redis_url:
             return self.redis_url
-        password = f":{quote(self.redis_password, safe='')}@" if self.redis_password else ""
+        user, password = (quote(part or "", safe="") for part in (self.redis_username, self.redis_password))
+        login = f"{user}:{password}@" if user or password else ""
         host = f"[{self.redis_host}]" if ":" in self.redis_host else self.redis_host
-        return f"{'rediss' if self.redis_ssl else 'redis'}://{password}{host}:{self.redis_port}/{self.redis_db}"
+        return f"{'rediss' if self.redis_ssl else 'redis'}://{login}{host}:{self.redis_port}/{self.redis_db}"
 
 
 @cache

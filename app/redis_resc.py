@@ -16,6 +16,7 @@ from rq.serializers import JSONSerializer
 from app import transitions
 from app.config import Settings, get_settings
 from app.job_ids import JobIds
+from app.sentinel import following_connection, sentinel_addresses, sentinel_options
 
 #: Seconds that one command may take. With the one reconnection below, a request on a stalled Redis is answered in 3 s.
 SOCKET_TIMEOUT = 1.25
@@ -49,20 +50,21 @@ def connect(settings: Settings, socket_timeout: float = SOCKET_TIMEOUT) -> Redis
     A connection that turns out to be broken is replaced once, at once. A command that timed out is not sent again:
     the caller would wait twice as long for a server that is stalled.
     """
-    pool = Pool.from_url(
-        settings.redis_address,
+    options: dict[str, Any] = {
         # A burst of requests waits for a connection a little; redis-py's other pool refuses the 101st.
-        max_connections=MAX_CONNECTIONS,
-        timeout=SOCKET_TIMEOUT,
-        socket_timeout=socket_timeout,
-        socket_connect_timeout=SOCKET_TIMEOUT,
+        "max_connections": MAX_CONNECTIONS,
+        "timeout": SOCKET_TIMEOUT,
+        "socket_timeout": socket_timeout,
+        "socket_connect_timeout": SOCKET_TIMEOUT,
         # No greetings before the first command: each would be waited for on a Redis that is stalled.
-        protocol=2,
-        driver_info=None,
-        maint_notifications_config=MaintNotificationsConfig(enabled=False),
-        retry=Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
-    )
-    return Redis(connection_pool=pool)
+        "protocol": 2,
+        "driver_info": None,
+        "maint_notifications_config": MaintNotificationsConfig(enabled=False),
+        "retry": Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
+    }
+    if settings.redis_sentinels:
+        return Redis(connection_pool=Pool(**options, **following_connection(settings)))
+    return Redis(connection_pool=Pool.from_url(settings.redis_address, **options))
 
 
 class Queue(rq.Queue):
@@ -115,5 +117,13 @@ queues = {name: Queue(name, connection=redis_conn) for name in settings.queues}
 redis_queue = queues[settings.queues[0]]
 
 # `rq worker`, `rq info` and the rest read these (RQ_CONFIG=app.redis_resc): the same Redis and queues as the API.
-REDIS_URL = settings.redis_address
-QUEUES = list(settings.queues)
+REDIS_URL = None if settings.redis_sentinels else settings.redis_address
+SENTINEL = {
+    "INSTANCES": sentinel_addresses(settings),
+    "MASTER_NAME": settings.redis_sentinel_service,
+    "SENTINEL_KWARGS": sentinel_options(settings),
+    "SSL": settings.redis_ssl,
+    "DB": settings.redis_db,
+    "USERNAME": settings.redis_username,
+    "PASSWORD": settings.redis_password,
+}

@@ -22,7 +22,7 @@ from rq.utils import utcformat
 
 from app import transitions
 from app.config import get_settings
-from app.redis_resc import Queue
+from app.redis_resc import Queue, connect
 
 #: Seconds between two looks at what is due: leases, delayed jobs, its own heartbeat. Also the longest block.
 TICK = 1.0
@@ -44,6 +44,8 @@ class SteadyWorker(rq.Worker):
         queues = [queues] if isinstance(queues, str | rq.Queue) else list(queues)
         connection = kwargs.pop("connection", None) or queues[0].connection
         self.settings = get_settings()
+        if self.settings.redis_sentinels:  # RQ's command has made one of redis-py's (see app/sentinel.py)
+            connection = connect(self.settings)
         kwargs |= {"serializer": JSONSerializer, "queue_class": Queue, "default_result_ttl": self.settings.result_ttl}
         own = [Queue(queue if isinstance(queue, str) else queue.name, connection=connection) for queue in queues]
         super().__init__(own, name, connection=connection, **kwargs)
@@ -63,8 +65,10 @@ class SteadyWorker(rq.Worker):
 
     def _set_connection(self, connection: Redis) -> Redis:
         """RQ waits 415 s for an answer, and redis-py tries ten times. Nothing here blocks longer than a tick."""
-        connection.connection_pool.connection_kwargs["socket_timeout"] = TICK + 2
-        connection.set_retry(Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)))
+        pool = connection.connection_pool
+        retry = Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,))
+        pool.connection_kwargs.update(socket_timeout=TICK + 2, retry=retry)
+        pool.reset()  # RQ's command may have connected already
         return connection
 
     def teardown(self) -> None:

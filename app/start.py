@@ -37,6 +37,7 @@ READY_WITHIN = 60.0
 class Redis(NamedTuple):
     """Where Redis is, and what keeps it alive."""
 
+    #: of the embedded one; empty if the settings say where it is
     url: str
     look_after: Callable[[], None]
 
@@ -123,7 +124,7 @@ def redis_of(settings: Settings) -> Iterator[Redis]:
         where = urlsplit(settings.redis_address)
         name = f"{where.scheme}://{where.hostname or ''}{f':{where.port}' if where.port else ''}{where.path}"
         raise SystemExit(f"Redis at {name} cannot be reached: {error}") from None
-    yield Redis(settings.redis_address, lambda: None)
+    yield Redis("", lambda: None)
 
 
 def check_port(settings: Settings) -> None:
@@ -167,7 +168,7 @@ def wait_until_ready(url: str) -> bool:
 
 def show_welcome(url: str, redis_url: str, workers: int) -> None:
     """Say where the service is, and what to try."""
-    shown = redis_url if redis_url.startswith("unix:") else "as configured"
+    shown = redis_url or "as configured"
     print(
         f"\nReady: {url} (its documentation: {url}/docs), {workers} worker{'s' * (workers != 1)}, Redis {shown}\n"
         f"Try it:\n"
@@ -202,14 +203,16 @@ def run_all(settings: Settings, redis: Redis, workers: int, demo: bool) -> int:
         The exit code: 1 if something ended before all was ready, or in a demo.
     """
     # What .env says, for those who start without pipenv; and which Redis it is.
-    env = os.environ | {
-        "REDIS_URL": redis.url,
-        "RQ_REDIS_URL": redis.url,
-        "RQ_CONFIG": "app.redis_resc",
-        "RQ_WORKER_CLASS": "app.worker.Worker",
-        "RQ_QUEUE_CLASS": "app.redis_resc.Queue",
-        "PYTHONUNBUFFERED": "1",
-    }
+    env = (
+        os.environ
+        | ({"REDIS_URL": redis.url, "RQ_REDIS_URL": redis.url} if redis.url else {})
+        | {
+            "RQ_CONFIG": "app.redis_resc",
+            "RQ_WORKER_CLASS": "app.worker.Worker",
+            "RQ_QUEUE_CLASS": "app.redis_resc.Queue",
+            "PYTHONUNBUFFERED": "1",
+        }
+    )
     output = io.StringIO() if demo else sys.stdout
     # Workers end the running job in this time.
     supervisor = Supervisor(output, kill_after=settings.worker_shutdown_seconds + 5, log_format=settings.log_format)

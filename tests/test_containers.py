@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ def test_containers_commands_run_as_written(tmp_path: Path) -> None:
 
     port, redis_port = free_port(), free_port()
     image = {name: value for name, value in _image_environment().items() if name != "PATH"}
-    paths = {"PATH": os.environ["PATH"], "REDIS_PORT": str(redis_port)}
+    paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "REDIS_PORT": str(redis_port)}
 
     def environment(name: str) -> dict[str, str]:
         own = {key: str(value) for key, value in SERVICES[name].get("environment", {}).items()}

