@@ -6,7 +6,6 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from redis import Redis
-from rq.defaults import RQ_KEY_PREFIX
 
 from app.transitions import TIME_BOUNDS, owner_argument, run_script, to_text
 
@@ -68,11 +67,8 @@ class Group(NamedTuple):
 
 def read_group(connection: Redis, group_id: str) -> Group:
     """The statuses of a group's jobs, in one round trip, whatever their payloads."""
-    with connection.pipeline(transaction=False) as pipeline:
-        pipeline.get(f"{RQ_KEY_PREFIX}:api:group:{group_id}")
-        pipeline.sort(f"{RQ_KEY_PREFIX}:group:{group_id}", by="nosort", get=[f"{RQ_KEY_PREFIX}:job:*->status"])
-        total, statuses = pipeline.execute()
-    return Group(int(total) if total else None, [status and status.decode() for status in statuses])
+    total, statuses = run_script(connection, "group", group_id)
+    return Group(int(total) if total else None, [to_text(status) or None for status in statuses])
 
 
 #: The statuses by which the jobs of a queue are counted. RQ keeps those that were stopped with the failed ones.

@@ -41,8 +41,10 @@ class Cluster(NamedTuple):
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
     with ExitStack() as stack:
-        master = stack.enter_context(valkey_server(tmp_path / "master"))
-        replica = stack.enter_context(valkey_server(tmp_path / "replica", replicaof=f"127.0.0.1 {master.port}"))
+        master = stack.enter_context(valkey_server(tmp_path / "master", repl_diskless_sync_delay=0))
+        replica = stack.enter_context(
+            valkey_server(tmp_path / "replica", replicaof=f"127.0.0.1 {master.port}", repl_diskless_sync_delay=0)
+        )
         with Redis(port=replica.port) as connection:
             wait_until(lambda: connection.info("replication")["master_link_status"] == "up")
         port, file = free_port(), tmp_path / "sentinel.conf"
@@ -89,7 +91,7 @@ def test_web_and_worker_follow_a_failover(cluster: Cluster, tmp_path: Path, faul
         assert run(1)
         info = subprocess.run(python("rq.cli", "info"), env=env, cwd=ROOT, capture_output=True, text=True, check=True)
         assert "1 workers" in info.stdout
-        ids = [requests.post(f"{url}/enqueue/echo?delay=5", json=1, timeout=30).json()["job_id"] for _ in range(20)]
+        ids = [requests.post(f"{url}/enqueue/echo?delay=3", json=1, timeout=30).json()["job_id"] for _ in range(20)]
         with Redis(port=cluster.master.port) as master:
             assert master.wait(1, 5000) == 1  # the replica has all of it
         os.kill(cluster.master._process.pid, fault)
