@@ -82,6 +82,17 @@ def test_readme_links_to_what_exists(link: str) -> None:
     assert (ROOT / link).exists()
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_docs_link_to_what_exists_and_name_settings_that_there_are(page: Path) -> None:
+    text = page.read_text()
+    for link in re.findall(r"\]\(((?!http)[^)#]+)", text):
+        assert (page.parent / link).exists(), link
+    settings = {name.upper() for name in Settings.model_fields}
+    ours = {name.partition("_")[0] for name in settings} - {"JOB", "SENTRY", "REDIS", "LOG"}
+    named = set(re.findall(r"`([A-Z]+(?:_[A-Z]+)+)(?:=[^`]*)?`", text))
+    assert {name for name in named if name.partition("_")[0] in ours} <= settings
+
+
 def test_readme_shows_what_the_service_answers() -> None:
     answers = [json.loads(line) for line in README.splitlines() if line.startswith('{"job_id"')]
     assert len(answers) == 3
