@@ -85,7 +85,7 @@ def when_ready(server: Any) -> None:
 
 def post_worker_init(worker: Any) -> None:
     """Let the app know when its process is about to end."""
-    worker.wsgi.extensions["jobs"].is_draining = lambda: worker.draining[0] == 1
+    worker.wsgi.extensions["waiting"].is_draining = lambda: worker.draining[0] == 1
 
 
 def pre_fork(server: Any, worker: Any) -> None:

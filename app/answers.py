@@ -1,5 +1,6 @@
 """How the service answers: JSON, and each error, the framework's own included, as a problem (RFC 9457)."""
 
+import hashlib
 import json
 import logging
 import re
@@ -32,7 +33,12 @@ _NOT_NOW_CLASSES = {
 }  # fmt: skip
 
 
-_encode = json.JSONEncoder(separators=(",", ":")).encode
+encode_json = json.JSONEncoder(separators=(",", ":")).encode
+
+
+def make_etag(text: bytes) -> str:
+    """What changes with the text."""
+    return hashlib.blake2b(text, digest_size=12).hexdigest()
 
 
 class JsonAnswer(Response):
@@ -47,7 +53,7 @@ class JsonAnswer(Response):
 
 def json_answer(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """An answer of JSON, its members in the order they were given."""
-    text = _encode(data).encode()
+    text = encode_json(data).encode()
     answer = JsonAnswer(text, status, headers)
     answer.headers["Content-Length"] = str(len(text))
     return answer

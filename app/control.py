@@ -1,19 +1,55 @@
-"""The control routes: cancel, retry, enqueue many, and lists of jobs."""
+"""The control routes: cancel, retry, enqueue many, lists of jobs, and live events."""
 
+import logging
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlencode
 
 from apiflask import APIBlueprint
-from flask import Response
+from flask import Response, request
+from redis.exceptions import RedisError
 
-from app.answers import ask_again, json_answer
+from app.answers import ask_again, encode_json, json_answer, make_etag
 from app.auth import check_function, current_key
 from app.jobs import POLL_AGAIN, Jobs
+from app.metrics import count_listener
+from app.problems import Problem
 from app.request_parts import add_header, origin, read_payload, reader
 from app.schemas import GroupQuery, JobQuery, JobsQuery, Query
+from app.status import StatusObject
+from app.transitions import TERMINAL
+from app.waiting import Waiting
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that a listener may take to read one message.
+SLOWEST = 10.0
+#: What the id of an end has, which that of a status has not.
+ENDED = ".end"
 
 
-def make_control(jobs: Jobs, options: type[Query]) -> APIBlueprint:
+def _encode_events(found: Iterator[StatusObject | None], last: str | None) -> Iterator[str]:
+    """The event stream (https://html.spec.whatwg.org/multipage/server-sent-events.html).
+
+    An event's id is a digest of what it says, so that one which the client has had is not told again.
+    """
+    yield f"retry: {POLL_AGAIN * 1000}\n\n"
+    try:
+        for status in found:
+            if status is None:
+                yield ": still here\n\n"
+                continue
+            text = encode_json(status)
+            told = make_etag(text.encode())
+            if told != last:
+                yield f"event: status\nid: {told}\ndata: {text}\n\n"
+            if status["job_status"] in TERMINAL:
+                yield f"event: end\nid: {told}{ENDED}\ndata: {text}\n\n"
+    except (Problem, RedisError) as error:  # the answer has begun: the client comes again, and is told then
+        logger.warning("the events of a job end early: %s", error)
+
+
+def make_control(jobs: Jobs, waiting: Waiting, options: type[Query]) -> APIBlueprint:
     """The routes, for these jobs and the options that new ones may have."""
     control = APIBlueprint("control", __name__)
 
@@ -57,6 +93,21 @@ def make_control(jobs: Jobs, options: type[Query]) -> APIBlueprint:
     def check_group(query: GroupQuery) -> Response:
         """Tell how many jobs of a group there are in each status."""
         return json_answer(jobs.read_group(query.group_id, reader()), headers={"Cache-Control": "private, no-cache"})
+
+    @control.get("/events")
+    @control.input(JobQuery, location="query", arg_name="query")
+    @control.doc(tags=["Control"])
+    def events(query: JobQuery) -> Response:
+        """Tell whatever happens to a job, as it happens."""
+        last = request.headers.get("Last-Event-ID")
+        jobs.read_status(query.job_id, reader())
+        if last and last.endswith(ENDED):
+            return Response(status=204)  # `EventSource` comes again after an end, unless it is told so
+        if connection := request.environ.get("gunicorn.socket"):
+            connection.settimeout(SLOWEST)  # for each write: who reads nothing is dropped
+        found = count_listener(waiting.follow(query.job_id, reader()))
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        return Response(_encode_events(found, last), 200, headers, mimetype="text/event-stream")
 
     @control.get("/jobs")
     @control.input(JobsQuery, location="query", arg_name="query")

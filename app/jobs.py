@@ -1,34 +1,25 @@
-"""What can be done with jobs: enqueue, cancel, retry, list, read their status, wait for their end, read their result.
+"""What can be done with jobs: enqueue, cancel, retry, list, read their status, read their result.
 
 Knows neither Flask nor the environment: it takes the settings and the connection, and raises the `problems`.
 """
 
 import base64
 import json
-import logging
 import re
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import partial
-from queue import Empty
 from typing import Any, NamedTuple
 
 from redis import Redis
-from redis.exceptions import RedisError
 
 from app import overviews, problems, transitions
 from app.config import MAX_SECONDS, Settings
-from app.events import Bell, EventLog
 from app.job_function import JobFunction
 from app.job_ids import JobIds
 from app.new_jobs import Options, choose_options, find_errors, make_fingerprint, own_fields, shared_fields
 from app.status import STATUS_FIELDS, StatusObject, decode_fields, make_status_object, read_return_value
 from app.transitions import TERMINAL
-
-logger = logging.getLogger(__name__)
 
 #: Seconds after which a client should ask again for a job that has not ended.
 POLL_AGAIN = 1
@@ -77,19 +68,13 @@ class GroupReceipt(NamedTuple):
 
 
 class Jobs:
-    """The jobs of one Redis. One instance a process: it owns the event log's reader."""
+    """The jobs of one Redis."""
 
-    def __init__(
-        self, settings: Settings, connection: Redis, functions: Mapping[str, JobFunction], events: EventLog
-    ) -> None:
+    def __init__(self, settings: Settings, connection: Redis, functions: Mapping[str, JobFunction]) -> None:
         self.settings = settings
         self.connection = connection
         self.functions = functions
-        self.events = events
         self.ids = JobIds(connection)
-        #: Whether this process is about to end, and nobody is to wait here any longer.
-        self.is_draining: Callable[[], bool] = lambda: False
-        self._free_waits = threading.BoundedSemaphore(settings.max_waiting) if settings.max_waiting else None
 
     # Enqueue
 
@@ -350,66 +335,6 @@ class Jobs:
             raise problems.ResultExpired(f"The job {job_id} is not kept any more.", job_id=job_id)
         raise problems.JobNotFound(f"No job has the id {job_id!r}.", job_id=job_id)
 
-    # Wait
-
-    def wait(self, job_id: str, seconds: float, owner: str | None = "") -> StatusObject:
-        """The status of the job once it is terminal, at the latest after so many seconds."""
-        if seconds <= 0:
-            return self.read_status(job_id, owner)
-        with self.events.listen(job_id) as bell:
-            return self._await_end(partial(self.read_status, job_id, owner), bell, seconds)
-
-    def wait_for_new(self, receipt: Receipt, seconds: float, owner: str = "") -> StatusObject:
-        """As `wait`, for what `enqueue` answered; with `result`, as JSON data, if it was waited for and has finished.
-
-        An outage that begins once the job is enqueued is no error: told of one, a client would send the job again.
-
-        Raises:
-            JobFailed, ResultExpired: it finished, but there is no result to be told.
-        """
-        if seconds <= 0:
-            return receipt.status or self.read_status(receipt.job_id, owner)
-        # A job that was just made needs no look before its first event.
-        known = receipt.status if self.events.is_read else None
-        try:
-            with self.events.listen(receipt.job_id) as bell:
-                look = partial(self._read_status_and_result, receipt.job_id, owner)
-                return self._await_end(look, bell, seconds, known)
-        except RedisError as error:
-            if receipt.status is None:
-                raise
-            logger.error("job %s is enqueued, but cannot be waited for: %s", receipt.job_id, error)
-            return receipt.status
-
-    def _await_end(
-        self, look: Callable[[], StatusObject], bell: Bell, seconds: float, known: StatusObject | None = None
-    ) -> StatusObject:
-        """Look at the job, unless its status is known, and look again when its events say that it ended.
-
-        The job itself is looked at now and then without an event too: a stock worker's jobs have none, and a `ttl`
-        that runs out is nobody's transition. The looks grow rarer, so that long waits cost little.
-        """
-        start = time.monotonic()
-        deadline = start + seconds
-        if self._free_waits is None or not self._free_waits.acquire(blocking=False):
-            return known or look()
-        try:
-            status, known = known or look(), None
-            while status["job_status"] not in TERMINAL and (now := time.monotonic()) < deadline:
-                if self.is_draining():
-                    break
-                next_look = min(deadline, now + min(max(0.25, (now - start) / 2), 5))
-                while (left := next_look - time.monotonic()) > 0:
-                    try:
-                        if bell.get(timeout=left) in TERMINAL:
-                            break
-                    except Empty:
-                        break
-                status = look()
-            return status
-        finally:
-            self._free_waits.release()
-
     # Result
 
     def read_result(self, job_id: str, owner: str | None = "") -> bytes:
@@ -444,7 +369,13 @@ class Jobs:
             return fields, read_return_value(job_id, results[0][1])
         return fields, None
 
-    def _read_status_and_result(self, job_id: str, owner: str | None) -> StatusObject:
+    def read_status_and_result(self, job_id: str, owner: str | None) -> StatusObject:
+        """The status, with `result`, as JSON data, if the job has finished.
+
+        Raises:
+            JobFailed, ResultExpired: it finished, but there is no result to be told.
+            JobNotFound: as `read_status`.
+        """
         fields, text = self._read_result(job_id, owner)
         status = make_status_object(self.connection, job_id, fields)
         if fields["status"] == "finished":

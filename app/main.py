@@ -1,6 +1,5 @@
 """The Flask app: `create_app`, and the core routes, each of which parses, calls `jobs` and answers."""
 
-import hashlib
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +10,7 @@ from pydantic import ValidationError
 from redis import Redis
 
 from app import openapi, problems
-from app.answers import answer_errors, ask_again, json_answer
+from app.answers import answer_errors, ask_again, json_answer, make_etag
 from app.auth import check_function, current_key, limit_rate, want_keys
 from app.config import MAX_RETRIES, MAX_SECONDS, Settings, get_settings
 from app.control import make_control
@@ -25,6 +24,7 @@ from app.request_ids import follow_requests
 from app.request_parts import add_header, origin, read_payload, reader, wait_seconds
 from app.schemas import WaitQuery, enqueue_query, job_options
 from app.transitions import TERMINAL
+from app.waiting import Waiting
 
 #: What `POST /enqueue` without a name runs.
 DEFAULT_FUNCTION = "some_long_function"
@@ -68,7 +68,8 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
         connection or redis_conn,
         lambda: connection.client() if connection else connect(settings, socket_timeout=BLOCK + 4),
     )
-    jobs = Jobs(settings, connection or redis_conn, functions, events)
+    jobs = Jobs(settings, connection or redis_conn, functions)
+    waiting = Waiting(jobs, events)
 
     app = APIFlask(
         __name__,
@@ -78,7 +79,7 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
         json_errors=False,
         static_folder=None,  # type: ignore[arg-type]  # APIFlask's annotation is narrower than Flask's
     )
-    app.extensions["jobs"] = jobs
+    app.extensions.update(jobs=jobs, waiting=waiting)
     app.config.update(
         # Of a chunked body werkzeug reads so many bytes and no word of the rest: one more, to see that there is more.
         MAX_CONTENT_LENGTH=settings.max_payload_bytes + 1,
@@ -107,7 +108,7 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
     want_keys(app, settings.api_keys, settings.allow_anonymous)
     limit_rate(app, settings.rate_limit, jobs.connection)
     app.register_blueprint(ops)
-    app.register_blueprint(make_control(jobs, job_options(settings)))
+    app.register_blueprint(make_control(jobs, waiting, job_options(settings)))
 
     @app.before_request
     def refuse_doubled_options() -> None:
@@ -142,7 +143,7 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
         receipt = jobs.enqueue(found, payload, asked, **origin())
         if receipt.is_replay:
             add_header("Idempotent-Replayed", "true")
-        status = jobs.wait_for_new(receipt, wait, current_key().name)
+        status = waiting.wait_for_new(receipt, wait, current_key().name)
         headers = {"Location": status["links"]["check_status"], **ask_again(status)}
         if not wait or status["job_status"] not in TERMINAL:
             return json_answer(status, 202, headers)
@@ -153,9 +154,9 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
     @app.doc(tags=["Jobs"])
     def check_status(query: WaitQuery) -> Response:
         """Tell where a job is."""
-        status = jobs.wait(query.job_id, wait_seconds(query.wait, settings), reader())
+        status = waiting.wait(query.job_id, wait_seconds(query.wait, settings), reader())
         answer = json_answer(status, headers={**ask_again(status), "Cache-Control": "private, no-cache"})
-        answer.set_etag(hashlib.blake2b(answer.get_data(), digest_size=12).hexdigest())
+        answer.set_etag(make_etag(answer.get_data()))
         if "If-None-Match" in request.headers:
             answer.make_conditional(request)
         return answer
@@ -166,7 +167,7 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
     def get_result(query: WaitQuery) -> Response:
         """Return what a job returned, as JSON, with nothing around it."""
         if wait := wait_seconds(query.wait, settings):
-            jobs.wait(query.job_id, wait, reader())
+            waiting.wait(query.job_id, wait, reader())
         text = jobs.read_result(query.job_id, reader())
         return Response(text, 200, {"Cache-Control": "private, no-cache"}, mimetype="application/json")
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from typing import TypeVar
 
 from flask import Flask, Response, g, request
 from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
@@ -14,6 +15,8 @@ from redis.exceptions import RedisError
 from app.config import Settings
 from app.overviews import Overview, Times, read_overview
 from app.transitions import TIME_BOUNDS
+
+Message = TypeVar("Message")
 
 #: What this process measures itself; where PROMETHEUS_MULTIPROC_DIR is set, each process's numbers are in files there.
 _OWN = CollectorRegistry()
@@ -28,6 +31,7 @@ _DURATION = Histogram(
 _WAITING = Gauge(
     "http_waiting_requests", "Requests that wait for a job's end", registry=_OWN, multiprocess_mode="livesum"
 )
+_LISTENERS = Gauge("http_listeners", "Clients of /events", registry=_OWN, multiprocess_mode="livesum")
 _METHODS = {"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"}
 
 
@@ -55,6 +59,12 @@ def note_wait() -> None:
     """Say that the present request waits for a job's end."""
     g.waits = True
     _WAITING.inc()
+
+
+def count_listener(found: Iterator[Message]) -> Iterator[Message]:
+    """Count one, for as long as it is told something."""
+    with _LISTENERS.track_inprogress():
+        yield from found
 
 
 class _OfRedis(Collector):

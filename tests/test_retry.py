@@ -8,6 +8,7 @@ from redis import Redis
 
 from app import transitions
 from app.jobs import Jobs
+from app.waiting import Waiting
 from tests.processes import STATES, end_run, enqueue_echo, job_in_state, json_of, problem_of, take_job, wait_until
 from tests.test_transitions import BOOM
 
@@ -102,12 +103,14 @@ def test_wait_on_a_retried_job_waits_for_the_new_run(client: FlaskClient, redis:
     problem_of(client.get(f"/get_result?job_id={job_id}&wait=0.2"), 409, "result-not-ready")
 
 
-def test_wait_on_a_retried_job_returns_the_end_of_the_new_run(client: FlaskClient, redis: "Redis", jobs: Jobs) -> None:
+def test_wait_on_a_retried_job_returns_the_end_of_the_new_run(
+    client: FlaskClient, redis: "Redis", waiting: Waiting
+) -> None:
     job_id = job_in_state(client, redis, "failed")
     retry(client, job_id)
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(client.application.test_client().get, f"/get_result?job_id={job_id}&wait=20")
-        wait_until(lambda: jobs.events._bells, what="the waiting request")
+        wait_until(lambda: waiting.events._bells, what="the waiting request")
         assert end_run(redis, take_job(redis), value="new") == "finished"
         answer = asked.result(10)
     assert (answer.status_code, json_of(answer)) == (200, "new")

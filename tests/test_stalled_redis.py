@@ -229,13 +229,13 @@ def test_stalled_redis_is_noticed_while_a_request_waits(tmp_path: Path, route: s
         settings = Settings(redis_url=f"redis://127.0.0.1:{server.port}/0")
         with connect(settings) as connection, ThreadPoolExecutor(1) as pool:
             app = create_app(settings, connection)
-            jobs = app.extensions["jobs"]
+            waiting = app.extensions["waiting"]
             if route == "/enqueue/echo":
                 asked = pool.submit(app.test_client().post, f"{route}?wait=30", json=1)
             else:
                 job_id = json_of(app.test_client().post("/enqueue/echo", json=1))["job_id"]
                 asked = pool.submit(app.test_client().get, f"{route}?wait=30&job_id={job_id}")
-            wait_until(lambda: jobs.events._bells, 5, "the waiting request")
+            wait_until(lambda: waiting.events._bells, 5, "the waiting request")
             wait_until(lambda: connection.llen("rq:queue:default") == 1, 5, "the job")
             server._process.send_signal(signal.SIGSTOP)
             try:

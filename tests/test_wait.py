@@ -20,8 +20,8 @@ from werkzeug.test import TestResponse
 import app.events
 from app import transitions
 from app.config import Settings
-from app.jobs import Jobs
 from app.main import create_app
+from app.waiting import Waiting
 from tests.conftest import Service
 from tests.processes import (
     end_run,
@@ -58,19 +58,19 @@ def pool() -> Iterator[ThreadPoolExecutor]:
         yield executor
 
 
-def listeners(jobs: Jobs) -> int:
-    return sum(map(len, list(jobs.events._bells.values())))
+def listeners(waiting: Waiting) -> int:
+    return sum(map(len, list(waiting.events._bells.values())))
 
 
 @pytest.fixture
-def ask(app: APIFlask, jobs: Jobs, pool: ThreadPoolExecutor) -> Callable[..., "Future[TestResponse]"]:
+def ask(app: APIFlask, waiting: Waiting, pool: ThreadPoolExecutor) -> Callable[..., "Future[TestResponse]"]:
     """A request in a thread of its own; returns once it waits."""
 
     def start(path: str, job_id: str, wait: float = 20, **headers: str) -> "Future[TestResponse]":
-        before = listeners(jobs)
+        before = listeners(waiting)
         query = {"job_id": job_id, "wait": wait}
         future = pool.submit(lambda: app.test_client().get(path, query_string=query, headers=headers))
-        wait_until(lambda: listeners(jobs) == before + 1 or future.done(), 5, "the waiting request")
+        wait_until(lambda: listeners(waiting) == before + 1 or future.done(), 5, "the waiting request")
         return future
 
     return start
@@ -256,8 +256,8 @@ def test_wait_is_ended_by_the_event_and_not_by_a_look(
     client: FlaskClient, redis: "Redis", ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Without the events, the second look would come when the wait is over.
-    monkeypatch.setattr("app.jobs.max", lambda *_: 100.0, raising=False)
-    monkeypatch.setattr("app.jobs.min", lambda first, *_: first, raising=False)
+    monkeypatch.setattr("app.waiting.max", lambda *_: 100.0, raising=False)
+    monkeypatch.setattr("app.waiting.min", lambda first, *_: first, raising=False)
     asked = ask("/check_status", enqueue_echo(client), wait=20)
     end_run(redis, take_job(redis), value=5)
     assert json_of(asked.result(5))["job_status"] == "finished"
@@ -315,12 +315,12 @@ def test_wait_on_enqueue_of_a_job_that_is_dropped_answers_what_is_documented(cli
 
 def test_wait_over_the_limit_is_answered_at_once(redis: "Redis", pool: ThreadPoolExecutor) -> None:
     limited = create_app(Settings(max_waiting=1), redis)
-    client, jobs = limited.test_client(), limited.extensions["jobs"]
+    client, waiting = limited.test_client(), limited.extensions["waiting"]
     job_id = enqueue_echo(client)
     query = {"job_id": job_id, "wait": 20}
     first = pool.submit(lambda: limited.test_client().get("/check_status", query_string=query))
-    wait_until(lambda: listeners(jobs) == 1, 5, "the first to wait")
-    wait_until(lambda: jobs._free_waits._value == 0, 5, "the only place to be taken")
+    wait_until(lambda: listeners(waiting) == 1, 5, "the first to wait")
+    wait_until(lambda: waiting._places._value == 0, 5, "the only place to be taken")
 
     start = time.monotonic()
     second = client.get("/check_status", query_string=query)
@@ -347,10 +347,12 @@ def test_wait_with_a_limit_of_zero_never_waits(redis: "Redis") -> None:
     assert (answer.status_code, answer.headers["Retry-After"]) == (202, "1")
 
 
-def test_wait_of_fifty_clients_holds_one_connection(client: FlaskClient, redis: "Redis", ask: Ask, jobs: Jobs) -> None:
+def test_wait_of_fifty_clients_holds_one_connection(
+    client: FlaskClient, redis: "Redis", ask: Ask, waiting: Waiting
+) -> None:
     job_id = enqueue_echo(client)
     asked = [ask("/check_status", job_id) for _ in range(50)]
-    assert listeners(jobs) == 50
+    assert listeners(waiting) == 50
 
     def reading() -> int:  # `b`: it waits for an answer now
         return sum(found["cmd"] == "xread" and "b" in found["flags"] for found in redis.client_list())
@@ -360,7 +362,7 @@ def test_wait_of_fifty_clients_holds_one_connection(client: FlaskClient, redis: 
     wait_until(lambda: sum(thread.name == "events" for thread in threading.enumerate()) == 1, 5, "only one reader")
     end_run(redis, take_job(redis), value=1)
     assert {json_of(future.result(10))["job_status"] for future in asked} == {"finished"}
-    assert listeners(jobs) == 0
+    assert listeners(waiting) == 0
 
 
 def test_wait_has_a_file_for_each_connection(tmp_path: Path, redis_url: str) -> None:

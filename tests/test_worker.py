@@ -29,7 +29,6 @@ from rq.serializers import JSONSerializer
 import app
 from app import transitions
 from app.config import get_settings
-from app.events import EventLog
 from app.horse_process import WorkHorse
 from app.jobs import Jobs
 from app.redis_resc import Queue
@@ -994,7 +993,7 @@ def test_retried_job_with_a_dependent_that_finishes_shows_no_error(own: Bench, t
     with worker(environment(own.url), tmp_path / "worker.log"):
         own.end_of(second, "finished")
     own.end_of(first, "finished")
-    jobs = Jobs(get_settings(), own.redis, {}, EventLog(own.redis, lambda: own.redis))
+    jobs = Jobs(get_settings(), own.redis, {})
     assert jobs.read_status(first, None)["error"] is None
 
 
