@@ -2,18 +2,20 @@
 
 redis-py's own (8.1.0) do so only when its pool hands them out, and leave a connection whose read was cut short, by a
 time-out or a signal, with an answer in it that the next command takes for its own (`read_response` of
-SentinelManagedConnection turns `disconnect_on_error` off).
+SentinelManagedConnection turns `disconnect_on_error` off). Its `Sentinel.discover_master` forgets a Sentinel when two
+connections reorder the list of them at the same time.
 """
 
 import socket
 from typing import Any
 
+from redis import Redis
 from redis.backoff import NoBackoff
 from redis.connection import Connection, SSLConnection
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ReadOnlyError
+from redis.exceptions import ReadOnlyError, RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
-from redis.sentinel import Sentinel
 
 from app.config import Settings
 
@@ -27,20 +29,41 @@ def sentinel_addresses(settings: Settings) -> list[tuple[str, int]]:
 
 
 def sentinel_options(settings: Settings) -> dict[str, Any]:
-    """How they are spoken to."""
+    """How they are spoken to: with TLS if Redis is, as Redis' `tls-replication` makes them."""
     timeouts = {"socket_timeout": SENTINEL_TIMEOUT, "socket_connect_timeout": SENTINEL_TIMEOUT}
-    return {**timeouts, "retry": Retry(NoBackoff(), 0), "password": settings.redis_sentinel_password}
+    # No greetings before the question: each would be waited for.
+    plain = {"protocol": 2, "driver_info": None, "retry": Retry(NoBackoff(), 0)}
+    return {**timeouts, **plain, "password": settings.redis_sentinel_password, "ssl": settings.redis_ssl}
 
 
 class _Follows(Connection):
-    def __init__(self, *, sentinel: Sentinel, service: str, **kwargs: Any) -> None:
+    def __init__(self, *, sentinels: list[Redis], service: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._sentinel, self._service = sentinel, service
+        self._sentinels, self._service = sentinels, service
 
     def _connect(self) -> socket.socket:
-        self.host, self.port = self._sentinel.discover_master(self._service)
+        self.host, self.port = self._find_master()
         connected: socket.socket = super()._connect()
         return connected
+
+    def _find_master(self) -> tuple[str, int]:
+        reasons = []
+        for sentinel in tuple(self._sentinels):
+            try:
+                masters: Any = sentinel.sentinel_masters()
+            except RedisError as error:
+                reason = f"{error}"
+            else:
+                state = masters.get(self._service)
+                if state and state["is_master"] and not (state["is_sdown"] or state["is_odown"]):
+                    # The first one to be asked from now on, by all connections.
+                    self._sentinels[:] = [sentinel, *(each for each in self._sentinels if each is not sentinel)]
+                    return state["ip"], state["port"]
+                reason = "Redis is down" if state else "it knows no such service"
+            where = sentinel.get_connection_kwargs()
+            reasons.append(f"{where['host']}:{where['port']}: {reason}")
+        # Not an error of connection: with that the client would ask all of them once more.
+        raise RedisTimeoutError(f"No Sentinel tells where {self._service!r} is. {'; '.join(reasons)}")
 
     def read_response(self, *args: Any, **kwargs: Any) -> Any:
         """As redis-py's; what was the master and is a replica now is left."""
@@ -59,7 +82,7 @@ def following_connection(settings: Settings) -> dict[str, Any]:
     """A pool's options for connections that follow."""
     return {
         "connection_class": _FollowsWithTls if settings.redis_ssl else _Follows,
-        "sentinel": Sentinel(sentinel_addresses(settings), sentinel_kwargs=sentinel_options(settings)),
+        "sentinels": [Redis(*address, **sentinel_options(settings)) for address in sentinel_addresses(settings)],
         "service": settings.redis_sentinel_service,
         "db": settings.redis_db,
         "username": settings.redis_username,

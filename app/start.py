@@ -123,7 +123,8 @@ def redis_of(settings: Settings) -> Iterator[Redis]:
     except RedisError as error:
         where = urlsplit(settings.redis_address)
         name = f"{where.scheme}://{where.hostname or ''}{f':{where.port}' if where.port else ''}{where.path}"
-        raise SystemExit(f"Redis at {name} cannot be reached: {error}") from None
+        place = "" if settings.redis_sentinels else f" at {name}"
+        raise SystemExit(f"Redis{place} cannot be reached: {error}") from None
     yield Redis("", lambda: None)
 
 

