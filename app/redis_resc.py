@@ -127,3 +127,4 @@ SENTINEL = {
     "USERNAME": settings.redis_username,
     "PASSWORD": settings.redis_password,
 }
+QUEUES = list(settings.queues)
