@@ -26,7 +26,7 @@ class JobIds:
 
     def _load(self) -> None:
         with self._connection.pipeline() as pipeline:
-            pipeline.setnx(SECRET_KEY, self._secret or os.urandom(32))
+            pipeline.set(SECRET_KEY, self._secret or os.urandom(32), nx=True)
             pipeline.get(SECRET_KEY)
             self._secret = pipeline.execute()[1]
 

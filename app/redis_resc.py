@@ -1,5 +1,6 @@
 """The Redis connection and the queues, as the rest of the app and `rq` itself use them. Importing it does no I/O."""
 
+from functools import partial
 from queue import Empty
 from typing import Any
 
@@ -28,7 +29,8 @@ class Pool(BlockingConnectionPool):
     """A pool that takes its connections for good until a command shows otherwise.
 
     redis-py polls each connection before each command: 50 µs of a request's 500. What it would find, a connection that
-    Redis closed, the client's retry finds too.
+    Redis closed, the client's retry finds too. Over TLS 1.3 it takes the tickets that a server sends after a handshake
+    for leftovers, and refuses the connection unless a greeting was read before.
     """
 
     def get_connection(self, command_name: Any = None, *_: Any, **__: Any) -> Any:
@@ -63,7 +65,8 @@ def connect(settings: Settings, socket_timeout: float = SOCKET_TIMEOUT) -> Redis
         "retry": Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
     }
     if settings.redis_sentinels:
-        return Redis(connection_pool=Pool(**options, **following_connection(settings)))
+        pool = partial(Pool, **options)
+        return Redis(connection_pool=pool(**following_connection(settings, pool)))
     return Redis(connection_pool=Pool.from_url(settings.redis_address, **options))
 
 

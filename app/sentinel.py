@@ -7,9 +7,10 @@ connections reorder the list of them at the same time.
 """
 
 import socket
+from collections.abc import Callable
 from typing import Any
 
-from redis import Redis
+from redis import ConnectionPool, Redis
 from redis.backoff import NoBackoff
 from redis.connection import Connection, SSLConnection
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -31,9 +32,7 @@ def sentinel_addresses(settings: Settings) -> list[tuple[str, int]]:
 def sentinel_options(settings: Settings) -> dict[str, Any]:
     """How they are spoken to: with TLS if Redis is, as Redis' `tls-replication` makes them."""
     timeouts = {"socket_timeout": SENTINEL_TIMEOUT, "socket_connect_timeout": SENTINEL_TIMEOUT}
-    # No greetings before the question: each would be waited for.
-    plain = {"protocol": 2, "driver_info": None, "retry": Retry(NoBackoff(), 0)}
-    return {**timeouts, **plain, "password": settings.redis_sentinel_password, "ssl": settings.redis_ssl}
+    return {**timeouts, "password": settings.redis_sentinel_password, "ssl": settings.redis_ssl}
 
 
 class _Follows(Connection):
@@ -78,11 +77,16 @@ class _FollowsWithTls(_Follows, SSLConnection):
     pass
 
 
-def following_connection(settings: Settings) -> dict[str, Any]:
-    """A pool's options for connections that follow."""
+def following_connection(settings: Settings, pool: Callable[..., ConnectionPool]) -> dict[str, Any]:
+    """A pool's options for connections that follow; the pools of those to the Sentinels are made with `pool`."""
+    options = sentinel_options(settings)
+    kind = SSLConnection if options.pop("ssl") else Connection
+    options |= {"connection_class": kind, "timeout": SENTINEL_TIMEOUT, "retry": Retry(NoBackoff(), 0)}
     return {
         "connection_class": _FollowsWithTls if settings.redis_ssl else _Follows,
-        "sentinels": [Redis(*address, **sentinel_options(settings)) for address in sentinel_addresses(settings)],
+        "sentinels": [
+            Redis(connection_pool=pool(host=host, port=port, **options)) for host, port in sentinel_addresses(settings)
+        ],
         "service": settings.redis_sentinel_service,
         "db": settings.redis_db,
         "username": settings.redis_username,
