@@ -23,7 +23,9 @@ from pydantic import (
     model_validator,
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from redis import BlockingConnectionPool
 from redis.connection import parse_url
+from redis.exceptions import RedisError
 
 #: The longest any TTL or timeout may be: 30 days, in seconds.
 MAX_SECONDS = 30 * 24 * 3600
@@ -195,12 +197,15 @@ class Settings(BaseSettings):
     @field_validator("redis_url")
     @classmethod
     def check_url(cls, url: str | None) -> str | None:
-        """Let redis-py read the URL now: it would raise at the first command."""
+        """Let redis-py read the URL now: it would raise at the first command, or not say which file is missing."""
         if url is not None:
             try:
-                parse_url(url)
-            except ValueError as error:
+                BlockingConnectionPool.from_url(url).make_connection()
+            except (ValueError, TypeError, RedisError) as error:
                 raise ValueError(f"it is no URL of a Redis ({error})") from None
+            for name, value in parse_url(url).items():
+                if name in {"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"} and not os.access(value, os.R_OK):
+                    raise ValueError(f"its {name} is no file that can be read")
         return url
 
     @field_validator("queues", "function_modules", "redis_sentinels", mode="before")

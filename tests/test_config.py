@@ -70,7 +70,8 @@ def test_config_refuses_a_bad_value_in_one_sentence(environment: pytest.MonkeyPa
 @pytest.mark.parametrize(
     "value",
     ["localhost:6379", "http://:secret@h", "", "redis//:secret@h", "redis://:secret@h:port", "redis://:secret@h:99999",
-     "redis://h?socket_timeout=secret"],
+     "redis://h?socket_timeout=secret", "rediss://:secret@h?ssl_ca_cert=ca.pem", "redis://:secret@h?ssl_ca_certs=/",
+     "rediss://:secret@h?ssl_ca_certs=/nowhere", "rediss://:secret@h?ssl_cert_reqs=maybe", "redis://:secret@h?protocol=9"],
 )  # fmt: skip
 def test_config_refuses_a_bad_redis_url_without_showing_it(
     environment: pytest.MonkeyPatch, name: str, value: str
