@@ -95,7 +95,7 @@ class Settings(BaseSettings):
     redis_username: str | None = Field(default=None, description="ACL user, if REDIS_URL is not set")
     redis_password: str | None = Field(default=None, repr=False, description="Password, if REDIS_URL is not set")
     redis_password_file: FilePath | None = Field(default=None, description="A file that holds REDIS_PASSWORD")
-    redis_ssl: bool = Field(default=False, description="Speak TLS to REDIS_HOST, if REDIS_URL is not set")
+    redis_ssl: bool = Field(default=False, description="Speak TLS to REDIS_HOST, or to the Sentinels and their Redis")
 
     redis_sentinels: Annotated[tuple[Address, ...], NoDecode] = Field(
         default=(),
