@@ -147,7 +147,6 @@ def test_bug_is_told_with_the_id_that_the_log_has(
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(jobs, "read_status", raise_bug)
-    monkeypatch.setattr(jobs, "wait", raise_bug)
     problem = problem_of(client.get("/check_status?job_id=x", headers={"X-Request-ID": "r9"}), 500, "internal-error")
     assert problem["request_id"] == "r9"
     (logged,) = [json.loads(JsonLines().format(each)) for each in caplog.records if each.name == "app.answers"]
