@@ -16,8 +16,9 @@ from typing import Any  # noqa: E402
 
 # Before `prometheus_client` and the settings are imported: each process keeps what it measures in files there, so that
 # whichever is asked tells of all of them.
-_measured = "PROMETHEUS_MULTIPROC_DIR"
-_own_folder = "" if os.environ.get(_measured) else os.environ.setdefault(_measured, tempfile.mkdtemp(prefix="metrics-"))
+_own_folder = None
+if not os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+    _own_folder = os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="metrics-")
 
 from gunicorn.glogging import Logger  # noqa: E402
 from prometheus_client import multiprocess  # noqa: E402
@@ -108,7 +109,7 @@ def worker_exit(server: Any, worker: Any) -> None:
 
 def child_exit(server: Any, worker: Any) -> None:
     """Its requests are counted on, but none of them waits any more."""
-    multiprocess.mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
+    multiprocess.mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]  # it has no annotations
 
 
 def on_exit(server: Any) -> None:

@@ -109,10 +109,7 @@ class Settings(BaseSettings):
     web_concurrency: int = Field(default=1, ge=1, le=64, description="Number of gunicorn processes")
 
     drain_seconds: int = Field(
-        default=0,
-        ge=0,
-        le=300,
-        description="How long `/readyz` says no before gunicorn stops, in seconds",
+        default=0, ge=0, le=300, description="How long `/readyz` says no before gunicorn stops, in seconds"
     )
 
     api_keys: Annotated[tuple[ApiKey, ...], NoDecode] = Field(

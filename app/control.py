@@ -80,7 +80,7 @@ def make_control(jobs: Jobs, waiting: Waiting, options: type[Query]) -> APIBluep
         check_function(function)
         payloads = read_payload(jobs.settings.max_payload_bytes)
         asked = options.model_dump(exclude_none=True)
-        receipt = jobs.enqueue_many(found, payloads, asked, **origin())
+        receipt = jobs.enqueue_many(found, payloads, asked, origin())
         if receipt.is_replay:
             add_header("Idempotent-Replayed", "true")
         answer = {"group_id": receipt.group_id, "job_ids": receipt.job_ids}
@@ -100,7 +100,7 @@ def make_control(jobs: Jobs, waiting: Waiting, options: type[Query]) -> APIBluep
     def events(query: JobQuery) -> Response:
         """Tell whatever happens to a job, as it happens."""
         last = request.headers.get("Last-Event-ID")
-        jobs.read_status(query.job_id, reader())
+        jobs.read_status(query.job_id, reader())  # what is wrong is told before the stream begins
         if last and last.endswith(ENDED):
             return Response(status=204)  # `EventSource` comes again after an end, unless it is told so
         if connection := request.environ.get("gunicorn.socket"):

@@ -149,7 +149,7 @@ def _let_go_of_files(control: socket.socket) -> None:
     They are not closed: an object of the worker's that is thrown away here would close what has its number by then.
     """
     with open(os.devnull, "r+b", buffering=0) as nothing:  # noqa: PTH123  # a descriptor is wanted
-        for name in os.listdir("/dev/fd"):  # noqa: PTH208  # numbers
+        for name in os.listdir("/dev/fd"):  # noqa: PTH208  # its names are the numbers
             if int(name) not in (1, 2, control.fileno(), nothing.fileno()):
                 with contextlib.suppress(OSError):  # that of the listing itself
                     os.fstat(int(name))

@@ -17,7 +17,16 @@ from app import overviews, problems, transitions
 from app.config import MAX_SECONDS, Settings
 from app.job_function import JobFunction
 from app.job_ids import JobIds
-from app.new_jobs import Options, choose_options, find_errors, make_fingerprint, own_fields, shared_fields
+from app.new_jobs import (
+    NOBODY,
+    Options,
+    Origin,
+    choose_options,
+    find_errors,
+    make_fingerprint,
+    own_fields,
+    shared_fields,
+)
 from app.status import STATUS_FIELDS, StatusObject, decode_fields, make_status_object, read_return_value
 from app.transitions import TERMINAL
 
@@ -89,25 +98,15 @@ class Jobs:
             raise problems.FunctionNotFound(f"There is no job function {name!r}.", known=known)
         return self.functions[name]
 
-    def enqueue(
-        self,
-        function: JobFunction,
-        payload: Any,
-        asked: Options,
-        *,
-        owner: str = "",
-        key: str | None = None,
-        request_id: str = "",
-    ) -> Receipt:
+    def enqueue(self, function: JobFunction, payload: Any, asked: Options, origin: Origin = NOBODY) -> Receipt:
         """Enqueue a job.
 
         Args:
             function: what is to run.
             payload: JSON data.
             asked: options of the request; those missing are the function's own defaults, or the settings'.
-            owner: name of the API key that makes the job.
-            key: idempotency key. The same request again gets the job of the first one, whatever became of it.
-            request_id: of the HTTP request, for the log of what runs the job.
+            origin: who asks. The same request again, with the same idempotency key, gets the job of the first one,
+                whatever became of it.
 
         Raises:
             InvalidRequest: the payload does not fit the function.
@@ -115,10 +114,11 @@ class Jobs:
             QueueFull: nothing was enqueued.
         """
         self._want_no_errors(function, find_errors(function, payload, ["body"]))
+        owner, key, _ = origin
         job_id = self.ids.derive(owner, key) if key else self.ids.new(owner)
         fingerprint = make_fingerprint(function, payload, asked) if key else None
         options = choose_options(function, asked, self.settings)
-        shared = shared_fields(function, options, owner, group=None, request_id=request_id)
+        shared = shared_fields(function, options, origin, group=None)
         own = own_fields(function, payload, options)
         if fingerprint:
             own["fingerprint"] = fingerprint
@@ -131,14 +131,7 @@ class Jobs:
         return Receipt(job_id, make_status_object(self.connection, job_id, fields), is_replay=False)
 
     def enqueue_many(
-        self,
-        function: JobFunction,
-        payloads: Any,
-        asked: Options,
-        *,
-        owner: str = "",
-        key: str | None = None,
-        request_id: str = "",
+        self, function: JobFunction, payloads: Any, asked: Options, origin: Origin = NOBODY
     ) -> GroupReceipt:
         """Enqueue a job for each of the payloads, all or none, in one round trip.
 
@@ -154,6 +147,7 @@ class Jobs:
             error for index, payload in enumerate(payloads) for error in find_errors(function, payload, ["body", index])
         ]
         self._want_no_errors(function, errors)
+        owner, key, _ = origin
         # An owner's name has no colon: a group's id is never taken for a job's.
         group_owner = f"group:{owner}"
         group = self.ids.derive(group_owner, key) if key else self.ids.new(group_owner)
@@ -168,7 +162,7 @@ class Jobs:
         }
         if fingerprint:
             own[job_ids[0]]["fingerprint"] = fingerprint
-        shared = shared_fields(function, options, owner, group, request_id)
+        shared = shared_fields(function, options, origin, group)
         kept = {"key_id": key_id, "key_ttl": GROUP_TTL, "group": group, "group_ttl": GROUP_TTL}
         created = self._enqueue(options, own, shared, fingerprint, **kept)
         return GroupReceipt(group, job_ids, is_replay=created is None and key is not None)

@@ -70,23 +70,19 @@ class TextLines(logging.Formatter):
         return f"{clock} {level}{text}"
 
 
-def make_handler() -> logging.Handler:
-    """What writes the lines of all loggers, to stderr."""
-    settings = get_settings()
-    handler = logging.StreamHandler()
-    handler.setLevel(settings.log_level.upper())
-    handler.setFormatter(JsonLines() if settings.log_format == "json" else TextLines())
-    return handler
-
-
 def configure_logs(*own_handlers: str) -> None:
-    """Have all loggers of this process write in this way.
+    """Have all loggers of this process write in this way, to stderr.
 
     Args:
         own_handlers: names of loggers that others gave handlers of their own, which they lose.
     """
+    settings = get_settings()
+    level = settings.log_level.upper()
+    handler = logging.StreamHandler()
+    handler.setLevel(level)  # RQ's command sets levels of its own loggers
+    handler.setFormatter(JsonLines() if settings.log_format == "json" else TextLines())
     logging.captureWarnings(True)
-    logging.basicConfig(level=get_settings().log_level.upper(), handlers=[make_handler()], force=True)
+    logging.basicConfig(level=level, handlers=[handler], force=True)
     for name in own_handlers:
         logger = logging.getLogger(name)
         logger.handlers.clear()

@@ -140,7 +140,7 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
         payload = read_payload(settings.max_payload_bytes)
         asked = options.model_dump(exclude_none=True)
         wait = wait_seconds(asked.pop("wait", None), settings)
-        receipt = jobs.enqueue(found, payload, asked, **origin())
+        receipt = jobs.enqueue(found, payload, asked, origin())
         if receipt.is_replay:
             add_header("Idempotent-Replayed", "true")
         status = waiting.wait_for_new(receipt, wait, current_key().name)

@@ -141,6 +141,6 @@ def render_metrics(settings: Settings, connection: Redis) -> bytes:
     own, shared = _OWN, CollectorRegistry()
     if folder := settings.prometheus_multiproc_dir:
         own = CollectorRegistry()
-        MultiProcessCollector(own, path=str(folder))  # type: ignore[no-untyped-call]
+        MultiProcessCollector(own, path=str(folder))  # type: ignore[no-untyped-call]  # it has no annotations
     shared.register(_OfRedis(settings, connection))
     return generate_latest(own) + generate_latest(shared)

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 from redis import Redis
@@ -24,6 +24,18 @@ class Options(Defaults, total=False):
     """The options of `/enqueue`; those missing are the function's own defaults, or the settings'."""
 
     at: datetime
+
+
+class Origin(NamedTuple):
+    """Who makes a job: the name of the API key, the request's idempotency key, and its id, which is for the log."""
+
+    owner: str = ""
+    key: str | None = None
+    request_id: str = ""
+
+
+#: A job that no request makes.
+NOBODY = Origin()
 
 
 def choose_options(function: JobFunction, asked: Options, settings: Settings) -> Options:
@@ -64,9 +76,7 @@ def _blank_fields() -> dict[str, Argument]:
     return fields
 
 
-def shared_fields(
-    function: JobFunction, options: Options, owner: str, group: str | None, request_id: str
-) -> dict[str, Argument]:
+def shared_fields(function: JobFunction, options: Options, origin: Origin, group: str | None) -> dict[str, Argument]:
     """The fields that all jobs of one request have."""
     fields = {
         **_blank_fields(),
@@ -78,10 +88,10 @@ def shared_fields(
         "failure_ttl": options["failure_ttl"],
         "group_id": group or "",
         "function": function.name,
-        "owner": owner,
+        "owner": origin.owner,
     }
-    if request_id:
-        fields["request_id"] = request_id
+    if origin.request_id:
+        fields["request_id"] = origin.request_id
     if ttl := options.get("ttl"):
         fields["ttl"] = ttl
     if options.get("at_front"):

@@ -57,7 +57,7 @@ def follow_requests(app: Flask, *, access_log: bool) -> None:
                 "ms": round((time.perf_counter() - g.began) * 1000, 1),
                 "key": g.api_key.name if "api_key" in g else "",
             }
-            # Not the query: it may hold what is nobody's business, such as a webhook's URL.
+            # Not the query: it may hold what is nobody's business.
             text = "%(method)s %(path)s %(status)s in %(ms)s ms"
             logger.info(text, members, extra={"members": members})
         return answer

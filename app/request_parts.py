@@ -1,7 +1,7 @@
 """What routes read from a request: the payload, how long to wait, the idempotency key, whose jobs may be seen."""
 
 import re
-from typing import Any, TypedDict
+from typing import Any
 
 from flask import Response, after_this_request, request
 from gunicorn.http.errors import ParseException
@@ -11,6 +11,7 @@ from app import problems
 from app.auth import current_key
 from app.config import Settings
 from app.metrics import note_wait
+from app.new_jobs import Origin
 from app.request_ids import current_request_id
 from app.strict_json import parse_json
 
@@ -103,21 +104,13 @@ def idempotency_key() -> str | None:
     return key
 
 
-class Origin(TypedDict):
-    """Where a new job comes from."""
-
-    owner: str
-    key: str | None
-    request_id: str
-
-
 def origin() -> Origin:
     """Where the jobs come from that the present request makes.
 
     Raises:
         InvalidRequest: as `idempotency_key`.
     """
-    return {"owner": current_key().name, "key": idempotency_key(), "request_id": current_request_id()}
+    return Origin(current_key().name, idempotency_key(), current_request_id())
 
 
 def reader() -> str | None:

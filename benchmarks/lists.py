@@ -19,6 +19,7 @@ from app.functions import count_words
 from app.job_function import FUNCTIONS
 from app.jobs import Jobs
 from app.main import create_app
+from app.new_jobs import Origin
 from benchmarks.measure import spread
 from benchmarks.report import Section
 from tests.processes import valkey_server
@@ -96,7 +97,7 @@ def bytes_of_keys(store: Store, count: int) -> float:
         store.jobs.enqueue(FUNCTION, PAYLOAD, {})
     between = store.memory()
     for number in range(count):
-        store.jobs.enqueue(FUNCTION, PAYLOAD, {}, key=f"order-{number:08}")
+        store.jobs.enqueue(FUNCTION, PAYLOAD, {}, Origin(key=f"order-{number:08}"))
     return (store.memory() - between - (between - before)) / count
 
 

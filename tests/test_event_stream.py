@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -65,17 +64,12 @@ def events_of(client: FlaskClient, job_id: str, last: str | None = None) -> list
     return [event for event in parse(answer.text) if isinstance(event, Event)]
 
 
+pytestmark = pytest.mark.usefixtures("quick_reader")
+
+
 @pytest.fixture
 def redis(real_redis: "Redis") -> "Redis":
     return real_redis
-
-
-@pytest.fixture(autouse=True)
-def short_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(app.events, "BLOCK", 0.03)
-    monkeypatch.setattr(app.events, "LINGER", 0)
-    yield
-    wait_until(lambda: all(thread.name != "events" for thread in threading.enumerate()), 10, "the reader's end")
 
 
 @pytest.mark.parametrize("state", ["finished", "failed", "stopped", "canceled"])

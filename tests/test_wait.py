@@ -17,7 +17,6 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 from werkzeug.test import TestResponse
 
-import app.events
 from app import transitions
 from app.config import Settings
 from app.main import create_app
@@ -36,20 +35,13 @@ from tests.processes import (
     wait_until,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_reader")
+
 
 @pytest.fixture
 def redis(real_redis: "Redis") -> "Redis":
     """Blocking reads want a real server."""
     return real_redis
-
-
-@pytest.fixture(autouse=True)
-def short_blocks(redis: "Redis", monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """So that no reader outlives its test and its client."""
-    monkeypatch.setattr(app.events, "BLOCK", 0.03)
-    monkeypatch.setattr(app.events, "LINGER", 0)
-    yield
-    wait_until(lambda: all(thread.name != "events" for thread in threading.enumerate()), 10, "the reader's end")
 
 
 @pytest.fixture
