@@ -78,7 +78,8 @@ def limit_rate(app: APIFlask, limit: str | None, connection: Redis) -> None:
 
 def is_public() -> bool:
     """Whether the present request needs no key."""
-    return request.path in PUBLIC or request.path.startswith(PUBLIC_BELOW)
+    path = request.path
+    return path in PUBLIC or path.startswith(PUBLIC_BELOW)
 
 
 def want_keys(app: APIFlask, keys: Sequence[ApiKey], allow_anonymous: bool) -> None:

@@ -17,7 +17,6 @@ from app.control import make_control
 from app.events import BLOCK, EventLog
 from app.job_function import load_functions
 from app.jobs import Jobs
-from app.metrics import measure_requests
 from app.ops import ops
 from app.redis_resc import connect, redis_conn
 from app.request_ids import follow_requests
@@ -103,7 +102,6 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
         )
     )
     answer_errors(app)
-    measure_requests(app)
     follow_requests(app, access_log=settings.access_log)
     want_keys(app, settings.api_keys, settings.allow_anonymous)
     limit_rate(app, settings.rate_limit, jobs.connection)

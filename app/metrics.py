@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from typing import TypeVar
 
-from flask import Flask, Response, g, request
+from flask import g, request
 from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -35,24 +35,15 @@ _LISTENERS = Gauge("http_listeners", "Clients of /events", registry=_OWN, multip
 _METHODS = {"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"}
 
 
-def measure_requests(app: Flask) -> None:
-    """Measure each request of the app."""
-
-    @app.before_request
-    def begin() -> None:
-        g.began = time.perf_counter()
-
-    @app.after_request
-    def end(answer: Response) -> Response:
-        waits = "waits" in g
-        if waits:
-            _WAITING.dec()
-        # What a client makes up, a method or a path, is no label: each would be kept for ever.
-        method = request.method if request.method in _METHODS else "other"
-        route = request.url_rule.rule if request.url_rule else "none"
-        labels = method, route, answer.status_code, "yes" if waits else "no"
-        _DURATION.labels(*labels).observe(time.perf_counter() - g.began)
-        return answer
+def observe_request(status: int, seconds: float) -> None:
+    """Count the present request, which was answered with this status after so long."""
+    waits = "waits" in g
+    if waits:
+        _WAITING.dec()
+    # What a client makes up, a method or a path, is no label: each would be kept for ever.
+    method = request.method if request.method in _METHODS else "other"
+    route = request.url_rule.rule if request.url_rule else "none"
+    _DURATION.labels(method, route, status, "yes" if waits else "no").observe(seconds)
 
 
 def note_wait() -> None:

@@ -1,13 +1,14 @@
 """The id that follows a request: into its answer, its lines in the log, and the jobs that it makes."""
 
 import logging
+import os
 import re
 import time
-import uuid
 
 from flask import Flask, Response, g, request
 
 from app.logs import request_members
+from app.metrics import observe_request
 
 logger = logging.getLogger(__name__)
 
@@ -19,42 +20,41 @@ _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[
 
 def _choose_id() -> str:
     """The client's `X-Request-ID`, or the trace that the request is part of, or a new one."""
-    given = request.headers.get("X-Request-ID", "")
-    if _ID.fullmatch(given):
-        return given
-    if trace := _TRACEPARENT.fullmatch(request.headers.get("traceparent", "")):
+    environ = request.environ
+    if "HTTP_X_REQUEST_ID" in environ and _ID.fullmatch(given := environ["HTTP_X_REQUEST_ID"]):
+        return str(given)
+    if "HTTP_TRACEPARENT" in environ and (trace := _TRACEPARENT.fullmatch(environ["HTTP_TRACEPARENT"])):
         return trace[1]
-    return uuid.uuid4().hex
+    return os.urandom(16).hex()
 
 
 def current_request_id() -> str:
     """The id of the present request."""
-    if "request_id" not in g:
-        g.request_id = _choose_id()
     request_id: str = g.request_id
     return request_id
 
 
 def follow_requests(app: Flask, *, access_log: bool) -> None:
-    """Give each request of the app its id, and a line in the log if there is to be one."""
+    """Give each request of the app its id, measure it, and write a line in the log if there is to be one."""
 
+    # One function before and one after: each that Flask has to call takes some 5 µs, and each look at `g` 1.3.
     @app.before_request
     def begin() -> None:
-        request_members.set({"request_id": current_request_id()})
-
-    @app.teardown_request
-    def forget(_error: BaseException | None) -> None:
-        request_members.set({})
+        g.began = time.perf_counter()
+        g.request_id = request_id = _choose_id()
+        request_members.set({"request_id": request_id})
 
     @app.after_request
     def end(answer: Response) -> Response:
-        answer.headers["X-Request-ID"] = current_request_id()
+        seconds = time.perf_counter() - g.began
+        answer.headers["X-Request-ID"] = g.request_id
+        observe_request(answer.status_code, seconds)
         if access_log:
             members = {
                 "method": request.method,
                 "path": request.path,
                 "status": answer.status_code,
-                "ms": round((time.perf_counter() - g.began) * 1000, 1),
+                "ms": round(seconds * 1000, 1),
                 "key": g.api_key.name if "api_key" in g else "",
             }
             # Not the query: it may hold what is nobody's business.
