@@ -45,6 +45,8 @@ def is_loopback(host: str) -> bool:
 QueueName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_.]*$")]
 Address = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+:[0-9]{1,5}$")]
+#: Standard Webhooks: 24 to 64 bytes as base64.
+WebhookSecret = Annotated[str, StringConstraints(pattern=r"^whsec_[A-Za-z0-9+/]{32,88}={0,2}$")]
 #: Redis keeps TTLs as whole seconds in RQ's fields.
 Seconds = Annotated[int, Field(ge=1, le=MAX_SECONDS)]
 
@@ -170,6 +172,16 @@ class Settings(BaseSettings):
     max_payload_bytes: int = Field(default=16 * 2**20, ge=1, le=512 * 2**20, description="Largest request body")
     max_result_bytes: int = Field(default=16 * 2**20, ge=1, le=256 * 2**20, description="Largest result, as JSON")
 
+    webhook_secrets: Annotated[tuple[WebhookSecret, ...], NoDecode] = Field(
+        default=(),
+        repr=False,
+        description="Secrets that sign webhooks, `whsec_…` with commas; without any there are none",
+    )
+    webhook_secrets_file: FilePath | None = Field(default=None, description="A file that holds WEBHOOK_SECRETS")
+    webhook_allow_private: bool = Field(
+        default=False, description="Let webhooks go to addresses that are not public, loopback among them"
+    )
+
     max_wait: int = Field(default=60, ge=0, le=60, description="The longest `wait` that is granted, in seconds")
     max_waiting: int = Field(default=3000, ge=0, le=100_000, description="Requests that may wait in one web process")
 
@@ -205,7 +217,7 @@ class Settings(BaseSettings):
                     raise ValueError(f"its {name} is no file that can be read")
         return url
 
-    @field_validator("queues", "function_modules", "redis_sentinels", mode="before")
+    @field_validator("queues", "function_modules", "redis_sentinels", "webhook_secrets", mode="before")
     @classmethod
     def split_names(cls, value: object) -> object:
         """Read `a, b` as two names, and refuse the same name twice."""
@@ -220,7 +232,7 @@ class Settings(BaseSettings):
     @classmethod
     def read_files(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Take from their files what is kept in files, and read the keys."""
-        for name in ("api_keys", "redis_password"):
+        for name in ("api_keys", "redis_password", "webhook_secrets"):
             if file := values.get(f"{name}_file"):
                 if values.get(name):
                     raise ValueError(f"{name.upper()} and {name.upper()}_FILE are both set, one is wanted")
@@ -252,11 +264,18 @@ class Settings(BaseSettings):
             if getattr(self, name) > getattr(self, most):
                 given, limit = getattr(self, name), getattr(self, most)
                 raise ValueError(f"{name.upper()}={given} is more than {most.upper()}={limit}")
+        if "webhooks" in self.queues:
+            raise ValueError("QUEUES has `webhooks`, which is the name of the queue of webhooks")
         if self.redis_url and self.redis_sentinels:
             raise ValueError("REDIS_URL and REDIS_SENTINELS are both set, one is wanted")
         if not (self.api_keys or self.allow_anonymous or is_loopback(self.host)):
             raise ValueError(f"HOST={self.host} is no loopback address: set API_KEYS, or ALLOW_ANONYMOUS=true")
         return self
+
+    @property
+    def all_queues(self) -> tuple[str, ...]:
+        """The queues that workers look after: that of webhooks comes last, if there are webhooks."""
+        return (*self.queues, "webhooks") if self.webhook_secrets else self.queues
 
     @property
     def address(self) -> str:
@@ -297,7 +316,7 @@ def get_settings() -> Settings:
             name = "REDIS_URL"
         if not name:  # several settings that do not go together; the message names them
             raise SystemExit(f"Bad settings: {message}.") from None
-        is_secret = any(word in name for word in ("PASSWORD", "URL", "KEYS", "DSN"))
+        is_secret = any(word in name for word in ("PASSWORD", "URL", "KEYS", "DSN", "SECRETS"))
         shown = "(hidden)" if is_secret else repr(first["input"])
         field = name.lower() if name.lower() in Settings.model_fields else "redis_url"
         meaning = Settings.model_fields[field].description

@@ -109,6 +109,21 @@ def make_control(jobs: Jobs, waiting: Waiting, options: type[Query]) -> APIBluep
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         return Response(_encode_events(found, last), 200, headers, mimetype="text/event-stream")
 
+    @control.get("/webhooks")
+    @control.input(JobQuery, location="query", arg_name="query")
+    @control.doc(tags=["Control"])
+    def list_webhooks(query: JobQuery) -> Response:
+        """List the messages that told of a job's ends, and the tries to deliver them."""
+        found = jobs.read_webhooks(query.job_id, reader())
+        return json_answer(found, headers={"Cache-Control": "private, no-cache"})
+
+    @control.post("/webhooks/redeliver")
+    @control.input(JobQuery, location="query", arg_name="query")
+    @control.doc(tags=["Control"])
+    def redeliver(query: JobQuery) -> Response:
+        """Deliver the message that tells of a job's last end once more."""
+        return json_answer(jobs.redeliver(query.job_id, reader()), 202)
+
     @control.get("/jobs")
     @control.input(JobsQuery, location="query", arg_name="query")
     @control.doc(tags=["Control"])

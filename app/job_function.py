@@ -37,6 +37,21 @@ class Progress(TypedDict):
     message: str
 
 
+class TryAgain(Exception):
+    """Raised by a job function that failed, and knows when it is worth another try.
+
+    The job is run again if it has `retries` left, not before so many seconds; with None after its own pause.
+    """
+
+    def __init__(self, message: str, after: float | None = None) -> None:
+        super().__init__(message)
+        self.after = after
+
+
+class GiveUp(Exception):
+    """Raised by a job function that failed for good: the job is not run again, whatever retries it has."""
+
+
 @dataclass(frozen=True)
 class JobFunction:
     """A callable that jobs may run, with what the API needs to know of it."""

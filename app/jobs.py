@@ -9,11 +9,12 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from redis import Redis
 
-from app import overviews, problems, transitions
+from app import overviews, problems, transitions, webhooks
 from app.config import MAX_SECONDS, Settings
 from app.job_function import JobFunction
 from app.job_ids import JobIds
@@ -114,6 +115,7 @@ class Jobs:
             QueueFull: nothing was enqueued.
         """
         self._want_no_errors(function, find_errors(function, payload, ["body"]))
+        self._want_webhook(asked)
         owner, key, _ = origin
         job_id = self.ids.derive(owner, key) if key else self.ids.new(owner)
         fingerprint = make_fingerprint(function, payload, asked) if key else None
@@ -147,6 +149,7 @@ class Jobs:
             error for index, payload in enumerate(payloads) for error in find_errors(function, payload, ["body", index])
         ]
         self._want_no_errors(function, errors)
+        self._want_webhook(asked)
         owner, key, _ = origin
         # An owner's name has no colon: a group's id is never taken for a job's.
         group_owner = f"group:{owner}"
@@ -166,6 +169,18 @@ class Jobs:
         kept = {"key_id": key_id, "key_ttl": GROUP_TTL, "group": group, "group_ttl": GROUP_TTL}
         created = self._enqueue(options, own, shared, fingerprint, **kept)
         return GroupReceipt(group, job_ids, is_replay=created is None and key is not None)
+
+    def _want_webhook(self, asked: Options) -> None:
+        """Let the request name a webhook, if it does; the delivery looks at its address once more."""
+        if "webhook" not in asked:
+            return
+        try:
+            if not self.settings.webhook_secrets:
+                raise webhooks.Refused("this service has no webhooks: WEBHOOK_SECRETS is not set")
+            webhooks.check_url(asked["webhook"], allow_private=self.settings.webhook_allow_private)
+        except webhooks.Refused as refused:
+            error: problems.ErrorItem = {"loc": ["query", "webhook"], "msg": f"{refused}"}
+            raise problems.InvalidRequest("The webhook is not allowed.", errors=[error]) from None
 
     @staticmethod
     def _want_no_errors(function: JobFunction, errors: list[problems.ErrorItem]) -> None:
@@ -248,6 +263,48 @@ class Jobs:
         while not (status := act()):
             self.read_status(job_id, owner)  # says what is wrong; unless the job came to be in between
         return status
+
+    # Webhooks
+
+    def read_webhooks(self, job_id: str, owner: str | None = "") -> dict[str, Any]:
+        """The messages that told of the job's ends, with the tries to deliver each.
+
+        Raises:
+            JobNotFound, ResultExpired: as `read_status`; but a message outlives its job.
+        """
+        deliveries = overviews.read_deliveries(self.connection, job_id)
+        try:
+            self.read_status(job_id, owner)
+        except problems.ResultExpired:
+            if not deliveries:
+                raise
+        messages = [
+            {
+                "webhook_id": found.webhook_id,
+                "type": f"job.{found.tells}",
+                "status": found.status or None,
+                "next_try_at": found.due and datetime.fromtimestamp(found.due, UTC).isoformat().replace("+00:00", "Z"),
+                "tries": list(webhooks.read_tries(found.tries)),
+            }
+            for found in deliveries
+        ]
+        return {"job_id": job_id, "messages": messages}
+
+    def redeliver(self, job_id: str, owner: str | None = "") -> dict[str, Any]:
+        """Deliver what tells of the job's last end once more, as the same message; what `read_webhooks` says then.
+
+        Raises:
+            WebhookNotFound: there is no such message.
+            QueueFull: as many messages wait as may.
+            JobNotFound, ResultExpired: as `read_webhooks`.
+        """
+        self.read_webhooks(job_id, owner)
+        match transitions.redeliver(self.connection, job_id, self.settings.max_queue_length):
+            case "":
+                raise problems.WebhookNotFound(f"No message tells of the job {job_id}.", job_id=job_id)
+            case "full":
+                raise self._full(transitions.WEBHOOKS)
+        return self.read_webhooks(job_id, owner)
 
     # Lists
 

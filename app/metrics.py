@@ -70,7 +70,7 @@ class _OfRedis(Collector):
             start = time.perf_counter()
             self._connection.ping()
             round_trip = time.perf_counter() - start
-            overview = read_overview(self._connection, self._settings.queues)
+            overview = read_overview(self._connection, self._settings.all_queues)
         except RedisError:
             yield GaugeMetricFamily("redis_up", "Whether Redis answers", 0)
             return

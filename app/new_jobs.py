@@ -24,6 +24,7 @@ class Options(Defaults, total=False):
     """The options of `/enqueue`; those missing are the function's own defaults, or the settings'."""
 
     at: datetime
+    webhook: str
 
 
 class Origin(NamedTuple):
@@ -94,6 +95,8 @@ def shared_fields(function: JobFunction, options: Options, origin: Origin, group
         fields["request_id"] = origin.request_id
     if ttl := options.get("ttl"):
         fields["ttl"] = ttl
+    if webhook := options.get("webhook"):
+        fields["notify"] = webhook
     if options.get("at_front"):
         fields["enqueue_at_front"] = 1  # `promote` looks at it
     return fields

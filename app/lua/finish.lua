@@ -1,13 +1,14 @@
 -- The end of a run: finished, stopped, failed, or tried again after an exception.
 -- ARGV: job id, execution id, queue, worker, outcome (finished, failed, stopped), return value (base64 of JSON, '' for
 -- null), exception (base64 of zlib), error (JSON), default result TTL, default failure TTL, progress as JSON or '',
--- whether to end the job although RQ's own code should (1 or 0).
+-- whether to end the job although RQ's own code should (1 or 0), least seconds before it is tried again after it failed,
+-- '' for its own pause, -1 for never.
 -- A run that was asked to stop ends `stopped`, whatever came of it.
 -- Answers the job's new status, 'lost', or 'rq': the job has what only RQ's own code handles, and nothing was written.
 local id, execution, queue, worker, outcome, value, exception, error, result_ttl, failure_ttl, progress,
-  force = unpack(ARGV)
+  force, after = unpack(ARGV)
 local job = read(id, 'status', 'owner', 'stop_requested', 'result_ttl', 'failure_ttl', 'retries_left', 'retry_intervals',
-  'enqueue_at_front_on_retry', 'repeats_left', 'rate_limit_key', 'webhooks', 'function')
+  'enqueue_at_front_on_retry', 'repeats_left', 'rate_limit_key', 'webhooks', 'function', 'notify')
 local owner, fn = job[2], job[12]
 if not holds(id, execution, queue, job[1]) then
   end_execution(id, execution, queue, worker)
@@ -19,7 +20,7 @@ if job[3] == execution then
   outcome, exception, error = 'stopped', STOPPED_EXCEPTION, STOPPED_ERROR
 end
 local retries_left = whole(job[6], 0)
-local is_tried_again = outcome == 'failed' and retries_left > 0
+local is_tried_again = outcome == 'failed' and retries_left > 0 and after ~= '-1'
 if force == '0' and wants_rq(id, is_tried_again, unpack(job, 9, 11)) then return 'rq' end
 
 local started = tonumber(redis.call('HGET', execution_key(id, execution), 'created_at')) or now
@@ -36,6 +37,8 @@ if outcome == 'finished' then
   count('finished', queue, fn)
   local ttl = whole(job[4], result_ttl)
   if ttl == 0 then
+    redis.call('HSET', key, 'ended_at', timestamp(now))
+    notify(id, 'finished', now)
     for _, scope in ipairs(scopes(id, owner)) do remove_from_index(scope, id, 'started') end
     redis.call('DEL', key, registry('results', id), registry('executions', id))
     tell(id, 'finished')
@@ -53,6 +56,7 @@ if outcome == 'finished' then
   redis.call('XADD', registry('results', id), 'MAXLEN', 10, '*', 'type', 1, unpack(result))
   keep(id, queue, 'finished', ttl, now)
   move(id, 'started', 'finished', owner)
+  if job[13] then notify(id, 'finished', now) end
   return 'finished'
 end
 
@@ -61,7 +65,7 @@ if is_tried_again then
   redis.call('HSET', key, 'retries_left', retries_left - 1)
   local is_json, intervals = pcall(cjson.decode, job[7] or '[]')
   if not is_json or type(intervals) ~= 'table' then intervals = {} end
-  local pause = number(intervals[math.max(#intervals - retries_left, 0) + 1], 0)
+  local pause = math.max(number(intervals[math.max(#intervals - retries_left, 0) + 1], 0), number(after, 0))
   if pause > 0 then
     redis.call('HSET', key, 'status', 'scheduled', 'started_at', '', 'worker_name', '')
     redis.call('HDEL', key, 'progress')

@@ -1,0 +1,523 @@
+"""Webhooks: who may be told, what is sent and when, and that no end of a job is told to nobody."""
+
+import base64
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from http.client import HTTPException
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import pytest
+import requests
+from flask.testing import FlaskClient
+from redis import Redis
+from standardwebhooks import Webhook, WebhookVerificationError
+
+from app import transitions, webhooks
+from app.config import Settings
+from app.main import create_app
+from app.transitions import WEBHOOKS
+from tests.processes import (
+    end_run,
+    enqueue_echo,
+    environment,
+    job_in_state,
+    json_of,
+    problem_of,
+    take_job,
+    valkey_server,
+    wait_until,
+    web,
+    worker,
+)
+from tests.test_auth import ALICE, BOB, KEYS, _bearer
+
+SECRET, OLD_SECRET = (f"whsec_{base64.b64encode(bytes([number] * 24)).decode()}" for number in (1, 2))
+URL = "http://93.184.215.14/hook"
+
+
+class Told(NamedTuple):
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def event(self) -> Any:
+        return json.loads(self.body)
+
+
+class Receiver:
+    """A server that is told; its answers are what the test says, the last of them for all that follow."""
+
+    def __init__(self) -> None:
+        self.told: list[Told] = []
+        self.answers: list[tuple[int, dict[str, str]]] = [(204, {})]
+        self.is_slow = threading.Event()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:  # the library's name
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                headers = {name.lower(): value for name, value in self.headers.items()}
+                status, more = outer.answers.pop(0) if len(outer.answers) > 1 else outer.answers[0]
+                outer.told.append(Told(self.path, headers, body))
+                self.send_response(status)
+                for name, value in more.items():
+                    self.send_header(name, value)
+                self.end_headers()
+
+            def log_message(self, format: str, *args: Any) -> None:  # the library's name
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/hook?for=test"
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    found = Receiver()
+    thread = threading.Thread(target=found.server.serve_forever, args=(0.02,))
+    thread.start()
+    yield found
+    found.server.shutdown()
+    found.server.server_close()
+    thread.join()
+
+
+class Api(NamedTuple):
+    """The service with webhooks, its one worker, and a client of its Redis."""
+
+    url: str
+    redis: Any
+    log: Path
+
+    def enqueue(self, function: str, payload: Any, receiver: Receiver, **options: Any) -> str:
+        query = {"webhook": receiver.url} | options
+        answer = requests.post(f"{self.url}/enqueue/{function}", json=payload, params=query, timeout=30)
+        assert answer.status_code in (200, 202), answer.text
+        job_id: str = answer.json()["job_id"]
+        return job_id
+
+    def messages(self, job_id: str) -> Any:
+        return requests.get(f"{self.url}/webhooks?job_id={job_id}", timeout=10).json()["messages"]
+
+    def next_try(self, webhook_id: str) -> None:
+        """Let the pause before it be over."""
+        wait_until(lambda: (self.redis.zscore("rq:scheduled:webhooks", webhook_id) or 0) > 1)
+        self.redis.zadd("rq:scheduled:webhooks", {webhook_id: 1})
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    folder = tmp_path_factory.mktemp("webhooks")
+    with valkey_server(folder / "valkey") as server:
+        env = environment(
+            f"redis://127.0.0.1:{server.port}/0",
+            WEBHOOK_SECRETS=f"{SECRET},{OLD_SECRET}",
+            WEBHOOK_ALLOW_PRIVATE="true",
+        )
+        with (
+            web(env, folder / "web.log") as url,
+            worker(env, folder / "worker.log"),
+            Redis(port=server.port) as connection,
+        ):
+            yield Api(url, connection, folder / "worker.log")
+
+
+@pytest.fixture
+def settings() -> Settings:
+    return Settings(webhook_secrets=(SECRET,))
+
+
+def only_message(client: FlaskClient, job_id: str, **headers: Any) -> Any:
+    answer = json_of(client.get(f"/webhooks?job_id={job_id}", headers=headers))
+    assert answer["job_id"] == job_id
+    (message,) = answer["messages"]
+    return message
+
+
+# What is sent
+
+
+def test_a_receiver_is_told_of_an_end_in_a_way_that_the_official_library_verifies(api: Api, receiver: Receiver) -> None:
+    job_id = api.enqueue("echo", {"text": "å"}, receiver)
+    wait_until(lambda: receiver.told)
+    (told,) = receiver.told
+    assert told.path == "/hook?for=test"
+    assert told.headers["content-type"] == "application/json"
+    assert told.headers["host"] == f"127.0.0.1:{receiver.server.server_port}"
+    for secret in (SECRET, OLD_SECRET):  # one takes the other's place
+        assert Webhook(secret).verify(told.body, told.headers) == told.event
+    with pytest.raises(WebhookVerificationError):
+        Webhook(SECRET).verify(told.body.replace(b"finished", b"failed"), told.headers)
+    with pytest.raises(WebhookVerificationError):
+        Webhook(f"whsec_{base64.b64encode(b'another').decode()}").verify(told.body, told.headers)
+
+    status = requests.get(f"{api.url}/check_status?job_id={job_id}", timeout=10).json()
+    assert told.event == {"type": "job.finished", "timestamp": status["ended_at"], "data": status}
+    message = wait_until(lambda: [found for found in api.messages(job_id) if found["status"] == "finished"])[0]
+    assert message["webhook_id"] == told.headers["webhook-id"]
+    assert (message["type"], message["next_try_at"]) == ("job.finished", None)
+    (tried,) = message["tries"]
+    assert (tried["status_code"], tried["error"]) == (204, None)
+    assert 0 <= tried["seconds"] < 10
+    assert SECRET not in api.log.read_text()
+
+
+def test_a_job_that_was_canceled_failed_or_stopped_is_told_too(api: Api, receiver: Receiver) -> None:
+    canceled = api.enqueue("echo", 1, receiver, delay=100)
+    assert requests.post(f"{api.url}/cancel?job_id={canceled}", timeout=10).status_code == 200
+    failed = api.enqueue("fail", "no paper", receiver)
+    stopped = api.enqueue("sleep_for", 60, receiver)
+    wait_until(lambda: requests.get(f"{api.url}/check_status?job_id={stopped}", timeout=10).json()["started_at"])
+    requests.post(f"{api.url}/cancel?job_id={stopped}", timeout=10)
+    wait_until(lambda: len(receiver.told) == 3)
+    told = {told.event["data"]["job_id"]: told.event for told in receiver.told}
+    types = {job_id: event["type"] for job_id, event in told.items()}
+    assert types == {canceled: "job.canceled", failed: "job.failed", stopped: "job.stopped"}
+    for job_id, event in told.items():
+        assert event["data"] == requests.get(f"{api.url}/check_status?job_id={job_id}", timeout=10).json()
+    assert told[failed]["data"]["error"]["message"] == "no paper"
+    assert b"Traceback" not in b"".join(each.body for each in receiver.told)
+
+
+def test_each_job_of_a_batch_tells_and_a_job_that_keeps_no_result_does(api: Api, receiver: Receiver) -> None:
+    query: dict[str, Any] = {"webhook": receiver.url, "result_ttl": 1}
+    answer = requests.post(f"{api.url}/enqueue_many/echo", json=[1, 2, 3], params=query, timeout=10).json()
+    wait_until(lambda: len(receiver.told) == 3)
+    assert {told.event["data"]["job_id"] for told in receiver.told} == set(answer["job_ids"])
+    wait_until(lambda: not api.redis.exists(f"rq:job:{answer['job_ids'][0]}"))
+    (message,) = api.messages(answer["job_ids"][0])  # it outlives its job
+    assert message["tries"][0]["status_code"] == 204
+
+
+# When it is tried again
+
+
+def test_what_is_not_taken_is_tried_again_as_the_same_message(api: Api, receiver: Receiver) -> None:
+    receiver.answers = [(500, {}), (302, {"Location": receiver.url}), (204, {})]
+    job_id = api.enqueue("echo", 1, receiver)
+    message = wait_until(lambda: [found for found in api.messages(job_id) if found["next_try_at"]])[0]
+    assert (message["status"], message["tries"][0]["status_code"]) == ("scheduled", 500)
+    for _ in range(2):
+        api.next_try(message["webhook_id"])
+    (message,) = wait_until(lambda: [found for found in api.messages(job_id) if found["status"] == "finished"])
+    assert [tried["status_code"] for tried in message["tries"]] == [500, 302, 204]
+    assert len(receiver.told) == 3  # the redirect was not followed
+    assert {told.headers["webhook-id"] for told in receiver.told} == {message["webhook_id"]}
+    assert len({told.body for told in receiver.told}) == 1
+    for told in receiver.told:
+        Webhook(SECRET).verify(told.body, told.headers)
+
+
+def test_410_ends_it_and_it_can_be_sent_once_more(api: Api, receiver: Receiver) -> None:
+    receiver.answers = [(410, {}), (200, {})]
+    job_id = api.enqueue("echo", 1, receiver)
+    (message,) = wait_until(lambda: [found for found in api.messages(job_id) if found["status"] == "failed"])
+    assert api.redis.zscore("rq:scheduled:webhooks", message["webhook_id"]) is None
+    answer = requests.post(f"{api.url}/webhooks/redeliver?job_id={job_id}", timeout=10)
+    assert (answer.status_code, len(answer.json()["messages"])) == (202, 1)
+    (message,) = wait_until(lambda: [found for found in api.messages(job_id) if found["status"] == "finished"])
+    assert [tried["status_code"] for tried in message["tries"]] == [410, 200]
+    first, second = receiver.told
+    assert first.headers["webhook-id"] == second.headers["webhook-id"]
+
+
+def test_a_receiver_says_when_it_is_tried_again(api: Api, receiver: Receiver) -> None:
+    receiver.answers = [(503, {"Retry-After": "3000"})]
+    job_id = api.enqueue("echo", 1, receiver)
+    message = wait_until(lambda: [found for found in api.messages(job_id) if found["next_try_at"]])[0]
+    due = api.redis.zscore("rq:scheduled:webhooks", message["webhook_id"])
+    assert 2900 < due - time.time() <= 3001
+
+
+def test_nobody_there_and_a_receiver_that_says_nothing(
+    api: Api, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        receiver.url = f"http://127.0.0.1:{closed.getsockname()[1]}/"
+    job_id = api.enqueue("echo", 1, receiver)
+    message = wait_until(lambda: [found for found in api.messages(job_id) if found["tries"]])[0]
+    assert message["tries"][0]["error"].startswith("ConnectionRefusedError: ")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(webhooks, "PATIENCE", 0.05)
+        with pytest.raises(TimeoutError):
+            webhooks._post(f"http://127.0.0.1:{silent.getsockname()[1]}/", b"", {}, allow_private=True)
+
+
+def test_a_worker_that_is_killed_in_a_delivery_costs_no_message(
+    real_redis: "Redis", redis_url: str, tmp_path: Path, receiver: Receiver
+) -> None:
+    env = environment(redis_url, WEBHOOK_SECRETS=SECRET, WEBHOOK_ALLOW_PRIVATE="true", WORKER_LEASE=3)
+    with web(env, tmp_path / "web.log") as url, socket.create_server(("127.0.0.1", 0)) as silent:
+        api = Api(url, real_redis, tmp_path / "worker.log")
+        port = silent.getsockname()[1]
+        receiver.url = f"http://127.0.0.1:{port}/"
+        with worker(env, tmp_path / "worker.log", "default"):
+            job_id = api.enqueue("echo", 1, receiver, wait=10)
+        assert real_redis.llen("rq:queue:webhooks") == 1  # whoever ended the job, it waits
+        with worker(env, tmp_path / "killed.log", WEBHOOKS) as killed:
+            connection, _ = silent.accept()  # the delivery is under way
+            killed.kill()
+            connection.close()
+        silent.close()
+        with (
+            socket.create_server(("127.0.0.1", port)) as again,
+            worker(env, tmp_path / "next.log", WEBHOOKS),
+        ):
+            connection, _ = again.accept()
+            with connection:
+                assert connection.recv(100).startswith(b"POST / HTTP/1.1\r\n")
+                connection.sendall(b"HTTP/1.1 204 No Content\r\n\r\n")
+            wait_until(lambda: api.messages(job_id)[0]["status"] == "finished")
+
+
+# What the scripts do
+
+
+@pytest.mark.parametrize("state", ["finished", "failed", "stopped", "canceled"])
+def test_whatever_ends_a_job_enqueues_its_message(client: FlaskClient, redis: "Redis", state: str) -> None:
+    job_id = enqueue_echo(client, webhook=URL)
+    match state:
+        case "canceled":
+            client.post(f"/cancel?job_id={job_id}")
+        case "finished" | "failed" | "stopped":
+            end_run(redis, take_job(redis), state)
+    message = only_message(client, job_id)
+    assert (message["type"], message["status"], message["tries"]) == (f"job.{state}", "queued", [])
+    assert redis.lrange("rq:queue:webhooks", 0, -1) == [message["webhook_id"].encode()]
+
+
+def test_a_job_that_crashed_too_often_tells_of_it(client: FlaskClient, redis: "Redis") -> None:
+    job_id = enqueue_echo(client, webhook=URL)
+    run = take_job(redis)
+    failure = transitions.describe_failure("WorkHorseDied", "killed by signal 9")
+    assert transitions.release(redis, run, crashed=True, limit=0, failure=failure, failure_ttl=100) == "failed"
+    assert only_message(client, job_id)["type"] == "job.failed"
+
+
+def test_a_job_that_is_tried_again_or_tells_nobody_leaves_no_message(client: FlaskClient, redis: "Redis") -> None:
+    again = enqueue_echo(client, webhook=URL, retries=1)
+    assert end_run(redis, take_job(redis), "failed") == "scheduled"
+    silent = job_in_state(client, redis, "finished")
+    for job_id in (again, silent):
+        assert json_of(client.get(f"/webhooks?job_id={job_id}"))["messages"] == []
+        problem_of(client.post(f"/webhooks/redeliver?job_id={job_id}"), 404, "webhook-not-found")
+    assert not redis.exists("rq:queue:webhooks")
+
+
+def test_a_job_that_ends_twice_has_two_messages(client: FlaskClient, redis: "Redis") -> None:
+    job_id = enqueue_echo(client, webhook=URL)
+    end_run(redis, take_job(redis), "failed")
+    assert client.post(f"/retry?job_id={job_id}").status_code == 202
+    end_run(redis, take_job(redis), "finished")
+    messages = json_of(client.get(f"/webhooks?job_id={job_id}"))["messages"]
+    assert [message["type"] for message in messages] == ["job.failed", "job.finished"]
+    assert len({message["webhook_id"] for message in messages}) == 2
+
+
+def test_messages_are_no_jobs_of_clients(client: FlaskClient, redis: "Redis") -> None:
+    job_id = enqueue_echo(client, webhook=URL)
+    end_run(redis, take_job(redis))
+    webhook_id = only_message(client, job_id)["webhook_id"]
+    end_run(redis, take_job(redis, WEBHOOKS), "failed")
+    assert [job["job_id"] for job in json_of(client.get("/jobs"))["jobs"]] == [job_id]
+    for path in ("/check_status", "/get_result", "/webhooks"):
+        problem_of(client.get(f"{path}?job_id={webhook_id}"), 404, "job-not-found")
+    for path in ("/cancel", "/retry", "/webhooks/redeliver"):
+        problem_of(client.post(f"{path}?job_id={webhook_id}"), 404, "job-not-found")
+    for name in ("deliver", "deliver_webhook", "app.webhooks.deliver"):
+        problem_of(client.post(f"/enqueue/{name}", json={}), 404, "function-not-found")
+    problem_of(client.post("/enqueue/echo?queue=webhooks", json={}), 422, "invalid-request")
+
+
+def test_a_full_queue_of_messages_takes_the_next_end_but_no_redelivery(redis: "Redis") -> None:
+    client = create_app(Settings(webhook_secrets=(SECRET,), max_queue_length=1), redis).test_client()
+    first = enqueue_echo(client, webhook=URL)
+    end_run(redis, take_job(redis))
+    end_run(redis, take_job(redis, WEBHOOKS), "finished")
+    for _ in range(2):
+        enqueue_echo(client, webhook=URL)
+        assert end_run(redis, take_job(redis)) == "finished"
+    assert redis.llen("rq:queue:webhooks") == 2
+    problem_of(client.post(f"/webhooks/redeliver?job_id={first}"), 503, "queue-full")
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_redelivery_has_all_its_tries_before_it(client: FlaskClient, redis: "Redis", times: int) -> None:
+    job_id = enqueue_echo(client, webhook=URL)
+    end_run(redis, take_job(redis))
+    webhook_id = only_message(client, job_id)["webhook_id"]
+    run = take_job(redis, WEBHOOKS)
+    ending = transitions.Ending("failed", 100, 100, failure=transitions.describe_failure("GiveUp", "410"), after=-1)
+    assert transitions.finish(redis, run, ending) == "failed"
+    for _ in range(times):  # the second finds it waiting
+        assert client.post(f"/webhooks/redeliver?job_id={job_id}").status_code == 202
+    assert redis.lrange("rq:queue:webhooks", 0, -1) == [webhook_id.encode()]
+    assert redis.zcard("rq:failed:webhooks") == 0
+    assert redis.ttl(f"rq:job:{webhook_id}") == -1
+    pauses = []
+    for _ in range(9):
+        start = time.time()
+        assert end_run(redis, take_job(redis, WEBHOOKS), "failed") == "scheduled"
+        pauses.append((redis.zscore("rq:scheduled:webhooks", webhook_id) or 0) - start)
+        redis.zadd("rq:scheduled:webhooks", {webhook_id: 1})
+        transitions.promote(redis, [WEBHOOKS])
+    # Standard Webhooks, "Deliverability and reliability"; a tenth more or less.
+    wanted = [5, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400]
+    assert all(0.89 * each - 1 < pause < 1.11 * each + 1 for pause, each in zip(pauses, wanted, strict=True)), pauses
+    assert end_run(redis, take_job(redis, WEBHOOKS), "failed") == "failed"
+
+
+# Who may be told, and by whom
+
+
+def test_messages_are_their_owners(redis: "Redis") -> None:
+    client = create_app(Settings(webhook_secrets=(SECRET,), api_keys=json.dumps(KEYS)), redis).test_client()
+    alice, bob = _bearer(ALICE), _bearer(BOB)
+    job_id = json_of(client.post("/enqueue/echo", json=1, query_string={"webhook": URL}, headers=alice))["job_id"]
+    end_run(redis, take_job(redis))
+    assert only_message(client, job_id, **alice)["type"] == "job.finished"
+    problem_of(client.get(f"/webhooks?job_id={job_id}", headers=bob), 404, "job-not-found")
+    problem_of(client.post(f"/webhooks/redeliver?job_id={job_id}", headers=bob), 404, "job-not-found")
+    problem_of(client.get(f"/webhooks?job_id={job_id}"), 401, "unauthorized")
+
+
+def test_without_secrets_there_are_no_webhooks(redis: "Redis") -> None:
+    client = create_app(Settings(), redis).test_client()
+    problem = problem_of(client.post("/enqueue/echo", json=1, query_string={"webhook": URL}), 422, "invalid-request")
+    assert "WEBHOOK_SECRETS" in problem["errors"][0]["msg"]
+    assert redis.keys("rq:*queue*") == []
+
+
+REFUSED = [
+    "http://127.0.0.1/", "http://127.1/", "http://2130706433/", "http://0x7f.1/", "http://0177.0.0.1/", "http://0/",
+    "http://localhost/", "http://LOCALHOST./", "http://10.0.0.1/", "http://172.16.0.1/", "http://192.168.0.1/",
+    "http://169.254.169.254/latest/meta-data/", "http://100.64.0.1/", "http://192.0.0.1/", "http://198.18.0.1/",
+    "http://192.0.2.1/", "http://224.0.0.1/", "http://240.0.0.1/", "http://255.255.255.255/",
+    "http://[::1]/", "http://[::]/", "http://[::ffff:127.0.0.1]/", "http://[::ffff:7f00:1]/", "http://[::127.0.0.1]/",
+    "http://[64:ff9b::7f00:1]/", "http://[64:ff9b::a9fe:a9fe]/", "http://[2002:7f00:1::]/", "http://[fe80::1]/",
+    "http://[fe80::1%25lo]/", "http://[fc00::1]/", "http://[ff02::1]/", "http://[2001:db8::1]/",
+    "http://[2001:0:7f00:1::80ff:fffe]/", "http://[64:ff9b:1::7f00:1]/",
+    "ftp://93.184.215.14/", "file:///etc/passwd", "gopher://93.184.215.14/", "//93.184.215.14/", "93.184.215.14", "",
+    "http://", "http:///x", "http://:80/", "http://93.184.215.14:0/", "http://93.184.215.14:99999/", "http://[::1/",
+    "http://user@93.184.215.14/", "http://user:secret@93.184.215.14/", "http://93.184.215.14\\@127.0.0.1/",
+    "http://93.184.215.14/\r\nX: y", "http://93.184.215.14/ x", "http://93.184.215.14/å", "http://nobody.invalid/",
+    "http://93.184.215.14/" + "x" * 2000, "http://" + "a" * 300 + "/", "http://a..b/", "http://１２７.0.0.1/",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("url", REFUSED)
+def test_what_is_no_public_address_is_told_nothing(client: FlaskClient, redis: "Redis", url: str) -> None:
+    for path in ("/enqueue/echo", "/enqueue_many/echo"):
+        problem = problem_of(client.post(path, json=[1], query_string={"webhook": url}), 422, "invalid-request")
+        assert problem["errors"][0]["loc"] == ["query", "webhook"]
+    assert not redis.exists("rq:queue:default")
+    with pytest.raises((webhooks.Refused, OSError)):
+        webhooks._post(url, b"", {}, allow_private=False)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8000/", "http://[::1]/", "http://localhost/x?y=1"])
+def test_private_addresses_are_told_where_that_is_allowed(redis: "Redis", url: str) -> None:
+    settings = Settings(webhook_secrets=(SECRET,), webhook_allow_private=True)
+    client = create_app(settings, redis).test_client()
+    assert client.post("/enqueue/echo", json=1, query_string={"webhook": url}).status_code == 202
+
+
+def _resolves_to(*addresses: str) -> Any:
+    original = socket.getaddrinfo
+
+    def resolve(host: str, port: int, *args: Any, **options: Any) -> Any:
+        if host.endswith(".example"):
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in addresses]
+        return original(host, port, *args, **options)
+
+    return patch.object(socket, "getaddrinfo", side_effect=resolve)
+
+
+def test_a_name_of_which_one_address_is_private_is_refused(client: FlaskClient) -> None:
+    with _resolves_to("93.184.215.14", "10.0.0.1"):
+        answer = client.post("/enqueue/echo", json=1, query_string={"webhook": "http://two.example/"})
+    problem_of(answer, 422, "invalid-request")
+
+
+def test_a_name_that_changes_is_refused_at_the_delivery_and_the_checked_address_is_dialled(
+    receiver: Receiver,
+) -> None:
+    """DNS rebinding: the name is resolved once for a try; what is dialled is what was looked at."""
+    url = f"http://rebound.example:{receiver.server.server_port}/"
+    with _resolves_to("127.0.0.1"), pytest.raises(webhooks.Refused):
+        webhooks._post(url, b"{}", {}, allow_private=False)
+    assert receiver.told == []
+    with _resolves_to("127.0.0.1") as resolve:
+        answer = webhooks._post(url, b"{}", {}, allow_private=True)
+        names = [call.args[0] for call in resolve.call_args_list]
+    assert answer.status == 204
+    assert names.count("rebound.example") == 1
+    assert receiver.told[0].headers["host"] == f"rebound.example:{receiver.server.server_port}"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("7", 7), (" 0 ", 0), ("99999999", 86400), ("-1", None), ("soon", None), ("1.5", None), ("", None),
+        (None, None),
+        ("Sun, 06 Nov 1994 08:49:37 GMT", 0), ("Fri, 31 Dec 2100 23:59:59 GMT", 86400), ("9" * 400, None),
+    ],
+)  # fmt: skip
+def test_retry_after(text: str | None, seconds: float | None) -> None:
+    assert webhooks._read_retry_after(text) == seconds
+
+
+@pytest.mark.parametrize("answer", [b"", b"x" * 70000, b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 200, b"\x16\x03\x01"])
+def test_what_is_no_http_is_no_success(answer: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises((HTTPException, OSError)):
+            webhooks._post(f"http://127.0.0.1:{server.getsockname()[1]}/", b"{}", {}, allow_private=True)
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    "secrets", ["secret", "whsec_", "whsec_short", f"{SECRET},{SECRET}", f"{SECRET} {OLD_SECRET}", "whsec_" + "ä" * 40]
+)
+def test_bad_secrets_are_told_and_not_shown(secrets: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from app.config import get_settings
+
+    monkeypatch.setenv("WEBHOOK_SECRETS", secrets)
+    get_settings.cache_clear()
+    try:
+        with pytest.raises(SystemExit) as error:
+            get_settings()
+    finally:
+        monkeypatch.undo()
+        get_settings.cache_clear()
+    assert "WEBHOOK_SECRETS" in str(error.value)
+    assert len(secrets) < 7 or secrets not in str(error.value)
+
+
+def test_secrets_come_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "secrets"
+    file.write_text(f"{SECRET}, {OLD_SECRET}\n")
+    assert Settings(webhook_secrets_file=file).webhook_secrets == (SECRET, OLD_SECRET)
+
+
+def test_a_log_of_tries_that_somebody_spoiled(client: FlaskClient, redis: "Redis") -> None:
+    job_id = enqueue_echo(client, webhook=URL)
+    end_run(redis, take_job(redis))
+    webhook_id = only_message(client, job_id)["webhook_id"]
+    redis.rpush(transitions.tries_key(webhook_id), "{", "[]", '{"at": "x"}', b"\xff")
+    assert only_message(client, job_id)["tries"] == [{"at": "x", "status_code": None, "error": None, "seconds": None}]
