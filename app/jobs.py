@@ -28,7 +28,14 @@ from app.new_jobs import (
     own_fields,
     shared_fields,
 )
-from app.status import STATUS_FIELDS, StatusObject, decode_fields, make_status_object, read_return_value
+from app.status import (
+    STATUS_FIELDS,
+    StatusObject,
+    decode_fields,
+    make_status_object,
+    read_return_value,
+    read_stored_payload,
+)
 from app.transitions import TERMINAL
 
 #: Seconds after which a client should ask again for a job that has not ended.
@@ -387,6 +394,21 @@ class Jobs:
         raise problems.JobNotFound(f"No job has the id {job_id!r}.", job_id=job_id)
 
     # Result
+
+    def read_payload(self, job_id: str, owner: str | None = "") -> bytes:
+        """The job's payload, as JSON text.
+
+        Raises:
+            PayloadNotFound: RQ itself enqueued it, in another form.
+            JobNotFound, ResultExpired: as `read_status`.
+        """
+        self.read_status(job_id, owner)
+        data: Any = self.connection.hget(transitions.job_key(job_id), "data")
+        # Room for what JSON's escapes and the call around it may add.
+        text = read_stored_payload(data, 6 * self.settings.max_payload_bytes + 10_000)
+        if text is None:
+            raise problems.PayloadNotFound(f"The job {job_id} has no payload that is JSON.", job_id=job_id)
+        return text
 
     def read_result(self, job_id: str, owner: str | None = "") -> bytes:
         """The job's return value, as JSON text.

@@ -21,7 +21,7 @@ from app.ops import ops
 from app.redis_resc import connect, redis_conn
 from app.request_ids import follow_requests
 from app.request_parts import add_header, origin, read_payload, reader, wait_seconds
-from app.schemas import WaitQuery, enqueue_query, job_options
+from app.schemas import JobQuery, WaitQuery, enqueue_query, job_options
 from app.transitions import TERMINAL
 from app.waiting import Waiting
 
@@ -167,6 +167,14 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
         if wait := wait_seconds(query.wait, settings):
             waiting.wait(query.job_id, wait, reader())
         text = jobs.read_result(query.job_id, reader())
+        return Response(text, 200, {"Cache-Control": "private, no-cache"}, mimetype="application/json")
+
+    @app.get("/get_payload")
+    @app.input(JobQuery, location="query", arg_name="query")
+    @app.doc(tags=["Jobs"])
+    def get_payload(query: JobQuery) -> Response:
+        """Return what a job was given, as JSON, with nothing around it."""
+        text = jobs.read_payload(query.job_id, reader())
         return Response(text, 200, {"Cache-Control": "private, no-cache"}, mimetype="application/json")
 
     @app.get("/functions")

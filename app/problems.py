@@ -110,6 +110,17 @@ class JobNotFound(Problem):
     example: ClassVar = {"job_id": "abc"}
 
 
+class PayloadNotFound(Problem):
+    """The job has no payload that could be shown."""
+
+    status = 404
+    title = "Payload not found"
+    explanation = (
+        "The job was not enqueued by this service but with RQ itself, and its arguments are not one JSON value."
+    )
+    example: ClassVar = {"job_id": "abc"}
+
+
 class WebhookNotFound(Problem):
     """The job has told no webhook of its end."""
 

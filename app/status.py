@@ -2,7 +2,9 @@
 
 import base64
 import binascii
+import json
 import re
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -91,6 +93,17 @@ def _error(connection: Redis, job_id: str, stored: str | None, is_listed: bool) 
     lines = ((result.exc_string if result else None) or "").strip().splitlines()
     kind, _, message = lines[-1].partition(": ") if lines else ("", "", "")
     return {"type": kind.rpartition(".")[2] or "Error", "message": message}
+
+
+def read_stored_payload(data: bytes | None, limit: int) -> bytes | None:
+    """The payload, as JSON text; None if the job's call is none that this service stored, or has more bytes."""
+    reader = zlib.decompressobj()
+    try:
+        text = reader.decompress(data or b"", limit)
+        _, _, (payload,), _ = json.loads(text)
+        return json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    except (zlib.error, ValueError, TypeError, RecursionError):
+        return None
 
 
 def read_return_value(job_id: str, entry: Mapping[bytes, bytes]) -> bytes:
