@@ -17,8 +17,8 @@ from app.config import ApiKey, is_loopback
 ANONYMOUS = ApiKey.model_construct(name="", functions=None, admin=False)
 
 #: What needs no key: it says nothing of anybody's jobs, and load balancers and people look at it.
-PUBLIC = {"/", "/healthz", "/readyz", "/docs", "/openapi.json"}
-PUBLIC_BELOW = ("/docs/", "/problems/")
+PUBLIC = {"/", "/healthz", "/readyz", "/docs", "/openapi.json", "/dashboard"}
+PUBLIC_BELOW = ("/docs/", "/problems/", "/dashboard/")
 
 
 def find_key(keys: Sequence[ApiKey], token: str) -> ApiKey | None:

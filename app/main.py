@@ -14,6 +14,7 @@ from app.answers import answer_errors, ask_again, json_answer, make_etag
 from app.auth import check_function, current_key, limit_rate, want_keys
 from app.config import MAX_RETRIES, MAX_SECONDS, Settings, get_settings
 from app.control import make_control
+from app.dashboard import dashboard
 from app.events import BLOCK, EventLog
 from app.job_function import load_functions
 from app.jobs import Jobs
@@ -106,6 +107,7 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
     want_keys(app, settings.api_keys, settings.allow_anonymous)
     limit_rate(app, settings.rate_limit, jobs.connection)
     app.register_blueprint(ops)
+    app.register_blueprint(dashboard)
     app.register_blueprint(make_control(jobs, waiting, job_options(settings)))
 
     @app.before_request

@@ -11,7 +11,7 @@ import threading
 import time
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 from rq import get_current_job
@@ -161,6 +161,42 @@ def report(payload: dict[str, Any]) -> str:
     report_progress(payload["done"], payload["total"], payload.get("message", ""))
     time.sleep(payload.get("seconds", 0))
     return "reported"
+
+
+@job_function()
+def report_slowly(seconds: Annotated[float, Field(ge=0, le=600)]) -> None:
+    """Report twenty times a second how much of the time is over."""
+    steps = round(seconds * 20)
+    for step in range(1, steps + 1):
+        time.sleep(0.05)
+        report_progress(step, steps, f"step {step}")
+
+
+class Place(BaseModel):
+    """Where something is."""
+
+    city: str
+    height: float | None = None
+
+
+class Order(BaseModel):
+    """Something of each kind that a form can have a field for."""
+
+    paper: Literal["A4", "A5"]
+    copies: Annotated[int, Field(ge=1, le=99)] = 1
+    color: bool = False
+    stapled: bool | None = None
+    day: Annotated[datetime.date | None, Field(description="not before then")] = None
+    place: Place
+    tags: list[str] = []
+    more: dict[str, Any] | None = None
+
+
+@job_function()
+def order(payload: Order) -> dict[str, Any]:
+    """Return the order with all its parts."""
+    found: dict[str, Any] = payload.model_dump(mode="json")
+    return found
 
 
 @cache

@@ -126,9 +126,9 @@ def worker(env: dict[str, str], log: Path, *args: str) -> Iterator[Process]:
 
 
 @contextmanager
-def gunicorn(env: dict[str, str], log: Path, *args: str) -> Iterator[tuple[str, Process]]:
+def gunicorn(env: dict[str, str], log: Path, *args: str, port: int | None = None) -> Iterator[tuple[str, Process]]:
     """A web server by gunicorn with these arguments; gives its base URL once it answers, and its process."""
-    port = free_port()
+    port = port or free_port()
     # Not measured for coverage: the routes run in the tests' own process too, and measuring greenlets is slow.
     env = {name: value for name, value in env.items() if not name.startswith("COVERAGE")}
     with running(python("gunicorn", *args), env | {"PORT": str(port)}, log) as process:
