@@ -172,7 +172,8 @@ def show_welcome(url: str, redis_url: str, workers: int) -> None:
     """Say where the service is, and what to try."""
     shown = redis_url or "as configured"
     print(
-        f"\nReady: {url} (its dashboard: {url}/dashboard, its documentation: {url}/docs), {workers} worker{'s' * (workers != 1)}, Redis {shown}\n"
+        f"\nReady: {url}, {workers} worker{'s' * (workers != 1)}, Redis {shown}\n"
+        f"Look at it: {url}/dashboard, its documentation: {url}/docs\n"
         f"Try it:\n"
         f"  curl -X POST -H 'Content-Type: application/json' -d '{{\"hello\":\"world\"}}' {url}/enqueue\n"
         f"  curl '{url}/check_status?job_id=JOB_ID&wait=15'\n"
