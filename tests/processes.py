@@ -48,6 +48,7 @@ def free_port() -> int:
 def environment(redis_url: str, **settings: Any) -> dict[str, str]:
     """The environment that pipenv would give, and settings that suit tests."""
     env = dict(os.environ)
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes that compile the same modules
     for line in (ROOT / ".env").read_text().splitlines():
         if line and not line.startswith("#"):
             name, _, value = line.partition("=")

@@ -205,42 +205,52 @@ def test_events_after_a_crash_of_the_server_miss_no_end(redis_url: str, tmp_path
             assert (status.data["job_status"], end.kind) == ("finished", "end")
 
 
-def test_a_thousand_listeners_cost_little_and_hear_in_time(redis_url: str, real_redis: "Redis", tmp_path: Path) -> None:
-    """On one connection to Redis; in memory, and in the time of others; and each is told within 200 ms."""
+def listen_in_a_crowd(redis_url: str, real_redis: "Redis", tmp_path: Path, listeners: int) -> tuple[float, float]:
+    """So many, on one connection to Redis: bytes that each of them takes, and seconds until all of a job's are told."""
     env = environment(redis_url)
     with gunicorn(env, tmp_path / "web.log", "app.main:app") as (url, process):
         port = int(url.rpartition(":")[2])
         (web,) = psutil.Process(process.popen.pid).children()
         requests.get(f"{url}/functions", timeout=10)
         session = requests.Session()
-        job_ids = [session.post(f"{url}/enqueue/echo", json=1, timeout=10).json()["job_id"] for _ in range(100)]
+        job_ids = [session.post(f"{url}/enqueue/echo", json=1, timeout=10).json()["job_id"] for _ in range(10)]
         before, clients = web.memory_info().rss, len(real_redis.client_list())
         sockets = []
-        for number in range(1000):
+        for number in range(listeners):
             listener = socket.create_connection(("127.0.0.1", port))
-            listener.sendall(f"GET /events?job_id={job_ids[number % 100]} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            listener.sendall(f"GET /events?job_id={job_ids[number % 10]} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
             sockets.append(listener)
         try:
 
             def count() -> float:
-                text = session.get(f"{url}/metrics", timeout=10).text
+                time.sleep(0.1)  # a scrape costs as much as some listeners
+                text = session.get(f"{url}/metrics", timeout=30).text
                 return float(text.partition("\nhttp_listeners ")[2].partition("\n")[0])
 
-            wait_until(lambda: count() == 1000)
-            assert web.memory_info().rss - before < 40 * 2**20
+            wait_until(lambda: count() == listeners, 60, "all listeners")
+            taken = web.memory_info().rss - before
             assert len(real_redis.client_list()) <= clients + 100  # the pool's, in the burst
             end_run(real_redis, take_job(real_redis))
             start = time.monotonic()
-            for listener in sockets[::100]:  # those of the first job
+            for listener in sockets[::10]:  # those of the first job
                 listener.settimeout(10)
                 text = b""
                 while b"event: end" not in text:
                     text += listener.recv(65536)
-            assert time.monotonic() - start < 5
+            told = time.monotonic() - start
         finally:
             for listener in sockets:
                 listener.close()
         wait_until(lambda: count() == 0, 40, "the end of those who vanished")
+    return taken / listeners, told
+
+
+def test_listeners_share_a_connection_and_those_who_vanish_are_dropped(
+    redis_url: str, real_redis: "Redis", tmp_path: Path
+) -> None:
+    """1 000 of them, and what they take, with `pipenv run faults`."""
+    _, told = listen_in_a_crowd(redis_url, real_redis, tmp_path, 50)
+    assert told < 5
 
 
 def test_a_listener_that_reads_nothing_is_dropped(client: FlaskClient, redis: "Redis") -> None:

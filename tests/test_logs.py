@@ -200,7 +200,7 @@ def test_one_id_leads_from_the_request_to_the_functions_own_lines(logged: Logged
     answer = requests.post(url, json="hello", headers={"traceparent": TRACEPARENT}, timeout=30)
     assert (answer.status_code, answer.headers["X-Request-ID"]) == (200, TRACE_ID)
     job_id = answer.json()["job_id"]
-    wait_until(lambda: "printed" in logged.worker.log)
+    wait_until(lambda: f"job {job_id} finished" in logged.worker.log)
     found = [
         (line["logger"], line["message"])
         for log in (logged.web.log, logged.worker.log)

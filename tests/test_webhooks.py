@@ -10,7 +10,7 @@ from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import requests
@@ -20,6 +20,7 @@ from standardwebhooks import Webhook, WebhookVerificationError
 
 from app import transitions, webhooks
 from app.config import Settings
+from app.job_function import GiveUp, TryAgain
 from app.main import create_app
 from app.transitions import WEBHOOKS
 from tests.processes import (
@@ -460,6 +461,48 @@ def test_a_name_that_changes_is_refused_at_the_delivery_and_the_checked_address_
     assert answer.status == 204
     assert names.count("rebound.example") == 1
     assert receiver.told[0].headers["host"] == f"rebound.example:{receiver.server.server_port}"
+
+
+@pytest.mark.parametrize(
+    ("answer", "raised", "after"),
+    [
+        ((200, {}), None, None), ((204, {}), None, None), ((410, {}), GiveUp, None), ((500, {}), TryAgain, None),
+        ((301, {"Location": "/"}), TryAgain, None), ((429, {"Retry-After": "7"}), TryAgain, 7), (None, TryAgain, None),
+    ],
+)  # fmt: skip
+def test_what_an_answer_means(
+    client: FlaskClient,
+    redis: "Redis",
+    receiver: Receiver,
+    monkeypatch: pytest.MonkeyPatch,
+    answer: tuple[int, dict[str, str]] | None,
+    raised: type[Exception] | None,
+    after: float | None,
+) -> None:
+    """One try, in this process: what a work-horse does with the message that a script has made."""
+    job_id = enqueue_echo(client, webhook=URL)
+    end_run(redis, take_job(redis))
+    message = only_message(client, job_id)["webhook_id"]
+    _, _, (payload,), _ = json.loads(redis.hget(f"rq:job:{message}", "data") or b"")
+    monkeypatch.setattr(webhooks, "redis_conn", redis)
+    monkeypatch.setattr(webhooks, "get_current_job", lambda: Mock(id=message))
+    monkeypatch.setattr(
+        webhooks, "get_settings", lambda: Settings(webhook_secrets=(SECRET,), webhook_allow_private=answer is not None)
+    )
+    receiver.answers = [answer or (200, {})]
+    payload["url"] = receiver.url
+    if raised is None:
+        assert webhooks.deliver(payload) == {"status_code": receiver.answers[0][0]}
+    else:
+        with pytest.raises(raised) as error:
+            webhooks.deliver(payload)
+        assert getattr(error.value, "after", None) == after
+    (tried,) = only_message(client, job_id)["tries"]
+    assert (tried["status_code"], tried["error"]) == (
+        (answer[0], None) if answer else (None, "Refused: the host '127.0.0.1' is not a public one")
+    )
+    ttl = 24 * 3600 if raised is None else 11 * 24 * 3600
+    assert redis.ttl(transitions.tries_key(message)) == redis.ttl(transitions.deliveries_key(job_id)) == ttl
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,42 @@
+"""What the suite does in small, as large as it is promised: only with `--long`, since it takes its time."""
+
+import signal
+from pathlib import Path
+
+import pytest
+from redis import Redis
+
+from tests.faults.conftest import Row
+from tests.test_deploy import roll
+from tests.test_event_stream import listen_in_a_crowd
+from tests.test_sentinel import Cluster, cluster, fail_over
+
+__all__ = ["cluster"]  # a fixture
+
+LISTENERS = 1000
+
+
+@pytest.fixture(autouse=True)
+def only_long(long: bool) -> None:
+    if not long:
+        pytest.skip("with --long only: the suite has it in small")
+
+
+@pytest.mark.fault("25", "a rolling restart under load, five times", timeout=300)
+def test_rolling_restarts(real_redis: Redis, redis_url: str, tmp_path: Path, row: Row) -> None:
+    jobs = roll(real_redis, redis_url, tmp_path, 5)
+    row.note(f"{jobs} jobs, each once; no request failed")
+
+
+@pytest.mark.fault("26", "the master of a Sentinel stalls, and is back later as a replica", timeout=300)
+def test_failover_from_a_master_that_stalls(cluster: Cluster, tmp_path: Path, row: Row) -> None:
+    fail_over(cluster, tmp_path, signal.SIGSTOP)
+    row.note("web and worker went on with the new one")
+
+
+@pytest.mark.fault("27", f"{LISTENERS} listeners in one web process, who then vanish", timeout=300)
+def test_listeners(redis_url: str, real_redis: Redis, tmp_path: Path, row: Row) -> None:
+    size, told = listen_in_a_crowd(redis_url, real_redis, tmp_path, LISTENERS)
+    row.note(f"{size / 1000:.1f} kB each; {LISTENERS // 10} of them told of an end in {told * 1000:.0f} ms")
+    assert size * LISTENERS < 40 * 2**20
+    assert told < 5
