@@ -137,4 +137,5 @@ class EndingWorker(SteadyWorker):
         status = stored.decode() if isinstance(stored, bytes) else ending.outcome  # with a result TTL of 0 it is gone
         if status == JobStatus.STARTED:  # RQ logs what Redis refused, and goes on
             raise RedisError(f"the end of job {job.id} was not written")
+        transitions.notify(self.connection, job.id)
         return f"{status}, as RQ does it"

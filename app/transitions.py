@@ -476,6 +476,11 @@ def sweep(connection: Redis) -> int:
     return int(run_script(connection, "sweep"))
 
 
+def notify(connection: Redis, job_id: str) -> None:
+    """Tell of the job's end that RQ's own code wrote, if somebody is to be told: other transitions do it themselves."""
+    run_script(connection, "notify", job_id)
+
+
 def redeliver(connection: Redis, job_id: str, limit: int) -> Literal["queued", "full", ""]:
     """Deliver once more what tells of the job's last end; an empty string if there is no such message."""
     return cast('Literal["queued", "full", ""]', to_text(run_script(connection, "redeliver", job_id, limit)))

@@ -16,6 +16,8 @@ import pytest
 import requests
 from flask.testing import FlaskClient
 from redis import Redis
+from rq import Queue
+from rq.serializers import JSONSerializer
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from app import transitions, webhooks
@@ -195,6 +197,18 @@ def test_each_job_of_a_batch_tells_and_a_job_that_keeps_no_result_does(api: Api,
     wait_until(lambda: not api.redis.exists(f"rq:job:{answer['job_ids'][0]}"))
     (message,) = api.messages(answer["job_ids"][0])  # it outlives its job
     assert message["tries"][0]["status_code"] == 204
+
+
+def test_a_job_that_rqs_own_code_ends_tells_too(api: Api, receiver: Receiver) -> None:
+    job_id = api.enqueue("echo", 1, receiver, delay=100)
+    queue = Queue("default", connection=api.redis, serializer=JSONSerializer)
+    dependent = queue.enqueue("tests.job_functions.echo", 2, depends_on=job_id)
+    api.redis.zadd("rq:scheduled:default", {job_id: 1})
+    wait_until(lambda: receiver.told)
+    assert receiver.told[0].event["data"]["job_id"] == job_id
+    assert receiver.told[0].event["type"] == "job.finished"
+    wait_until(lambda: dependent.get_status() == "finished")
+    assert len(api.messages(job_id)) == 1
 
 
 # When it is tried again
