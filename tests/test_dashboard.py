@@ -251,6 +251,12 @@ def test_jobs_are_filtered_and_paged(visitor: Visitor) -> None:
     page.locator('#filters [name="status"]').select_option("")
     page.locator('#filters [name="queue"]').fill("nowhere")
     expect(page.locator("#no-jobs")).to_have_text("No such jobs.")
+    page.locator('#filters [name="queue"]').fill("no name!")
+    expect(page.locator("#connection")).to_contain_text("Invalid request")
+    page.locator('#filters [name="queue"]').fill("")
+    expect(page.locator("#connection")).to_have_text("live")
+    assert all("422" in line for line in visitor.said)
+    visitor.said.clear()
 
 
 @in_browser

@@ -47,6 +47,10 @@ export async function read(path) {
 
 export function pause(seconds, signal) {
   return new Promise((resolve) => {
+    if (signal?.aborted) {
+      resolve();
+      return;
+    }
     const timer = setTimeout(resolve, seconds * 1000);
     signal?.addEventListener("abort", () => { clearTimeout(timer); resolve(); });
   });

@@ -2,7 +2,7 @@
 
 import { Problem, pause, read, send } from "./api.js";
 import { STATUSES, chart, describe, el, progressBar, seconds, setBadge, setProgress, setText } from "./elements.js";
-import { $, actions, askForKey, complain, connectionIs, lost, setActions, short } from "./page.js";
+import { $, actions, askForKey, connectionIs, lost, setActions, short } from "./page.js";
 
 const EVERY = 1; // seconds between two looks
 const SHOWN = 20; // jobs of a page
@@ -151,7 +151,6 @@ async function look() {
     wait = Math.max(2, error.retryAfter ?? 0);
     if (!(error instanceof Problem)) throw error;
     if (error.status === 401) askForKey("");
-    else if (error.status === 422) complain(error); // a filter that is none
     else lost(error);
   }
   return wait;
@@ -161,8 +160,8 @@ async function look() {
 export async function run() {
   for (;;) {
     let wait = EVERY;
-    if (!$("overview").hidden && !document.hidden) wait = await look();
     woken = new AbortController();
+    if (!$("overview").hidden && !document.hidden) wait = await look();
     await pause(wait, woken.signal);
   }
 }
