@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import pytest
 import requests
 from redis import Redis
 
@@ -174,3 +175,10 @@ def test_reload_of_gunicorn_fails_no_request(real_redis: Redis, redis_url: str, 
         check(real_redis, clients, tmp_path / "lines")
         process.signal(signal.SIGTERM)
         assert process.popen.wait(20) == 0
+
+
+@pytest.mark.parametrize("app", ["bare", "app"])
+def test_gunicorn_takes_other_apps_with_our_settings(redis_url: str, tmp_path: Path, app: str) -> None:
+    """The floors of the benchmarks."""
+    with gunicorn(environment(redis_url), tmp_path / "web.log", f"benchmarks.apps.floors:{app}") as (url, _):
+        assert status_of(f"{url}/healthz") == 200
