@@ -293,6 +293,15 @@ def run() -> Section:
         tables=[
             [head, *((name, *contestant.row()) for name, contestant in contestants.items())],
             [("", "requests/s, the lesser", "requests/s, the greater", "ratio"), *(row for row, _ in flat)],
+            [
+                ("the floor, one round trip", "requests/s, to the tutorial's", "the target of this service"),
+                *(
+                    (floor, spread(ratios(figures, floor, tutorial)), f"{least:g}")
+                    for floor, (_, tutorial, least) in zip(
+                        ("POST, one round trip", "GET, one round trip"), TARGETS[::2], strict=True
+                    )
+                ),
+            ],
         ],
         targets=[*targets, *(target for _, target in flat)],
         versions={"Valkey": valkey, **{name: version(name) for name in ("gunicorn", "gevent", "flask", "rq", "redis")}},
