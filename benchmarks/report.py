@@ -18,10 +18,10 @@ Rows = Sequence[Sequence[str]]
 
 #: Why targets are missed, by benchmark; it stands in RESULTS.md where one is.
 WHY = {
-    "workers": "The multiple of `rq worker`, and of Huey: a job costs one script, which ends it and takes the next, and the"
-    " way to the work-horse and back. The script keeps what is promised of jobs (lease, fence, registries as RQ"
-    " has them, the index of `/jobs`, counts, the event log), and takes most of what Valkey does here; the work-"
-    " horse keeps a job that dies from taking the worker with it. Worker, work-horse and Valkey share two cores."
+    "workers": "The multiple of `rq worker`, and of Huey: a job costs one script, which ends it and takes the next, and"
+    " the way to the work-horse and back. The script keeps what is promised of jobs (lease, fence, registries as RQ"
+    " has them, the index of `/jobs`, counts, the event log), and takes most of what Valkey does here; the"
+    " work-horse keeps a job that dies from taking the worker with it. Worker, work-horse and Valkey share two cores."
     " Huey runs the function in its one process, and a job has left Redis before it runs: one that dies is lost.",
     "http": "The multiples of the tutorial: gunicorn, Flask and one round trip to Redis, which do nothing, hardly reach"
     " the one and not the other (the third table), so what is built on them cannot. The shares of that floor: what"
@@ -29,9 +29,9 @@ WHY = {
     " the script, the status object as JSON, the key, the limits, and since requests are counted and followed by"
     " an id, that too. Requests that share one socket to Redis took some 80 µs less in an experiment; it was left,"
     " for one stalled answer would hold up all others.",
-    "waiting": "Memory: each request that waits is a connection of gunicorn's with its greenlet, its parser and its buffers,"
-    " Flask's contexts, and what wakes it. The multiple of the echo: a job is enqueued, taken, ended, told in the"
-    " event log, and read, each a word with Redis; the echo's two lists are two.",
+    "waiting": "Memory: each request that waits is a connection of gunicorn's with its greenlet, its parser and its"
+    " buffers, Flask's contexts, and what wakes it. The multiple of the echo: a job is enqueued, taken, ended, told"
+    " in the event log, and read, each a word with Redis; the echo's two lists are two.",
     "size": "RSS counts what the three processes of a worker share three times. By PSS, which does not, they are below"
     " the target.",
 }
