@@ -4,8 +4,9 @@ import logging
 import os
 import re
 import time
+from wsgiref.types import WSGIEnvironment
 
-from flask import Flask, Response, g, request
+from flask import Flask, Request, Response, g, request
 
 from app.logs import request_members
 from app.metrics import observe_request
@@ -18,9 +19,12 @@ _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
 
 
-def _choose_id() -> str:
+#: Where a request keeps what is known of it: its WSGI environ, since each look at Flask's `g` or `request` takes 1 µs.
+_ID_KEY, _BEGAN_KEY = "app.request_id", "app.began"
+
+
+def _choose_id(environ: WSGIEnvironment) -> str:
     """The client's `X-Request-ID`, or the trace that the request is part of, or a new one."""
-    environ = request.environ
     if "HTTP_X_REQUEST_ID" in environ and _ID.fullmatch(given := environ["HTTP_X_REQUEST_ID"]):
         return str(given)
     if "HTTP_TRACEPARENT" in environ and (trace := _TRACEPARENT.fullmatch(environ["HTTP_TRACEPARENT"])):
@@ -30,18 +34,19 @@ def _choose_id() -> str:
 
 def current_request_id() -> str:
     """The id of the present request."""
-    request_id: str = g.request_id
+    request_id: str = request.environ[_ID_KEY]
     return request_id
 
 
 def follow_requests(app: Flask, *, access_log: bool) -> None:
     """Give each request of the app its id, measure it, and write a line in the log if there is to be one."""
 
-    # One function of each kind: each that Flask has to call takes some 5 µs, and each look at `g` 1.3.
+    # One function of each kind: each that Flask has to call takes some 3 µs.
     @app.before_request
     def begin() -> None:
-        g.began = time.perf_counter()
-        g.request_id = request_id = _choose_id()
+        environ = request.environ
+        environ[_BEGAN_KEY] = time.perf_counter()
+        environ[_ID_KEY] = request_id = _choose_id(environ)
         request_members.set({"request_id": request_id})
 
     @app.teardown_request
@@ -50,13 +55,14 @@ def follow_requests(app: Flask, *, access_log: bool) -> None:
 
     @app.after_request
     def end(answer: Response) -> Response:
-        seconds = time.perf_counter() - g.began
-        answer.headers["X-Request-ID"] = g.request_id
-        observe_request(answer.status_code, seconds)
+        current: Request = request._get_current_object()  # type: ignore[attr-defined]  # of werkzeug's proxies
+        seconds = time.perf_counter() - current.environ[_BEGAN_KEY]
+        answer.headers["X-Request-ID"] = current.environ[_ID_KEY]
+        observe_request(current, answer.status_code, seconds)
         if access_log:
             members = {
-                "method": request.method,
-                "path": request.path,
+                "method": current.method,
+                "path": current.path,
                 "status": answer.status_code,
                 "ms": round(seconds * 1000, 1),
                 "key": g.api_key.name if "api_key" in g else "",

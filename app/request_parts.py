@@ -68,7 +68,7 @@ def wait_seconds(asked: float | None, settings: Settings) -> float:
     if preferred is not None:
         add_header("Preference-Applied", f"wait={seconds:.0f}")
     if seconds > 0:
-        note_wait()
+        note_wait(request)
     return seconds
 
 
