@@ -1,5 +1,6 @@
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,10 @@ import pytest
 from flask.testing import FlaskClient
 from pydantic import ValidationError
 
-from app.auth import PUBLIC
+from app.auth import PUBLIC, PUBLIC_BELOW
 from app.config import Settings
 from app.main import create_app
-from tests.processes import problem_of
+from tests.processes import json_of, problem_of
 
 ALICE, BOB, OPS = ("alice's long key", "bob's own long key", "the operator's key")
 KEYS: list[dict[str, Any]] = [
@@ -94,6 +95,44 @@ def test_auth_hides_the_jobs_of_others_even_after_they_expired(
     redis.delete(f"rq:job:{enqueued['job_id']}")
     statuses = [client.get(path, headers=_bearer(key)).status_code for key in (ALICE, BOB, OPS)]
     assert statuses == [410, 404, 410]
+
+
+def test_auth_no_route_that_is_not_public_answers_without_a_key(client: FlaskClient) -> None:
+    """Whatever routes there are, and whatever comes to them."""
+    rules = [rule for rule in client.application.url_map.iter_rules() if not is_public_rule(rule.rule)]
+    assert len(rules) >= 15
+    for rule in rules:
+        path = re.sub("<[^>]+>", "x", rule.rule)
+        for method in rule.methods or ():
+            assert client.open(path, method=method).status_code == 401, (method, rule.rule)
+
+
+def is_public_rule(rule: str) -> bool:
+    return rule in PUBLIC or rule.startswith(PUBLIC_BELOW)
+
+
+@pytest.mark.parametrize("is_expired", [False, True])
+def test_auth_no_route_shows_or_controls_the_jobs_of_others(
+    client: FlaskClient, redis: fakeredis.FakeRedis, is_expired: bool
+) -> None:
+    """Each route that takes a job's or a group's id, as the OpenAPI document has them."""
+    job_id = json_of(client.post("/enqueue/echo", json=1, headers=_bearer(ALICE)))["job_id"]
+    batch = json_of(client.post("/enqueue_many/echo", json=[1], headers=_bearer(ALICE)))
+    if is_expired:
+        for each in (job_id, *batch["job_ids"]):
+            redis.delete(f"rq:job:{each}")
+    ids = {"job_id": (job_id, "job-not-found"), "group_id": (batch["group_id"], "group-not-found")}
+    seen = 0
+    for path, operations in json_of(client.get("/openapi.json"))["paths"].items():
+        for method, operation in operations.items():
+            for name in {each["name"] for each in operation.get("parameters", ())} & ids.keys():
+                found, problem = ids[name]
+                answer = client.open(f"{path}?{name}={found}", method=method.upper(), headers=_bearer(BOB))
+                problem_of(answer, 404, problem)
+                seen += 1
+    assert seen >= 9
+    listed = json_of(client.get("/jobs", headers=_bearer(BOB)))["jobs"]
+    assert listed == []
 
 
 def test_auth_shows_up_in_the_openapi_document(client: FlaskClient) -> None:
