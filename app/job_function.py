@@ -37,7 +37,11 @@ class Progress(TypedDict):
     message: str
 
 
-class TryAgain(Exception):
+class ForeseenFailure(Exception):
+    """A failure that the job function foresaw: a line in the log, without a traceback, and Sentry is not told."""
+
+
+class TryAgain(ForeseenFailure):
     """Raised by a job function that failed, and knows when it is worth another try.
 
     The job is run again if it has `retries` left, not before so many seconds; with None after its own pause.
@@ -48,7 +52,7 @@ class TryAgain(Exception):
         self.after = after
 
 
-class GiveUp(Exception):
+class GiveUp(ForeseenFailure):
     """Raised by a job function that failed for good: the job is not run again, whatever retries it has."""
 
 

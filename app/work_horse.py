@@ -25,7 +25,7 @@ from rq.timeouts import JobTimeoutException, UnixSignalDeathPenalty
 
 from app.config import get_settings
 from app.frames import Channel, Header
-from app.job_function import GiveUp, JobFunction, Progress, TryAgain, load_functions, progress_goes_to
+from app.job_function import ForeseenFailure, GiveUp, JobFunction, Progress, TryAgain, load_functions, progress_goes_to
 from app.logs import configure_logs, process_members, start_sentry, tell_sentry
 from app.redis_resc import redis_conn
 from app.strict_json import dump_result
@@ -118,9 +118,17 @@ def run_job(header: Header, data: bytes, functions: Mapping[str, JobFunction], c
     try:
         text = _run(header, data, functions, channel)
     except BaseException as error:  # noqa: BLE001  # sys.exit() in a job ends the job, not the work-horse
-        tell_sentry(error)
-        trace = "".join(traceback.format_exception(error)).encode(errors="backslashreplace")
-        ended = {"outcome": "failed", "error": _describe(error), "after": _pause_after(error)}
+        is_foreseen = isinstance(error, ForeseenFailure)
+        if not is_foreseen:
+            tell_sentry(error)
+        lines = traceback.format_exception_only(error) if is_foreseen else traceback.format_exception(error)
+        trace = "".join(lines).encode(errors="backslashreplace")
+        ended = {
+            "outcome": "failed",
+            "error": _describe(error),
+            "is_foreseen": is_foreseen,
+            "after": _pause_after(error),
+        }
         channel.send(ended, trace[-LONGEST_TRACE:])
     else:
         channel.send({"outcome": "finished"}, text)

@@ -435,7 +435,8 @@ class Worker(EndingWorker):
             ending = self._ending("finished", return_value=value, progress=progress)
         else:
             trace, error = body.decode(errors="replace"), header["error"]  # it may be cut in a character
-            self.log.error("%s raised %s", run, error["type"], extra={"trace": trace})
+            log = self.log.warning if header["is_foreseen"] else self.log.error
+            log("%s raised %s", run, error["type"], extra={"trace": trace})
             failure = describe_failure(error["type"], error["message"], trace)
             ending = self._ending("failed", failure, progress=progress)._replace(after=header["after"])
         self._finish_and_take(run, ending)

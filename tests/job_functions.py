@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 from rq import get_current_job
 
-from app.job_function import job_function, report_progress
+from app.job_function import GiveUp, TryAgain, job_function, report_progress
 
 
 @job_function()
@@ -161,6 +161,14 @@ def report(payload: dict[str, Any]) -> str:
     report_progress(payload["done"], payload["total"], payload.get("message", ""))
     time.sleep(payload.get("seconds", 0))
     return "reported"
+
+
+@job_function(retries=3)
+def foresee(payload: dict[str, Any]) -> None:
+    """Fail as the payload says: for good, or with a pause."""
+    if payload["how"] == "give up":
+        raise GiveUp("no such user")
+    raise TryAgain("busy", after=payload.get("after"))
 
 
 @job_function()

@@ -143,6 +143,18 @@ def _failure(ends: tuple[Channel, Channel], path: str, *args: Any, **more: Any) 
     return header["error"]["type"], header["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("payload", "after"), [({"how": "give up"}, -1), ({"how": "again"}, None), ({"how": "again", "after": -5}, 0)]
+)
+def test_run_job_tells_of_a_failure_that_was_foreseen_without_a_traceback(
+    ends: tuple[Channel, Channel], payload: dict[str, Any], after: float | None
+) -> None:
+    header, trace = _run(ends, "tests.job_functions.foresee", payload)[-1]
+    assert (header["outcome"], header["is_foreseen"], header["after"]) == ("failed", True, after)
+    assert "Traceback" not in trace.decode()
+    assert trace.decode().count("\n") == 1
+
+
 def test_run_job_sends_progress_and_the_return_value(ends: tuple[Channel, Channel]) -> None:
     frames = _run(ends, "tests.job_functions.report", {"done": 1, "total": 4, "message": "a"})
     assert frames == [

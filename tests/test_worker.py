@@ -640,6 +640,32 @@ def test_cancel_through_the_api_ends_the_run_at_once(bench: Bench, tmp_path: Pat
     assert not is_running(pid)
 
 
+@pytest.mark.parametrize(
+    ("payload", "status", "least"),
+    [
+        ({"how": "give up"}, "failed", 0),
+        ({"how": "again", "after": 500}, "scheduled", 499),
+        ({"how": "again"}, "scheduled", 2),
+    ],
+)
+def test_function_says_when_it_is_worth_another_try(
+    bench: Bench, shop: Shop, payload: dict[str, Any], status: str, least: float
+) -> None:
+    # `retries` of a job function are the API's to write; RQ's own way here.
+    job_id = bench.enqueue("foresee", payload, retry=Retry(max=3, interval=3))
+    job = bench.wait_for(job_id, status, *TERMINAL)
+    assert job["status"] == status
+    if status == "scheduled":
+        assert job["retries_left"] == "2"
+        due = bench.redis.zscore("rq:scheduled:default", job_id)
+        assert due is not None
+        assert least <= due - time.time() <= least + 2
+        assert cancel(bench, job_id) == "canceled"
+    else:
+        assert job["retries_left"] == "3"
+        assert job["error"] == {"type": "GiveUp", "message": "no such user"}
+
+
 def test_malformed_commands_do_not_deafen_the_worker(bench: Bench) -> None:
     (name,) = wait_until(bench.workers)
     channel = f"rq:pubsub:{name.decode().removeprefix('rq:worker:')}"
