@@ -36,10 +36,12 @@ def test_the_page_may_load_its_own_files_only(client: FlaskClient) -> None:
     assert policy["default-src"] == policy["frame-ancestors"] == policy["form-action"] == policy["base-uri"] == "'none'"
     assert {policy[f"{what}-src"] for what in ("script", "style", "img", "connect")} == {"'self'"}
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
-    for link in re.findall(r'(?:href|src)="(/[^"]*)"', answer.text):
-        with client.get(link) as found:
+    links = set(re.findall(r'(?:href|src)="([^"#]+)"', answer.text))
+    assert links == {"dashboard/dashboard.js", "dashboard/dashboard.css", "dashboard/icon.svg", "docs"}
+    for link in links:
+        with client.get(f"/{link}") as found:
             assert found.status_code == 200, link
-    assert not re.search(r"<script(?! type=\"module\" src=\"/)|<style|\son\w+=|style=", answer.text)
+    assert not re.search(r"<script(?! type=\"module\" src=\"dashboard/)|<style|\son\w+=|style=", answer.text)
 
 
 @pytest.mark.parametrize("file", sorted(STATIC.iterdir()), ids=lambda file: file.name)
@@ -226,6 +228,19 @@ def test_the_curl_line_does_what_the_form_does(visitor: Visitor) -> None:
     visitor.open(f"#job={job_id}")
     page.locator("#job summary").first.click()
     expect(page.locator("#job")).to_contain_text("12345678901234567890")
+
+
+@in_browser
+def test_it_works_below_a_path(visitor: Visitor) -> None:
+    """As behind a proxy that has the service at /some/path."""
+    page = visitor.page
+    page.route("**/*", lambda route: route.continue_(url=route.request.url.replace("/some/path/", "/")))
+    page.goto(f"{visitor.url}/some/path/dashboard")
+    expect(page.locator("#connection")).to_have_text("live")
+    visitor.choose("echo")
+    expect(page.locator("#curl")).to_contain_text(f"{visitor.url}/some/path/enqueue/echo")
+    page.get_by_role("button", name="Enqueue").click()
+    expect(page.locator("#job .badge")).to_have_text("✓ finished")
 
 
 @in_browser

@@ -24,6 +24,11 @@ export class Problem extends Error {
 /** What a person wrote is not what is wanted. */
 export class Mistake extends Error {}
 
+/** Where a route is: beside this page, also where a proxy has put the whole service below a path. */
+export function urlOf(path) {
+  return new URL(path.slice(1), document.baseURI);
+}
+
 /** A response that is no problem; throws a Problem. */
 export async function send(method, path, { body, headers = {}, signal } = {}) {
   const all = { ...headers };
@@ -31,7 +36,7 @@ export async function send(method, path, { body, headers = {}, signal } = {}) {
   if (body !== undefined) all["Content-Type"] = "application/json";
   let response;
   try {
-    response = await fetch(path, { method, body, headers: all, signal, cache: "no-store", credentials: "omit" });
+    response = await fetch(urlOf(path), { method, body, headers: all, signal, cache: "no-store", credentials: "omit" });
   } catch (error) {
     if (signal?.aborted) throw error;
     throw new Problem(0, { title: "The service does not answer" });

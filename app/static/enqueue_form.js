@@ -1,6 +1,6 @@
 // The form that enqueues a job, with the curl line that does the same.
 
-import { Mistake, Problem, hasKey, send } from "./api.js";
+import { Mistake, Problem, hasKey, send, urlOf } from "./api.js";
 import { el, setText } from "./elements.js";
 import { $, announce, complain, short } from "./page.js";
 import { hasFields, makeForm } from "./payload_form.js";
@@ -59,7 +59,7 @@ function showCurl() {
   } catch {
     text = "PAYLOAD";
   }
-  const lines = [`curl -X POST ${quote(location.origin + enqueuePath())}`, `-H 'Content-Type: application/json'`];
+  const lines = [`curl -X POST ${quote(urlOf(enqueuePath()).href)}`, `-H 'Content-Type: application/json'`];
   if (hasKey()) lines.push('-H "Authorization: Bearer $API_KEY"');
   lines.push(`-d ${quote(text)}`);
   setText($("curl"), lines.join(" \\\n  "));
