@@ -97,7 +97,8 @@ class Visitor(NamedTuple):
 def browser() -> Iterator[Browser]:
     # Of this module only: Playwright's loop runs in this thread as long as it is open.
     with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        # As root there is no sandbox; and a container's /dev/shm may be too small for a page.
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
         yield found
         found.close()
 
