@@ -105,15 +105,22 @@ def test_work_horse_goes_on_if_its_successor_cannot_load_the_functions(own: Benc
     function = (
         "import os\nfrom app.job_function import job_function\n@job_function()\ndef pid(payload): return os.getpid()\n"
     )
-    module.write_text(function)
+
+    def write(text: str) -> None:
+        """At once: a successor that read the file half-written would load it without the function."""
+        whole = tmp_path / "whole"
+        whole.write_text(text)
+        whole.replace(module)
+
+    write(function)
     settings = {"FUNCTION_MODULES": "edited", "WORKER_MAX_JOBS": 1, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
     settings["PYTHONDONTWRITEBYTECODE"] = 1
     with worker(environment(own.url, **settings), tmp_path / "worker.log") as process:
         (first,) = processes_of(own, "edited.pid", 1)
-        module.write_text("not Python")
+        write("not Python")
         wait_until(lambda: processes_of(own, "edited.pid", 1) and "no new work-horse" in process.log)
         before = processes_of(own, "edited.pid", 3)
         assert len(set(before)) == 1
-        module.write_text(function)
+        write(function)
         wait_until(lambda: processes_of(own, "edited.pid", 1) != before[:1])
     assert first
