@@ -116,10 +116,10 @@ def _read_retry_after(text: str | None) -> float | None:
     if re.fullmatch(r"[0-9]{1,9}", text.strip()):
         return min(float(text), LONGEST_PAUSE)
     try:
-        until = parsedate_to_datetime(text)
-    except ValueError:
+        until = parsedate_to_datetime(text).timestamp()
+    except (ValueError, OverflowError):  # the latter of numbers with many digits
         return None
-    return min(max(0.0, until.timestamp() - time.time()), LONGEST_PAUSE)
+    return min(max(0.0, until - time.time()), LONGEST_PAUSE)
 
 
 def _post(url: str, body: bytes, headers: dict[str, str], *, allow_private: bool) -> Answer:

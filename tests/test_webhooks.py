@@ -528,6 +528,8 @@ def test_what_an_answer_means(
         ("7", 7), (" 0 ", 0), ("99999999", 86400), ("-1", None), ("soon", None), ("1.5", None), ("", None),
         (None, None),
         ("Sun, 06 Nov 1994 08:49:37 GMT", 0), ("Fri, 31 Dec 2100 23:59:59 GMT", 86400), ("9" * 400, None),
+        ("Mon, 01 Jan 2027 00:00:00 +99999999999999", None), ("Mon, 1 Jan 99999999999999999999 00:00:00", None),
+        ("Mon, 99999999999999999999 Jan 2027 00:00:00", None),
     ],
 )  # fmt: skip
 def test_retry_after(text: str | None, seconds: float | None) -> None:
