@@ -5,7 +5,7 @@ from typing import Any
 
 from flask import Response, after_this_request, request
 from gunicorn.http.errors import ParseException
-from werkzeug.exceptions import RequestEntityTooLarge
+from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
 
 from app import problems
 from app.auth import current_key
@@ -41,7 +41,8 @@ def read_payload(limit: int) -> Any:
     try:
         # werkzeug's own stream around it, which chunked bodies need, takes 25 µs.
         body = request.get_data(cache=False) if length is None else request.environ["wsgi.input"].read(length)
-    except (OSError, ParseException) as error:  # a time-out, or gunicorn's words for chunks that are none or endless
+    # A time-out, gunicorn's word for chunks that are none or endless, and werkzeug's for either of these.
+    except (OSError, ParseException, ClientDisconnected) as error:
         raise problems.BadRequest("The body could not be read to its end.") from error
     finally:
         if connection:

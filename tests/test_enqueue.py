@@ -339,6 +339,19 @@ def test_enqueue_accepts_a_body_of_exactly_the_limit(client: FlaskClient) -> Non
     assert post(client, b'"' + b"x" * 399_998 + b'"').status_code == 202
 
 
+def test_enqueue_says_that_a_body_did_not_come_to_its_end(client: FlaskClient, redis: "Redis") -> None:
+    class Stalled(io.BytesIO):
+        def read(self, *_: object) -> bytes:
+            raise TimeoutError
+
+        readinto = read  # type: ignore[assignment]
+
+    for given in ({**chunked(b""), "input_stream": Stalled()}, {"input_stream": Stalled(b"[1]"), "content_length": 3}):
+        problem = problem_of(client.post("/enqueue/echo", content_type=JSON, **given), 400, "bad-request")
+        assert problem["detail"] == "The body could not be read to its end."
+    assert waiting(redis) == []
+
+
 @pytest.mark.parametrize("extra", [-1, 0, 1])
 def test_enqueue_limits_a_chunked_body(client: FlaskClient, extra: int) -> None:
     body = b'"' + b"x" * (399_998 + extra) + b'"'
