@@ -14,6 +14,8 @@ import tempfile  # noqa: E402
 import time  # noqa: E402
 from typing import Any  # noqa: E402
 
+import gevent  # noqa: E402
+
 # Before `prometheus_client` and the settings are imported: each process keeps what it measures in files there, so that
 # whichever is asked tells of all of them.
 _own_folder = None
@@ -21,6 +23,7 @@ if not os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
     _own_folder = os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="metrics-")
 
 from gunicorn.glogging import Logger  # noqa: E402
+from gunicorn.http.errors import ParseException  # noqa: E402
 from prometheus_client import multiprocess  # noqa: E402
 
 from app.config import get_settings, is_loopback  # noqa: E402
@@ -99,6 +102,24 @@ def pre_fork(server: Any, worker: Any) -> None:
 def post_fork(server: Any, worker: Any) -> None:
     """Tell Sentry of errors from now on."""
     start_sentry(_settings)
+
+
+def post_request(worker: Any, req: Any, environ: Any, resp: Any) -> None:
+    """Read what is left of a body that was refused, so that its client comes to read why; others go on meanwhile.
+
+    gunicorn's own reading gives way to nobody as long as there are bytes: a client that sends fast held up the process.
+    """
+    has_body = environ.get("CONTENT_LENGTH", "0") != "0" or "HTTP_TRANSFER_ENCODING" in environ
+    if not has_body or resp is None or resp.should_close():
+        return
+    with gevent.Timeout(keepalive, False):  # type: ignore[arg-type]  # False: it says nothing
+        try:
+            while req.body.read(2**16):
+                gevent.sleep(0)
+        except (OSError, ParseException):
+            req.force_close()
+        return
+    req.force_close()
 
 
 def worker_exit(server: Any, worker: Any) -> None:

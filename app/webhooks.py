@@ -33,6 +33,14 @@ PATIENCE = 10.0
 #: Longest pause, in seconds, that a receiver's `Retry-After` may ask for.
 LONGEST_PAUSE = 24 * 3600
 
+#: What is not public, and Python 3.11's `is_global` lets pass: IETF protocol assignments (RFC 6890), 6to4 relays
+#: (RFC 7526), site-local addresses (RFC 3879), documentation (RFC 9637), segment routing (RFC 9602), and the one
+#: address that serves Azure's hosts from inside.
+_NOT_PUBLIC = tuple(
+    ipaddress.ip_network(network)
+    for network in ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32", "fec0::/10", "3fff::/20", "5f00::/16")
+)
+
 
 class Refused(ValueError):
     """Nobody is told at this address; the text says why."""
@@ -47,6 +55,8 @@ def _is_public(address: str) -> bool:
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if inner is not None and not _is_public(str(inner)):
             return False
+    if any(ip in network for network in _NOT_PUBLIC):
+        return False
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 

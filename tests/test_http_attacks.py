@@ -349,3 +349,27 @@ def test_enqueue_of_a_burst_is_taken_whole(service: Service) -> None:
         answers = list(pool.map(lambda n: requests.post(f"{service.url}/enqueue/echo", json=n, timeout=30), range(300)))
     assert {answer.status_code for answer in answers} == {202}
     assert len({answer.json()["job_id"] for answer in answers}) == 300
+
+
+def test_a_refused_body_that_comes_fast_holds_up_nobody(service: Service) -> None:
+    def pump() -> bool:
+        with connect(service) as connection:
+            connection.sendall(
+                f"POST /enqueue/echo HTTP/1.1\r\nHost: x\r\n{JSON}\r\nContent-Length: {10**12}\r\n\r\n".encode()
+            )
+            deadline = time.monotonic() + 25
+            try:
+                while time.monotonic() < deadline:
+                    connection.sendall(b"a" * 2**16)
+            except OSError:
+                return True  # the server hung up
+        return False
+
+    answers = 0
+    with ThreadPoolExecutor(1) as pool:
+        pumping = pool.submit(pump)
+        while not pumping.done():
+            assert requests.get(f"{service.url}/healthz", timeout=10).status_code == 200
+            answers += 1
+    assert pumping.result()
+    assert answers > 5
