@@ -5,6 +5,7 @@ value as strict JSON. It lives on between jobs, so what a function loaded once s
 a function asks for it through `rq.get_current_job()`.
 """
 
+import contextlib
 import copy
 import json
 import math
@@ -167,4 +168,5 @@ def main(end: socket.socket) -> None:
             return
         assert frame
         run_job(*frame, functions, channel)
-        sys.stdout.flush()
+        with contextlib.suppress(Exception):  # the job may have closed it; the next one is with us already
+            sys.stdout.flush()

@@ -165,6 +165,8 @@ class Worker(EndingWorker):
                 taken, self._taken_ahead = self._taken_ahead, None
                 if not isinstance(taken, transitions.Taken):
                     self._settle()
+                    if isinstance(taken, transitions.Nothing) and (timeout is None or max_idle_time is not None):
+                        taken = None  # it was taken before the last job ended, which may wait again
                 if not taken:
                     self._stable.ready_horse()
                     self._asked_at = self._asked_at or time.monotonic()

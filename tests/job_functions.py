@@ -172,6 +172,12 @@ def foresee(payload: dict[str, Any]) -> None:
 
 
 @job_function()
+def close_stdout(payload: Any) -> None:
+    """Do what a careless library does."""
+    sys.stdout.close()
+
+
+@job_function()
 def report_slowly(seconds: Annotated[float, Field(ge=0, le=600)]) -> None:
     """Report twenty times a second how much of the time is over."""
     steps = round(seconds * 20)

@@ -651,7 +651,7 @@ def test_cancel_through_the_api_ends_the_run_at_once(bench: Bench, tmp_path: Pat
 def test_function_says_when_it_is_worth_another_try(
     bench: Bench, shop: Shop, payload: dict[str, Any], status: str, pause: int
 ) -> None:
-    start = int(time.time())  # whole seconds, as RQ's scheduler counts
+    start = time.time()
     # `retries` of a job function are the API's to write; RQ's own way here.
     job_id = bench.enqueue("foresee", payload, retry=Retry(max=3, interval=3))
     job = bench.wait_for(job_id, status, *TERMINAL)
@@ -811,6 +811,23 @@ def test_death_of_a_worker_ends_its_work_horse_and_another_runs_the_job_again(ow
             job = own.end_of(job_id, "finished")
     assert job["crashes"] == "1"
     assert len(set(lines_of(path))) == 2
+
+
+def test_burst_worker_runs_what_its_last_job_made_wait(own: Bench, tmp_path: Path) -> None:
+    job_id = own.enqueue("foresee", {"how": "again"}, retry=Retry(max=2))
+    with running(python("rq.cli", "worker", "--burst"), environment(own.url), tmp_path / "worker.log") as process:
+        assert process.popen.wait(30) == 0
+    job = own.read(job_id)
+    assert (job["status"], job["retries_left"]) == ("failed", "0")
+
+
+def test_next_job_does_not_pay_for_a_closed_stdout(own: Bench, tmp_path: Path) -> None:
+    jobs = [own.enqueue("close_stdout"), own.enqueue("echo", 1)]
+    with running(python("rq.cli", "worker", "--burst"), environment(own.url), tmp_path / "worker.log") as process:
+        assert process.popen.wait(30) == 0
+    for job in map(own.read, jobs):
+        assert job["status"] == "finished"
+        assert "crashes" not in job
 
 
 def test_burst_worker_ends_when_the_queues_are_empty(own: Bench, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ if is_tried_again then
   if pause > 0 then
     redis.call('HSET', key, 'status', 'scheduled', 'started_at', '', 'worker_name', '')
     redis.call('HDEL', key, 'progress')
-    redis.call('ZADD', registry('scheduled', queue), math.floor(now + pause), id)
+    redis.call('ZADD', registry('scheduled', queue), exact(now + pause), id)
     move(id, 'started', 'scheduled', owner)
     return 'scheduled'
   end
