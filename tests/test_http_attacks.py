@@ -114,7 +114,7 @@ def test_enqueue_takes_a_well_formed_chunked_body(service: Service) -> None:
 def test_enqueue_answers_a_client_that_announces_a_gigabyte_without_reading_it(service: Service) -> None:
     start = time.monotonic()
     reply = send(service, "POST /enqueue/echo HTTP/1.1", JSON, f"Content-Length: {10**9}", body=b"[")
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 5
     assert reply.status == 413
     assert f'"limit_bytes":{LIMIT}' in reply.body
     assert "application/problem+json" in reply.head
@@ -341,7 +341,7 @@ def test_slow_clients_hold_up_nobody(service: Service) -> None:
             start = time.monotonic()
             answer = requests.post(f"{service.url}/enqueue/echo?wait=20", json=1, timeout=30)
             assert (answer.status_code, answer.json()["result"]) == (200, 1)
-            assert time.monotonic() - start < 10
+            assert time.monotonic() - start < 5
 
 
 def test_enqueue_of_a_burst_is_taken_whole(service: Service) -> None:

@@ -155,7 +155,7 @@ def test_sentinels_that_stall_are_not_awaited_for_long() -> None:
         start = time.monotonic()
         with pytest.raises(RedisTimeoutError) as raised:
             client.ping()
-        assert time.monotonic() - start < 6  # five times SENTINEL_TIMEOUT, and a slow machine
+        assert time.monotonic() - start < 3
     assert re.fullmatch(
         r"No Sentinel tells where 'mymaster' is\. (127\.0\.0\.1:\d+: Timeout[^;<]*(; |$)){5}", str(raised.value)
     )

@@ -173,7 +173,7 @@ def test_prefer_wait_waits_and_says_so_in_the_normal_answer(client: FlaskClient,
         answer = client.post(path, json=1, headers={"Prefer": "wait=1"})
     else:
         answer = client.get(path, query_string={"job_id": enqueue_echo(client)}, headers={"Prefer": "wait=1"})
-    assert 1 <= time.monotonic() - start < 10
+    assert 1 <= time.monotonic() - start < 3
     assert answer.status_code == {"/check_status": 200, "/get_result": 409, "/enqueue/echo": 202}[path]
     assert answer.headers["Preference-Applied"] == "wait=1"
     assert answer.headers["Retry-After"] == "1"
@@ -187,7 +187,7 @@ def test_wait_option_wins_over_the_header(client: FlaskClient, path: str) -> Non
     else:
         query = {"job_id": enqueue_echo(client), "wait": 0}
         answer = client.get(path, query_string=query, headers={"Prefer": "wait=30"})
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 5
     assert "Preference-Applied" not in answer.headers
 
 
@@ -201,7 +201,7 @@ def test_wait_that_runs_out_gives_the_normal_answer(client: FlaskClient, path: s
         answer = client.post(f"{path}?wait=0.4", json=1)
     else:
         answer = client.get(path, query_string={"job_id": enqueue_echo(client), "wait": 0.4})
-    assert 0.4 <= time.monotonic() - start < 10
+    assert 0.4 <= time.monotonic() - start < 2.5
     assert answer.headers["Retry-After"] == "1"
     if path == "/get_result":
         assert problem_of(answer, 409, "result-not-ready")["job_status"] == "queued"
@@ -224,7 +224,7 @@ def test_wait_for_a_job_that_has_ended_answers_at_once(
     job_id = job_in_state(client, redis, state)
     start = time.monotonic()
     answer = client.get(path, query_string={"job_id": job_id, "wait": 30})
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 5
     assert answer.status_code == (200 if path == "/check_status" else 409)
 
 
@@ -232,7 +232,7 @@ def test_wait_for_a_job_that_has_ended_answers_at_once(
 def test_wait_for_a_job_that_is_not_there_answers_at_once(client: FlaskClient, path: str) -> None:
     start = time.monotonic()
     problem_of(client.get(path, query_string={"job_id": "nope", "wait": 30}), 404, "job-not-found")
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize("outcome", ["finished", "failed", "stopped"])
@@ -318,7 +318,7 @@ def test_wait_over_the_limit_is_answered_at_once(redis: "Redis", pool: ThreadPoo
     second = client.get("/check_status", query_string=query)
     third = client.get("/get_result", query_string=query)
     fourth = client.post("/enqueue/echo?wait=20", json=1)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 5
     assert [answer.status_code for answer in (second, third, fourth)] == [200, 409, 202]
     assert all(int(answer.headers["Retry-After"]) >= 1 for answer in (second, third, fourth))
     assert not first.done()
@@ -335,7 +335,7 @@ def test_wait_with_a_limit_of_zero_never_waits(redis: "Redis") -> None:
     client = create_app(Settings(max_waiting=0), redis).test_client()
     start = time.monotonic()
     answer = client.post("/enqueue/echo?wait=20", json=1)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 5
     assert (answer.status_code, answer.headers["Retry-After"]) == (202, "1")
 
 
