@@ -5,7 +5,6 @@ value as strict JSON. It lives on between jobs, so what a function loaded once s
 a function asks for it through `rq.get_current_job()`.
 """
 
-import contextlib
 import copy
 import json
 import math
@@ -168,5 +167,7 @@ def main(end: socket.socket) -> None:
             return
         assert frame
         run_job(*frame, functions, channel)
-        with contextlib.suppress(Exception):  # the job may have closed it; the next one is with us already
+        try:
             sys.stdout.flush()
+        except (AttributeError, OSError, ValueError):  # the job broke or closed it, and the next one may print
+            sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115  # it stays open

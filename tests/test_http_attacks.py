@@ -341,7 +341,7 @@ def test_slow_clients_hold_up_nobody(service: Service) -> None:
             start = time.monotonic()
             answer = requests.post(f"{service.url}/enqueue/echo?wait=20", json=1, timeout=30)
             assert (answer.status_code, answer.json()["result"]) == (200, 1)
-            assert time.monotonic() - start < 5
+            assert time.monotonic() - start < 3
 
 
 def test_enqueue_of_a_burst_is_taken_whole(service: Service) -> None:

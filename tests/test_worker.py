@@ -822,12 +822,20 @@ def test_burst_worker_runs_what_its_last_job_made_wait(own: Bench, tmp_path: Pat
 
 
 def test_next_job_does_not_pay_for_a_closed_stdout(own: Bench, tmp_path: Path) -> None:
-    jobs = [own.enqueue("close_stdout"), own.enqueue("echo", 1)]
+    path = tmp_path / "pids"
+    write_pid = "write_pid", {"path": str(path), "seconds": 0}
+    jobs = [
+        own.enqueue(*write_pid),
+        own.enqueue("close_stdout"),
+        own.enqueue("log_something", "x"),
+        own.enqueue(*write_pid),
+    ]
     with running(python("rq.cli", "worker", "--burst"), environment(own.url), tmp_path / "worker.log") as process:
         assert process.popen.wait(30) == 0
     for job in map(own.read, jobs):
         assert job["status"] == "finished"
         assert "crashes" not in job
+    assert len(set(lines_of(path))) == 1  # nor is there a new process
 
 
 def test_burst_worker_ends_when_the_queues_are_empty(own: Bench, tmp_path: Path) -> None:
