@@ -606,11 +606,12 @@ def test_retries_run_the_job_again_at_once_or_after_a_pause(bench: Bench, tmp_pa
 
 
 @pytest.mark.parametrize("has_dependents", [False, True])
-def test_stop_command_ends_the_running_job(bench: Bench, has_dependents: bool) -> None:
-    job_id = bench.enqueue("sleep_for", 50)
+def test_stop_command_ends_the_running_job(bench: Bench, tmp_path: Path, has_dependents: bool) -> None:
+    path = tmp_path / "pid"
+    job_id = bench.enqueue("write_pid", {"path": str(path), "seconds": 50})
     if has_dependents:
         bench.enqueue("echo", 1, depends_on=job_id)
-    bench.wait_for(job_id, "started")
+    wait_until(lambda: lines_of(path))  # Redis says `started` a moment before the worker knows
     send_stop_job_command(bench.redis, job_id, serializer=JSONSerializer)
     assert bench.end_of(job_id, "stopped", 10)["error"]["type"] == "JobStopped"
     assert bench.redis.zscore("rq:failed:default", job_id)
