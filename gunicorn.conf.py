@@ -44,8 +44,7 @@ class logger_class(Logger):  # type: ignore[misc]  # noqa: N801  # gunicorn's na
 bind = _settings.address
 workers = _settings.web_concurrency
 worker_class = "gevent"
-# Room for all that may wait, and for those who do not.
-worker_connections = _settings.max_waiting + 1000
+worker_connections = _settings.max_connections
 # Each of them is an open file, of which a process may have 1024 on most systems, unless it asks for more.
 _soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 if _soft != resource.RLIM_INFINITY:
@@ -56,6 +55,8 @@ if _soft != resource.RLIM_INFINITY:
 # A request in flight has this long to end on a shutdown: a little more than the longest wait.
 graceful_timeout = _settings.max_wait + 5
 keepalive = 5
+#: Seconds that a client may be silent in the middle of a request, or not read what it is answered.
+SILENCE = 30
 # No header changes a request's path or scheme. gunicorn takes SCRIPT_NAME from a proxy on this machine, and so from any
 # client of it: `SCRIPT_NAME: /x` would make `/queues` of `/x/queues`, which the proxy may let through.
 forwarder_headers = ""
@@ -102,6 +103,11 @@ def pre_fork(server: Any, worker: Any) -> None:
 def post_fork(server: Any, worker: Any) -> None:
     """Tell Sentry of errors from now on."""
     start_sentry(_settings)
+
+
+def pre_request(worker: Any, req: Any) -> None:
+    """Wait for a client for a while, not for ever (see app/fairness.py)."""
+    req.unreader.sock.settimeout(SILENCE)
 
 
 def post_request(worker: Any, req: Any, environ: Any, resp: Any) -> None:

@@ -170,6 +170,9 @@ class Settings(BaseSettings):
         default=1_000_000, ge=1, description="Jobs that may wait in one queue, the delayed ones with them"
     )
     max_payload_bytes: int = Field(default=16 * 2**20, ge=1, le=512 * 2**20, description="Largest request body")
+    max_payload_values: int = Field(
+        default=1_000_000, ge=1, le=100_000_000, description="JSON values that a request body may hold"
+    )
     max_result_bytes: int = Field(default=16 * 2**20, ge=1, le=256 * 2**20, description="Largest result, as JSON")
 
     webhook_secrets: Annotated[tuple[WebhookSecret, ...], NoDecode] = Field(
@@ -276,6 +279,11 @@ class Settings(BaseSettings):
     def all_queues(self) -> tuple[str, ...]:
         """The queues that workers look after: that of webhooks comes last, if there are webhooks."""
         return (*self.queues, "webhooks") if self.webhook_secrets else self.queues
+
+    @property
+    def max_connections(self) -> int:
+        """Connections that one web process takes: room for all that may wait, and for those who do not."""
+        return self.max_waiting + 1000
 
     @property
     def address(self) -> str:

@@ -78,7 +78,7 @@ def make_control(jobs: Jobs, waiting: Waiting, options: type[Query]) -> APIBluep
         """Enqueue a job for each payload of the body, an array: all or none."""
         found = jobs.find_function(function)
         check_function(function)
-        payloads = read_payload(jobs.settings.max_payload_bytes)
+        payloads = read_payload(jobs.settings)
         asked = options.model_dump(exclude_none=True)
         receipt = jobs.enqueue_many(found, payloads, asked, origin())
         if receipt.is_replay:

@@ -19,6 +19,7 @@ from app.config import MAX_SECONDS, Settings
 from app.job_function import JobFunction
 from app.job_ids import JobIds
 from app.new_jobs import (
+    MOST_ERRORS,
     NOBODY,
     Options,
     Origin,
@@ -36,6 +37,7 @@ from app.status import (
     read_return_value,
     read_stored_payload,
 )
+from app.strict_json import give_way
 from app.transitions import TERMINAL
 
 #: Seconds after which a client should ask again for a job that has not ended.
@@ -48,8 +50,6 @@ KEY_TTL = 24 * 3600
 GROUP_TTL = 2 * MAX_SECONDS
 #: Jobs that one page of a list looks at, at most, to find those that fit.
 MOST_LOOKED_AT = 1000
-#: Places of a request that one answer names as wrong, at most.
-MOST_ERRORS = 100
 
 
 def _encode_cursor(cursor: overviews.Cursor) -> str:
@@ -404,6 +404,7 @@ class Jobs:
         """
         self.read_status(job_id, owner)
         data: Any = self.connection.hget(transitions.job_key(job_id), "data")
+        give_way()
         # Room for what JSON's escapes and the call around it may add.
         text = read_stored_payload(data, 6 * self.settings.max_payload_bytes + 10_000)
         if text is None:

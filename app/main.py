@@ -16,6 +16,7 @@ from app.config import MAX_RETRIES, MAX_SECONDS, Settings, get_settings
 from app.control import make_control
 from app.dashboard import dashboard
 from app.events import BLOCK, EventLog
+from app.fairness import share_connections
 from app.job_function import load_functions
 from app.jobs import Jobs
 from app.ops import ops
@@ -123,6 +124,9 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
         if errors:
             raise problems.InvalidRequest("The query has an option more than once.", errors=errors)
 
+    # The last of all: nothing that is asked before an answer, or done with it, may come between its two halves.
+    share_connections(app, settings)
+
     @app.get("/")
     @app.doc(tags=["Jobs"])
     def index() -> Response:
@@ -137,7 +141,7 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
         """Enqueue a job: the body is its payload."""
         found = jobs.find_function(function)
         check_function(function)
-        payload = read_payload(settings.max_payload_bytes)
+        payload = read_payload(settings)
         asked = options.model_dump(exclude_none=True)
         wait = wait_seconds(asked.pop("wait", None), settings)
         receipt = jobs.enqueue(found, payload, asked, origin())

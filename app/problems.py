@@ -253,11 +253,14 @@ class IdempotencyKeyReused(Problem):
 
 
 class PayloadTooLarge(Problem):
-    """The body is larger than this service takes."""
+    """The body has more bytes, or JSON values, than this service takes."""
 
     status = 413
     title = "Payload too large"
-    explanation = "The body has more than `limit_bytes` bytes. Send less, for example a link to the data."
+    explanation = (
+        "The body has more than `limit_bytes` bytes, or more than `limit_values` JSON values. Send less, for example "
+        "a link to the data, or many numbers as one string in base64."
+    )
     example: ClassVar = {"limit_bytes": 16777216}
 
 
@@ -270,11 +273,14 @@ class UnsupportedMediaType(Problem):
 
 
 class TooManyRequests(Problem):
-    """The API key sends more requests than it may."""
+    """The API key sends more requests than it may, or has too many open at once."""
 
     status = 429
     title = "Too many requests"
-    explanation = "There were more requests in a short time than are allowed. Wait for the seconds of `Retry-After`."
+    explanation = (
+        "The key sent more requests in a short time than are allowed, or has as many open as are left for all others. "
+        "Wait for the seconds of `Retry-After`."
+    )
 
 
 class InternalError(Problem):

@@ -10,48 +10,59 @@ from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
 from app import problems
 from app.auth import current_key
 from app.config import Settings
+from app.fairness import limit_reading
 from app.metrics import note_wait
 from app.new_jobs import Origin
 from app.request_ids import current_request_id
-from app.strict_json import parse_json
+from app.strict_json import give_way, parse_json, want_few_values
 
-#: Seconds that a client may be silent in the middle of a body.
-BODY_PATIENCE = 30
+#: Bytes from which on a body is large: reading it gives way to others, before and after.
+LARGE = 64 * 1024
 
 
-def read_payload(limit: int) -> Any:
+def _read_body(limit: int) -> bytes:
+    length = request.content_length
+    if length is None:
+        # gunicorn takes any coding before `chunked`, and decodes none of them.
+        if (coding := request.headers.get("Transfer-Encoding", "chunked")).lower() != "chunked":
+            raise problems.BadRequest(f"The body's Transfer-Encoding is {coding!r}; only chunked is known.")
+        with limit_reading(limit):
+            return request.get_data(cache=False)
+    if length > limit:
+        raise RequestEntityTooLarge
+    with limit_reading(length):
+        # werkzeug's own stream around it, which chunked bodies need, takes 25 µs.
+        body: bytes = request.environ["wsgi.input"].read(length)
+    if len(body) < length:  # which gunicorn does not say
+        raise problems.BadRequest("The body is shorter than its Content-Length.")
+    return body
+
+
+def read_payload(settings: Settings) -> Any:
     """The body as JSON data.
-
-    Args:
-        limit: bytes that it may have.
 
     Raises:
         UnsupportedMediaType, InvalidJson, BadRequest: it is no JSON, or not said to be, or did not come to its end.
-        RequestEntityTooLarge: it has more bytes.
+        RequestEntityTooLarge, PayloadTooLarge: it has more bytes, or values, than the settings allow.
     """
     if not request.is_json:
         given = request.mimetype or "none"
         raise problems.UnsupportedMediaType(f"The body must be JSON, with Content-Type application/json, not {given}.")
-    connection = request.environ.get("gunicorn.socket")  # gunicorn itself limits the time of the head only
-    length = request.content_length
-    if length is not None and length > limit:
-        raise RequestEntityTooLarge
-    if connection:
-        connection.settimeout(BODY_PATIENCE)
+    limit = settings.max_payload_bytes
     try:
-        # werkzeug's own stream around it, which chunked bodies need, takes 25 µs.
-        body = request.get_data(cache=False) if length is None else request.environ["wsgi.input"].read(length)
+        body = _read_body(limit)
     # A time-out, gunicorn's word for chunks that are none or endless, and werkzeug's for either of these.
     except (OSError, ParseException, ClientDisconnected) as error:
         raise problems.BadRequest("The body could not be read to its end.") from error
-    finally:
-        if connection:
-            connection.settimeout(None)
     if len(body) > limit:
         raise RequestEntityTooLarge
-    if length not in (None, len(body)):  # cut short, which gunicorn does not say
-        raise problems.BadRequest("The body is shorter than its Content-Length.")
-    return parse_json(body)
+    if len(body) > LARGE:
+        give_way()
+    want_few_values(body, settings.max_payload_values)
+    payload = parse_json(body)
+    if len(body) > LARGE:
+        give_way()
+    return payload
 
 
 def _preferred_wait() -> float | None:

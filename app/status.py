@@ -2,7 +2,6 @@
 
 import base64
 import binascii
-import json
 import re
 import zlib
 from collections.abc import Mapping
@@ -26,6 +25,9 @@ STATUS_FIELDS = (
 
 #: Where to go on with a job.
 LINKS = {"check_status": "/check_status", "get_result": "/get_result", "cancel": "/cancel"}
+
+#: How a call of a job function is stored.
+_CALL = re.compile(rb'\["[^"\\]*", ?null, ?\[(.*)\], ?\{\}\]', re.DOTALL)
 
 StatusObject = dict[str, Any]
 
@@ -97,13 +99,13 @@ def _error(connection: Redis, job_id: str, stored: str | None, is_listed: bool) 
 
 def read_stored_payload(data: bytes | None, limit: int) -> bytes | None:
     """The payload, as JSON text; None if the job's call is none that this service stored, or has more bytes."""
-    reader = zlib.decompressobj()
     try:
-        text = reader.decompress(data or b"", limit)
-        _, _, (payload,), _ = json.loads(text)
-        return json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-    except (zlib.error, ValueError, TypeError, RecursionError):
+        call = _CALL.fullmatch(zlib.decompressobj().decompress(data or b"", limit))
+        if call:
+            from_json(call[1], allow_inf_nan=False)  # RQ may have stored two arguments there, or NaN
+    except (zlib.error, ValueError):
         return None
+    return call[1] if call else None
 
 
 def read_return_value(job_id: str, entry: Mapping[bytes, bytes]) -> bytes:

@@ -93,7 +93,9 @@ def test_enqueue_accepts_every_json_type(client: FlaskClient, content_type: str)
 
 @pytest.fixture
 def settings() -> Settings:
-    return Settings(queues=("default", "low"), max_payload_bytes=400_000, max_queue_length=50)
+    return Settings(
+        queues=("default", "low"), max_payload_bytes=400_000, max_payload_values=100_100, max_queue_length=50
+    )
 
 
 @pytest.mark.parametrize(
@@ -375,6 +377,42 @@ def test_enqueue_refuses_a_huge_announced_body_unread(client: FlaskClient) -> No
         environ_overrides={"CONTENT_LENGTH": str(10**12), "wsgi.input": Unread()},
     )
     assert problem_of(answer, 413, "payload-too-large")["limit_bytes"] == 400_000
+
+
+@pytest.mark.parametrize(
+    ("item", "count"),
+    [
+        (b"[]", 2),
+        (b"{}", 2),
+        (b"1", 1),
+        (b'""', 1),
+        (b'{"":1}', 2),
+        (b'["\\""]', 2),
+        (b'["[,"]', 2),
+        (b"[[[[[1]]]]]", 6),
+    ],
+)
+def test_enqueue_limits_the_values_of_a_body(client: FlaskClient, redis: "Redis", item: bytes, count: int) -> None:
+    """An empty array or object counts as one that holds something: whether it does is not looked at."""
+    most = (100_100 - 1) // count
+    assert post(client, b"[" + b",".join([item] * most) + b"]").status_code == 202
+    before = waiting(redis)
+    problem = problem_of(post(client, b"[" + b",".join([item] * (most + 1)) + b"]"), 413, "payload-too-large")
+    assert problem["limit_values"] == 100_100
+    assert waiting(redis) == before
+
+
+@pytest.mark.parametrize("text", ["," * 300_000, "[{" * 150_000, '\\",' * 60_000, "a, " * 100_000])
+def test_enqueue_counts_nothing_in_a_string(client: FlaskClient, text: str) -> None:
+    for payload in (text, [text], {text: 1}):
+        assert post(client, json.dumps(payload).encode()).status_code == 202
+
+
+def test_enqueue_names_the_first_places_of_a_payload_that_does_not_fit(client: FlaskClient) -> None:
+    body = b"{" + b",".join(b'"%d":1' % number for number in range(30_000)) + b"}"
+    problem = problem_of(post(client, body, path="/enqueue/count_words"), 422, "invalid-request")
+    assert [error["loc"] for error in problem["errors"][:2]] == [["body", "text"], ["body", "0"]]
+    assert len(problem["errors"]) == 100
 
 
 def test_enqueue_refuses_a_job_over_the_limit_of_the_queue(client: FlaskClient, redis: "Redis") -> None:

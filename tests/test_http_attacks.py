@@ -1,4 +1,5 @@
 import contextlib
+import json
 import socket
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 import requests
 
+from app.request_parts import LARGE
 from tests.conftest import Service
 
 JSON = "Content-Type: application/json"
@@ -94,6 +96,7 @@ def still_answers(service: Service) -> Iterator[None]:
         pytest.param(["Content-Length: 3", "Transfer-Encoding: chunked"], b"1\r\n1\r\n0\r\n\r\n", id="both"),
         pytest.param(["Transfer-Encoding: chunked, identity"], b"1\r\n1\r\n0\r\n\r\n", id="unknown encoding"),
         pytest.param(["Transfer-Encoding: gzip"], b"[1]", id="gzip"),
+        pytest.param(["Transfer-Encoding: gzip, chunked"], b"3\r\n[1]\r\n0\r\n\r\n", id="gzip in chunks"),
         pytest.param([], b"[1]", id="no length"),
     ],
 )
@@ -372,4 +375,20 @@ def test_a_refused_body_that_comes_fast_holds_up_nobody(service: Service) -> Non
             assert requests.get(f"{service.url}/healthz", timeout=10).status_code == 200
             answers += 1
     assert pumping.result()
+    assert answers > 5
+
+
+def test_large_bodies_that_come_together_hold_up_nobody(service: Service) -> None:
+    def enqueue(number: int) -> int:
+        payload = {f"{number}-{key}": key for key in range(10_000)}
+        assert LARGE < len(json.dumps(payload)) < LIMIT
+        return requests.post(f"{service.url}/enqueue/echo", json=payload, timeout=60).status_code
+
+    answers = 0
+    with ThreadPoolExecutor(40) as pool:
+        enqueuing = [pool.submit(enqueue, number) for number in range(40)]
+        while not all(each.done() for each in enqueuing):
+            assert requests.get(f"{service.url}/healthz", timeout=10).status_code == 200
+            answers += 1
+    assert {each.result() for each in enqueuing} == {202}
     assert answers > 5

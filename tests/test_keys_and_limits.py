@@ -1,14 +1,16 @@
 """Keys and limits as they are met over the wire: refused before the body, and no way around them."""
 
 import json
+import select
 import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 from http.client import HTTPResponse
 from typing import NamedTuple
 
 import pytest
 
-from tests.processes import environment, gunicorn, valkey_server
+from tests.processes import environment, gunicorn, valkey_server, wait_until
 from tests.test_auth import ALICE, BOB, KEYS, OPS
 
 
@@ -35,7 +37,8 @@ class Guarded(NamedTuple):
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     folder = tmp_path_factory.mktemp("guarded")
     with valkey_server(folder / "valkey") as server:
-        env = environment(f"redis://127.0.0.1:{server.port}", API_KEYS=json.dumps(KEYS), MAX_PAYLOAD_BYTES=200_000)
+        url = f"redis://127.0.0.1:{server.port}"
+        env = environment(url, API_KEYS=json.dumps(KEYS), MAX_PAYLOAD_BYTES=200_000, MAX_WAITING=100)
         with gunicorn(env, folder / "web.log", "app.main:app") as (url, _):
             yield Guarded(int(url.rpartition(":")[2]))
 
@@ -163,3 +166,25 @@ def test_a_body_is_no_second_request(guarded: Guarded) -> None:
                 received += part
         assert b'"queues"' not in received, framing
         assert received.startswith((b"HTTP/1.1 4", b"HTTP/1.1 5")), framing
+
+
+def test_one_key_leaves_connections_to_the_others(guarded: Guarded) -> None:
+    """What it holds open is counted, whatever that is: here bodies that do not come to their end."""
+
+    def status(path: str, key: str) -> int:
+        return guarded.send(f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n\r\n").status
+
+    head = f"POST /enqueue HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {ALICE}\r\n{ANNOUNCED}\r\n"
+    with ExitStack() as stack:
+        held = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", guarded.port), timeout=15)) for _ in range(550)
+        ]
+        for connection in held:
+            connection.sendall(head.encode())
+        wait_until(lambda: status("/functions", ALICE) == 429)
+        assert guarded.send(head).status == 429  # and no byte of the body was waited for
+        assert status("/healthz", ALICE) == 200  # public
+        assert status("/functions", BOB) == 200
+        assert status("/queues", OPS) == 200
+        assert select.select(held, [], [], 0)[0] == []  # and what is open goes on
+    wait_until(lambda: status("/functions", ALICE) == 200)

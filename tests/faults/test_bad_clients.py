@@ -18,6 +18,7 @@ import requests
 from tests.faults.conftest import Row
 from tests.faults.ledger import RUNS_KEY
 from tests.faults.site import Clients, Service, Site, port_of
+from tests.processes import wait_until
 from tests.test_http_attacks import JSON, Reply, read_reply
 
 CHUNKED = "Transfer-Encoding: chunked"
@@ -241,3 +242,18 @@ def test_slow_clients_hold_up_nobody_and_are_answered_in_the_end(
     )
     assert len(took) >= 100
     assert p99 < 1
+
+
+@pytest.mark.fault("17b", "a body that comes a byte a second, for ever", timeout=300)
+def test_connection_whose_client_takes_too_long_for_a_body_is_ended(
+    clients: Clients, row: Row, site: Site, long: bool
+) -> None:
+    if not long:
+        pytest.skip("it takes as long as the service waits for a body")
+    slow = SlowClient(site, is_slow_from_the_head=False)
+    start = time.monotonic()
+    with slow_clients([slow]):
+        wait_until(lambda: slow.cut > 0, 90)
+    slow.close()
+    clients.enqueue_one()
+    row.close(clients.ledger.settle(), time.monotonic() - start)
