@@ -53,10 +53,7 @@ class JsonAnswer(Response):
 
 def json_answer(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """An answer of JSON, its members in the order they were given."""
-    text = encode_json(data).encode()
-    answer = JsonAnswer(text, status, headers)
-    answer.headers["Content-Length"] = str(len(text))
-    return answer
+    return JsonAnswer(encode_json(data).encode(), status, headers)
 
 
 def ask_again(status: StatusObject) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """The Flask app: `create_app`, and the core routes, each of which parses, calls `jobs` and answers."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from app.fairness import share_connections
 from app.job_function import load_functions
 from app.jobs import Jobs
 from app.ops import ops
+from app.pipelining import PipelinedRedis
 from app.redis_resc import connect, redis_conn
 from app.request_ids import follow_requests
 from app.request_parts import add_header, origin, read_payload, reader, wait_seconds
@@ -31,6 +33,14 @@ from app.waiting import Waiting
 DEFAULT_FUNCTION = "some_long_function"
 
 _SWAGGER_UI = Path(flask_swagger_ui.__file__).parent / "dist"
+
+
+class App(APIFlask):
+    """APIFlask, whose functions are none of them async: Flask would ask that of each one at each call."""
+
+    def ensure_sync(self, func: Callable[..., Any]) -> Callable[..., Any]:
+        """The function."""
+        return func
 
 
 def create_app(settings: Settings | None = None, connection: Redis | None = None) -> APIFlask:
@@ -69,10 +79,10 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
         connection or redis_conn,
         lambda: connection.client() if connection else connect(settings, socket_timeout=BLOCK + 4),
     )
-    jobs = Jobs(settings, connection or redis_conn, functions)
+    jobs = Jobs(settings, connection or PipelinedRedis(connection_pool=redis_conn.connection_pool), functions)
     waiting = Waiting(jobs, events)
 
-    app = APIFlask(
+    app = App(
         __name__,
         title="Background jobs",
         version="0.1.0",

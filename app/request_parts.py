@@ -67,7 +67,7 @@ def read_payload(settings: Settings) -> Any:
 
 def _preferred_wait() -> float | None:
     """The seconds of `Prefer: wait=SECONDS` (RFC 7240); a preference that is not understood is ignored."""
-    for preference in request.headers.get("Prefer", "").split(","):
+    for preference in request.environ.get("HTTP_PREFER", "").split(",") if "HTTP_PREFER" in request.environ else ():
         if match := re.fullmatch(r'wait="?(\d{1,9})"?', preference.partition(";")[0].replace(" ", ""), re.IGNORECASE):
             return float(match[1])
     return None
