@@ -16,6 +16,7 @@ from werkzeug.datastructures import Headers
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
 
 from app import problems
+from app.fairness import large_answer
 from app.jobs import POLL_AGAIN, TRY_AGAIN
 from app.openapi import PROBLEM_JSON
 from app.request_ids import current_request_id
@@ -53,7 +54,17 @@ class JsonAnswer(Response):
 
 def json_answer(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """An answer of JSON, its members in the order they were given."""
-    return JsonAnswer(encode_json(data).encode(), status, headers)
+    return large_answer(JsonAnswer(encode_json(data).encode(), status, headers))
+
+
+def text_answer(text: bytes) -> Response:
+    """An answer of JSON as it is, for its owner only.
+
+    Raises:
+        TooManyRequests: as `large_answer`.
+    """
+    headers = {"Cache-Control": "private, no-cache"}
+    return large_answer(Response(text, 200, headers, mimetype="application/json"))
 
 
 def ask_again(status: StatusObject) -> dict[str, str]:

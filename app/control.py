@@ -14,7 +14,7 @@ from app.auth import check_function, current_key
 from app.jobs import POLL_AGAIN, Jobs
 from app.metrics import count_listener
 from app.problems import Problem
-from app.request_parts import add_header, origin, read_payload, reader
+from app.request_parts import add_header, origin, reader, received_body
 from app.schemas import GroupQuery, JobQuery, JobsQuery, Query
 from app.status import StatusObject
 from app.transitions import TERMINAL
@@ -78,9 +78,9 @@ def make_control(jobs: Jobs, waiting: Waiting, options: type[Query]) -> APIBluep
         """Enqueue a job for each payload of the body, an array: all or none."""
         found = jobs.find_function(function)
         check_function(function)
-        payloads = read_payload(jobs.settings)
         asked = options.model_dump(exclude_none=True)
-        receipt = jobs.enqueue_many(found, payloads, asked, origin())
+        with received_body(jobs.settings) as payloads:
+            receipt = jobs.enqueue_many(found, payloads, asked, origin())
         if receipt.is_replay:
             add_header("Idempotent-Replayed", "true")
         answer = {"group_id": receipt.group_id, "job_ids": receipt.job_ids}

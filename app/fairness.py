@@ -1,14 +1,15 @@
-"""No client takes a web process from all others: how much each may hold open in it, and for how long."""
+"""No client takes a web process from all others: how much each may hold of it, and for how long."""
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import NamedTuple
 
 import gevent
 from apiflask import APIFlask
-from flask import Response, g, request
+from flask import Response, current_app, g, request
 
 from app import problems
 from app.auth import current_key, is_public
@@ -18,61 +19,134 @@ from app.jobs import TRY_AGAIN
 #: Seconds that a client may take to send a body or to read an answer, and one more for each LEAST_RATE bytes.
 PATIENCE = 60
 LEAST_RATE = 16 * 1024
+#: Bytes from which on a body or an answer is large: it is counted how many bytes there are of these.
+LARGE = 64 * 1024
+#: Bytes of large bodies and answers that may be there at once; where the largest are very large, four of these.
+LARGE_AT_ONCE = 256 * 2**20
+
+
+class Shares:
+    """So much of something, of which each key may hold as much as it leaves for all others.
+
+    So one key never has more than half of it; and where some have much, there is something left for the next one
+    (Choudhury and Hahne, Dynamic queue length thresholds, 1998). Where everybody is the same key, it may have all.
+    """
+
+    def __init__(self, most: int, *, of_several_keys: bool) -> None:
+        self._most = most
+        self._of_several_keys = of_several_keys
+        self._held: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def take(self, key: str, amount: int) -> bool:
+        """Whether the key got so much more of it."""
+        with self._lock:
+            left = self._most - self._held.total()
+            if amount + self._held[key] * self._of_several_keys > left:
+                return False
+            self._held[key] += amount
+            return True
+
+    def held(self, key: str) -> int:
+        """How much of it the key has."""
+        return self._held[key]
+
+    def give_back(self, key: str, amount: int) -> None:
+        """What it had."""
+        with self._lock:
+            self._held[key] -= amount
+
+
+class _Limits(NamedTuple):
+    requests: Shares
+    #: of large bodies and answers
+    bytes: Shares
 
 
 def _longest(size: int) -> float:
     return PATIENCE + size / LEAST_RATE
 
 
+def _too_many(what: str) -> problems.TooManyRequests:
+    detail = f"The key {current_key().name!r} has as much open as is left for others: {what}."
+    return problems.TooManyRequests(detail, retry_after=TRY_AGAIN)
+
+
+def _take_bytes(size: int) -> Callable[[], None]:
+    """What gives them back."""
+    shares: Shares = current_app.extensions["limits"].bytes
+    key = current_key().name
+    if not shares.take(key, size):
+        raise _too_many("large bodies and answers")
+    return partial(shares.give_back, key, size)
+
+
 @contextmanager
-def limit_reading(size: int) -> Iterator[None]:
-    """Let a client send a body of so many bytes, but not for ever.
+def _room(size: int) -> Iterator[None]:
+    give_back = _take_bytes(size)
+    try:
+        yield
+    finally:
+        give_back()
+
+
+def room_for_body(size: int) -> AbstractContextManager[None]:
+    """Where a body of so many bytes may be read and used.
+
+    Raises:
+        TooManyRequests: as it is entered: there are too many large ones, of this key or of all together.
+    """
+    return _room(size) if size > LARGE else nullcontext()
+
+
+def limited_time(size: int) -> AbstractContextManager[object]:
+    """Where a client may send a body of so many bytes, but not for ever.
 
     gunicorn limits the time of a request's head only, and its socket's time-out (gunicorn.conf.py) silence only.
 
     Raises:
-        TimeoutError: it takes too long.
+        TimeoutError: inside, if it takes too long.
     """
     if "gunicorn.socket" not in request.environ:  # a server for developers, without gevent
-        yield
-        return
-    with gevent.Timeout(_longest(size), TimeoutError("The body comes too slowly.")):
-        yield
+        return nullcontext()
+    return gevent.Timeout(_longest(size), TimeoutError("The body comes too slowly."))
 
 
-def share_connections(app: APIFlask, settings: Settings) -> None:
-    """Let each key hold open as many requests of this process as are left for all others, if there are several keys.
+def large_answer(answer: Response) -> Response:
+    """The answer, whose client may take its time to read it.
 
-    So one key never has more than half of the connections, whatever it does with them: wait, listen, send or read
-    slowly; and where some have much, there is something left for the next one (Choudhury and Hahne, Dynamic queue
-    length thresholds, 1998). Without keys everybody is trusted, or a proxy in front knows them apart.
+    Raises:
+        TooManyRequests: as `room_for_body`.
     """
-    is_shared = len(settings.api_keys) > 1
-    open_requests: Counter[str] = Counter()
-    lock = threading.Lock()
+    if (size := answer.content_length or 0) > LARGE:
+        answer.call_on_close(_take_bytes(size))
+        if connection := request.environ.get("gunicorn.socket"):
+            connection.settimeout(_longest(size))  # for all of it
+    return answer
 
-    def close(name: str) -> None:
-        with lock:
-            open_requests[name] -= 1
+
+def share_out(app: APIFlask, settings: Settings) -> None:
+    """Let each key hold as many requests of this process as are left for all others, and as many bytes of large ones.
+
+    Whatever it does with them: wait, listen, send or read slowly. Without keys a proxy in front knows clients apart.
+    """
+    several = len(settings.api_keys) > 1
+    largest = max(settings.max_payload_bytes, settings.max_result_bytes)
+    app.extensions["limits"] = limits = _Limits(
+        Shares(settings.max_connections, of_several_keys=several),
+        Shares(max(LARGE_AT_ONCE, 4 * largest), of_several_keys=several),
+    )
 
     @app.before_request
     def begin() -> None:
-        if not is_shared or is_public():
+        if not several or is_public():
             return
-        name = current_key().name
-        with lock:
-            left = settings.max_connections - open_requests.total()
-            if open_requests[name] >= left:
-                detail = f"The key {name!r} has {open_requests[name]} requests open, as many as are left for others."
-                raise problems.TooManyRequests(detail, retry_after=TRY_AGAIN)
-            open_requests[name] += 1
+        if not limits.requests.take(current_key().name, 1):
+            raise _too_many("requests")
         g.is_open = True
 
     @app.after_request
     def end(answer: Response) -> Response:
         if "is_open" in g:
-            answer.call_on_close(partial(close, current_key().name))
-        size = answer.content_length
-        if size and size > LEAST_RATE and (connection := request.environ.get("gunicorn.socket")):
-            connection.settimeout(_longest(size))  # for all of it
+            answer.call_on_close(partial(limits.requests.give_back, current_key().name, 1))
         return answer

@@ -86,15 +86,23 @@ class JobFunction:
         """The JSON Schema of the payload; an empty one allows any JSON."""
         return self.payload.json_schema() if self.payload else {}
 
-    def validate(self, payload: object) -> Any:
-        """Turn a payload as JSON data into what the function receives.
+    def validate_json(self, text: bytes | str) -> Any:
+        """Turn a payload as JSON text into what the function receives; None where any JSON is welcome.
 
-        Validated as JSON (not as Python objects), so that a strict model takes a date or a UUID from a string.
+        Not as Python objects, so that a strict model takes a date or a UUID from a string.
 
         Raises:
             pydantic.ValidationError: the payload does not fit the type hint.
         """
-        return self.payload.validate_json(json.dumps(payload)) if self.payload else payload
+        return self.payload.validate_json(text) if self.payload else None
+
+    def validate(self, payload: object) -> Any:
+        """Turn a payload as JSON data into what the function receives.
+
+        Raises:
+            pydantic.ValidationError: the payload does not fit the type hint.
+        """
+        return self.validate_json(json.dumps(payload)) if self.payload else payload
 
     def run(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Call the function as RQ would, with the payload validated; an async function is run to its end.

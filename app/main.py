@@ -11,20 +11,20 @@ from pydantic import ValidationError
 from redis import Redis
 
 from app import openapi, problems
-from app.answers import answer_errors, ask_again, json_answer, make_etag
+from app.answers import answer_errors, ask_again, json_answer, make_etag, text_answer
 from app.auth import check_function, current_key, limit_rate, want_keys
 from app.config import MAX_RETRIES, MAX_SECONDS, Settings, get_settings
 from app.control import make_control
 from app.dashboard import dashboard
 from app.events import BLOCK, EventLog
-from app.fairness import share_connections
+from app.fairness import share_out
 from app.job_function import load_functions
 from app.jobs import Jobs
 from app.ops import ops
 from app.pipelining import PipelinedRedis
 from app.redis_resc import connect, redis_conn
 from app.request_ids import follow_requests
-from app.request_parts import add_header, origin, read_payload, reader, wait_seconds
+from app.request_parts import add_header, origin, reader, received_body, wait_seconds
 from app.schemas import JobQuery, WaitQuery, enqueue_query, job_options
 from app.transitions import TERMINAL
 from app.waiting import Waiting
@@ -135,7 +135,7 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
             raise problems.InvalidRequest("The query has an option more than once.", errors=errors)
 
     # The last of all: nothing that is asked before an answer, or done with it, may come between its two halves.
-    share_connections(app, settings)
+    share_out(app, settings)
 
     @app.get("/")
     @app.doc(tags=["Jobs"])
@@ -151,10 +151,10 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
         """Enqueue a job: the body is its payload."""
         found = jobs.find_function(function)
         check_function(function)
-        payload = read_payload(settings)
         asked = options.model_dump(exclude_none=True)
         wait = wait_seconds(asked.pop("wait", None), settings)
-        receipt = jobs.enqueue(found, payload, asked, origin())
+        with received_body(settings) as payload:
+            receipt = jobs.enqueue(found, payload, asked, origin())
         if receipt.is_replay:
             add_header("Idempotent-Replayed", "true")
         status = waiting.wait_for_new(receipt, wait, current_key().name)
@@ -183,7 +183,7 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
         if wait := wait_seconds(query.wait, settings):
             waiting.wait(query.job_id, wait, reader())
         text = jobs.read_result(query.job_id, reader())
-        return Response(text, 200, {"Cache-Control": "private, no-cache"}, mimetype="application/json")
+        return text_answer(text)
 
     @app.get("/get_payload")
     @app.input(JobQuery, location="query", arg_name="query")
@@ -191,7 +191,7 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
     def get_payload(query: JobQuery) -> Response:
         """Return what a job was given, as JSON, with nothing around it."""
         text = jobs.read_payload(query.job_id, reader())
-        return Response(text, 200, {"Cache-Control": "private, no-cache"}, mimetype="application/json")
+        return text_answer(text)
 
     @app.get("/functions")
     @app.doc(tags=["Jobs"])

@@ -1,7 +1,8 @@
 """What routes read from a request: the payload, how long to wait, the idempotency key, whose jobs may be seen."""
 
 import re
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from flask import Response, after_this_request, request
 from gunicorn.http.errors import ParseException
@@ -10,59 +11,58 @@ from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
 from app import problems
 from app.auth import current_key
 from app.config import Settings
-from app.fairness import limit_reading
+from app.fairness import LARGE, limited_time, room_for_body
 from app.metrics import note_wait
 from app.new_jobs import Origin
 from app.request_ids import current_request_id
-from app.strict_json import give_way, parse_json, want_few_values
-
-#: Bytes from which on a body is large: reading it gives way to others, before and after.
-LARGE = 64 * 1024
+from app.strict_json import give_way, want_few_values, want_json
 
 
-def _read_body(limit: int) -> bytes:
-    length = request.content_length
-    if length is None:
-        # gunicorn takes any coding before `chunked`, and decodes none of them.
-        if (coding := request.headers.get("Transfer-Encoding", "chunked")).lower() != "chunked":
-            raise problems.BadRequest(f"The body's Transfer-Encoding is {coding!r}; only chunked is known.")
-        with limit_reading(limit):
-            return request.get_data(cache=False)
-    if length > limit:
-        raise RequestEntityTooLarge
-    with limit_reading(length):
-        # werkzeug's own stream around it, which chunked bodies need, takes 25 µs.
-        body: bytes = request.environ["wsgi.input"].read(length)
-    if len(body) < length:  # which gunicorn does not say
-        raise problems.BadRequest("The body is shorter than its Content-Length.")
-    return body
-
-
-def read_payload(settings: Settings) -> Any:
-    """The body as JSON data.
+@contextmanager
+def received_body(settings: Settings) -> Iterator[bytes]:
+    """The body, which is JSON text.
 
     Raises:
         UnsupportedMediaType, InvalidJson, BadRequest: it is no JSON, or not said to be, or did not come to its end.
         RequestEntityTooLarge, PayloadTooLarge: it has more bytes, or values, than the settings allow.
+        TooManyRequests: there are too many large bodies.
     """
     if not request.is_json:
         given = request.mimetype or "none"
         raise problems.UnsupportedMediaType(f"The body must be JSON, with Content-Type application/json, not {given}.")
-    limit = settings.max_payload_bytes
+    limit, length = settings.max_payload_bytes, request.content_length
+    # gunicorn takes any coding before `chunked`, and decodes none of them.
+    if length is None and (coding := request.headers.get("Transfer-Encoding", "chunked")).lower() != "chunked":
+        raise problems.BadRequest(f"The body's Transfer-Encoding is {coding!r}; only chunked is known.")
+    size = limit if length is None else length
+    if size > limit:
+        raise RequestEntityTooLarge
+    with room_for_body(size):
+        body = _read(length, size)
+        if len(body) > limit:
+            raise RequestEntityTooLarge
+        if len(body) > LARGE:
+            give_way()
+        want_few_values(body, settings.max_payload_values)
+        want_json(body)
+        if len(body) > LARGE:
+            give_way()
+        yield body
+
+
+def _read(length: int | None, size: int) -> bytes:
     try:
-        body = _read_body(limit)
+        with limited_time(size):
+            # werkzeug's own stream around it, which chunked bodies need, takes 25 µs.
+            body: bytes = (
+                request.get_data(cache=False) if length is None else request.environ["wsgi.input"].read(length)
+            )
     # A time-out, gunicorn's word for chunks that are none or endless, and werkzeug's for either of these.
     except (OSError, ParseException, ClientDisconnected) as error:
         raise problems.BadRequest("The body could not be read to its end.") from error
-    if len(body) > limit:
-        raise RequestEntityTooLarge
-    if len(body) > LARGE:
-        give_way()
-    want_few_values(body, settings.max_payload_values)
-    payload = parse_json(body)
-    if len(body) > LARGE:
-        give_way()
-    return payload
+    if length is not None and len(body) < length:  # cut short, which gunicorn does not say
+        raise problems.BadRequest("The body is shorter than its Content-Length.")
+    return body
 
 
 def _preferred_wait() -> float | None:

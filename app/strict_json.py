@@ -61,8 +61,8 @@ def want_few_values(text: bytes, most: int) -> None:
         raise problems.PayloadTooLarge(f"The body has more than {most} values.", limit_values=most)
 
 
-def parse_json(body: bytes) -> Any:
-    """Read a JSON text as strictly as RFC 8259 and RFC 7493 ask.
+def want_json(body: bytes) -> None:
+    """Refuse what is no JSON text as strict as RFC 8259 and RFC 7493 ask.
 
     Raises:
         InvalidJson: not JSON, not UTF-8, NaN or Infinity, a number too big for a double, a lone surrogate, or more
@@ -79,7 +79,6 @@ def parse_json(body: bytes) -> Any:
         _check_depth(value)
     if _MAYBE_HUGE.search(body):
         _check_numbers(value)
-    return value
 
 
 def _items(parents: Iterable[Any]) -> Iterator[Any]:
@@ -101,6 +100,11 @@ def _check_numbers(value: Any) -> None:
         if any(isinstance(item, int | float) and abs(item) > _LARGEST_DOUBLE for item in level):
             raise problems.InvalidJson("The body has a number too big for a double.")
         level = list(_items(item for item in level if isinstance(item, list | dict)))
+
+
+def dump_json(value: Any) -> bytes:
+    """The JSON text of what a JSON text was read as."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def find_fault(value: Any, place: str = "$") -> str | None:
@@ -137,7 +141,7 @@ def dump_result(value: Any, limit: int) -> bytes:
     """
     try:
         fault = find_fault(value)
-        text = b"" if fault else json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+        text = b"" if fault else dump_json(value)
     except RecursionError:
         fault = "it is nested too deeply, or contains itself"
     except ValueError as error:  # an integer of more digits than Python prints

@@ -225,7 +225,7 @@ def _fill(redis: Redis) -> None:
     """Let QUEUED jobs wait."""
     jobs: Jobs = create_app(Settings(max_queue_length=10**9), redis).extensions["jobs"]
     for _ in range(QUEUED // BATCH):
-        jobs.enqueue_many(FUNCTION, [PAYLOAD] * BATCH, {})
+        jobs.enqueue_many(FUNCTION, json.dumps([PAYLOAD] * BATCH).encode(), {})
     assert redis.llen("rq:queue:default") >= QUEUED
 
 

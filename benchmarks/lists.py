@@ -4,6 +4,7 @@ Two servers stand side by side, one with a hundred jobs and one with a million. 
 so that whatever else the machine does hits both; only their ratio is claimed.
 """
 
+import json
 import statistics
 import tempfile
 import time
@@ -61,7 +62,7 @@ def fill(jobs: Jobs, count: int) -> str | None:
     ending = transitions.Ending("failed", 9999, 9999, failure=transitions.describe_failure("ValueError", "boom"))
     middle = None
     for made in range(0, count, BATCH):
-        jobs.enqueue_many(FUNCTION, [PAYLOAD] * BATCH, {})
+        jobs.enqueue_many(FUNCTION, json.dumps([PAYLOAD] * BATCH).encode(), {})
         for number in range(made, made + (20 if made == 0 else 1)):  # enough for a page, then few among many
             taken = transitions.take(jobs.connection, "bench", str(number), 60, ["default"])
             assert isinstance(taken, transitions.Taken)
@@ -94,10 +95,10 @@ def bytes_of_keys(store: Store, count: int) -> float:
     """Bytes that a job with an idempotency key takes more than one without."""
     before = store.memory()
     for _ in range(count):
-        store.jobs.enqueue(FUNCTION, PAYLOAD, {})
+        store.jobs.enqueue(FUNCTION, json.dumps(PAYLOAD).encode(), {})
     between = store.memory()
     for number in range(count):
-        store.jobs.enqueue(FUNCTION, PAYLOAD, {}, Origin(key=f"order-{number:08}"))
+        store.jobs.enqueue(FUNCTION, json.dumps(PAYLOAD).encode(), {}, Origin(key=f"order-{number:08}"))
     return (store.memory() - between - (between - before)) / count
 
 

@@ -35,8 +35,11 @@ def test_the_payload_is_there_as_long_as_the_job(client: FlaskClient, redis: "Re
 
 
 def test_head_tells_its_size(client: FlaskClient) -> None:
-    answer = client.head(f"/get_payload?job_id={enqueue_echo(client, 'å' * 10)}")
-    assert (answer.headers["Content-Length"], answer.data) == ("22", b"")
+    body = '  ["å", "\\u00e5"]\n'.encode()  # as it was sent
+    job_id = json_of(client.post("/enqueue/echo", data=body, content_type="application/json"))["job_id"]
+    assert client.get(f"/get_payload?job_id={job_id}").data == body
+    answer = client.head(f"/get_payload?job_id={job_id}")
+    assert (answer.headers["Content-Length"], answer.data) == (str(len(body)), b"")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 import requests
 
-from app.request_parts import LARGE
+from app.fairness import LARGE
 from tests.conftest import Service
 
 JSON = "Content-Type: application/json"

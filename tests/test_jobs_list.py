@@ -362,7 +362,7 @@ def test_sweep_forgets_owners_that_have_no_jobs_left(as_key: Any, redis: "Redis"
 
 def test_sweep_looks_at_a_bounded_number_of_owners_at_a_time(jobs: Jobs, redis: "Redis") -> None:
     for number in range(50):
-        receipt = jobs.enqueue(jobs.find_function("echo"), number, {}, Origin(f"owner-{number}"))
+        receipt = jobs.enqueue(jobs.find_function("echo"), b"%d" % number, {}, Origin(f"owner-{number}"))
         redis.delete(f"rq:job:{receipt.job_id}")
     swept = [sweep(redis) for _ in range(13)]
     assert swept[0] == 50 + 4  # the index of all jobs, and those of some owners
