@@ -168,7 +168,7 @@ class Worker(EndingWorker):
                     if isinstance(taken, transitions.Nothing) and (timeout is None or max_idle_time is not None):
                         taken = None  # it was taken before the last job ended, which may wait again
                 if not taken:
-                    self._stable.ready_horse()
+                    self._stable.ready_horse(self._while_loading)
                     self._asked_at = self._asked_at or time.monotonic()
                     taken = transitions.take(
                         self._redis, self.name, self._next_execution, self.settings.worker_lease, self._queue_order()
@@ -280,6 +280,15 @@ class Worker(EndingWorker):
         self._next_tick = time.monotonic() + (TICK if due is None else min(TICK, due))
         transitions.sweep(self.connection)
 
+    def _while_loading(self) -> None:
+        """What goes on while a work-horse loads the functions: minutes, if they load a model."""
+        if time.monotonic() < self._patient_until:
+            return
+        self._quietly(partial(self._settle, is_patient=False))
+        if run := self._stoppable_run:
+            self._renew(run, "")  # whether it is held is asked again before the run begins
+        self._quietly(self._tick)
+
     # A job
 
     def execute_job(self, job: Job, queue: rq.Queue) -> None:
@@ -322,11 +331,11 @@ class Worker(EndingWorker):
         assert self._assignment
         run = self._assignment.run
         try:
-            horse = self._stable.ready_horse()
+            horse = self._stable.ready_horse(self._while_loading)
             path = self._assignment.path if horse.crash_limits or horse.fresh else ""
             own_limit = horse.crash_limits.get(path)
             if is_fresh := self.settings.worker_fresh_process or path in horse.fresh:
-                horse = self._stable.ready_horse(is_fresh=True)
+                horse = self._stable.ready_horse(self._while_loading, is_fresh=True)
             self._assignment = assignment = self._assignment._replace(max_crashes=own_limit)
             # The function's limit is written down before the run begins: another worker may have to know. And what was
             # taken a while ago, or must not run twice, is run only if it is still this worker's.
