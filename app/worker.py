@@ -157,9 +157,7 @@ class Worker(EndingWorker):
             # From here to the end of the job a signal only asks (RQ's `_shutdown`): it cannot raise between a `take`
             # that Redis has carried out and the run.
             self._state = WorkerStatus.BUSY
-            # The latter if an `except Exception` ate the StopRequested that RQ's handler raises in an idle worker.
-            if self._stop_requested or self._stopping_since is not None:
-                raise StopRequested
+            self._heed_stop()
             try:
                 self._tick()
                 taken, self._taken_ahead = self._taken_ahead, None
@@ -169,6 +167,7 @@ class Worker(EndingWorker):
                         taken = None  # it was taken before the last job ended, which may wait again
                 if not taken:
                     self._stable.ready_horse(self._while_loading)
+                    self._heed_stop()  # what was before may have taken its time
                     self._asked_at = self._asked_at or time.monotonic()
                     taken = transitions.take(
                         self._redis, self.name, self._next_execution, self.settings.worker_lease, self._queue_order()
@@ -280,8 +279,15 @@ class Worker(EndingWorker):
         self._next_tick = time.monotonic() + (TICK if due is None else min(TICK, due))
         transitions.sweep(self.connection)
 
+    def _heed_stop(self) -> None:
+        """No job is begun any more once the worker was told to end."""
+        # The latter if an `except Exception` ate the StopRequested that RQ's handler raises in an idle worker.
+        if self._stop_requested or self._stopping_since is not None:
+            raise StopRequested
+
     def _while_loading(self) -> None:
         """What goes on while a work-horse loads the functions: minutes, if they load a model."""
+        self._heed_stop()
         if time.monotonic() < self._patient_until:
             return
         self._quietly(partial(self._settle, is_patient=False))
@@ -348,12 +354,16 @@ class Worker(EndingWorker):
             if self._stopped_job_id == run.job_id:  # as the work-horse was started
                 self._end_stopped(run)
                 return
+            self._heed_stop()
             self._has_begun = True
             horse.jobs, horse.is_spent = horse.jobs + 1, is_fresh
             horse.channel.send(assignment.header, assignment.data, timeout=KILL_AFTER)
             if is_fresh:
                 self._stable.prepare_next()  # it begins to load
             self._watch(horse, assignment)
+        except StopRequested:
+            if not self._end_stopped(run):
+                self._put_back("its worker was told to end before it began")
         except HorseDied as error:  # as it was started
             if not self._end_stopped(run):
                 self._release(self._assignment, crashed=False, how=f"no work-horse: {error}")

@@ -8,9 +8,11 @@ from typing import Any
 import psutil
 import pytest
 from redis import Redis
+from rq.command import send_stop_job_command
+from rq.serializers import JSONSerializer
 
 from tests.processes import ROOT, Process, environment, wait_until, worker
-from tests.test_worker import Bench, is_running
+from tests.test_worker import Bench
 
 GATED = """
 import time
@@ -47,10 +49,12 @@ def gated_worker(own: Bench, gate: Path) -> Iterator[Process]:
         gate.unlink(missing_ok=True)
 
 
-def horse_of(process: Process) -> int:
+def wait_for_horse(process: Process) -> None:
+    """Have the worker wait for a work-horse without a job in hand."""
     (server,) = psutil.Process(process.popen.pid).children()
     (horse,) = server.children()
-    return int(horse.pid)
+    horse.kill()
+    process.wait_for_log("the idle work-horse died")
 
 
 def lease_of(own: Bench, job_id: str) -> float:
@@ -71,12 +75,8 @@ def test_job_whose_work_horse_loads_for_long_keeps_its_lease(own: Bench, gate: P
 
 def test_worker_that_waits_for_its_work_horse_keeps_its_heartbeat(own: Bench, gate: Path) -> None:
     with gated_worker(own, gate) as process:
-        pid = horse_of(process)
-        psutil.Process(pid).kill()
-        wait_until(lambda: not is_running(pid))
+        wait_for_horse(process)
         (name,) = own.workers()
-
-        process.wait_for_log("the idle work-horse died")
         beats = set()
 
         def goes_on() -> bool:
@@ -86,3 +86,32 @@ def test_worker_that_waits_for_its_work_horse_keeps_its_heartbeat(own: Bench, ga
         wait_until(goes_on, 15, "more heartbeats")
         gate.unlink()
         assert own.result_of(own.enqueue("echo", 2)) == 2
+
+
+@pytest.mark.parametrize("has_job", [True, False], ids=["with a job", "idle"])
+def test_sigterm_ends_a_worker_that_waits_for_its_work_horse(own: Bench, gate: Path, has_job: bool) -> None:
+    with gated_worker(own, gate) as process:
+        if has_job:
+            job_id = own.enqueue("use_fresh_process")
+            own.wait_for(job_id, "started")
+        else:
+            wait_for_horse(process)
+            job_id = own.enqueue("echo", 2)
+        assert process.stop(10) == 0
+    job = own.read(job_id)
+    assert (job["status"], job.get("crashes")) == ("queued", None)
+    assert own.redis.lrange("rq:queue:default", 0, -1) == [job_id.encode()]
+    assert own.workers() == set()
+
+
+def test_stop_command_ends_a_job_whose_work_horse_loads(own: Bench, gate: Path) -> None:
+    with gated_worker(own, gate):
+        job_id = own.enqueue("use_fresh_process")
+        own.wait_for(job_id, "started")
+
+        def is_stopped() -> bool:
+            # More than once: Redis says `started` a moment before the worker knows, and RQ's message waits for nobody.
+            send_stop_job_command(own.redis, job_id, serializer=JSONSerializer)
+            return bool(own.read(job_id)["status"] == "stopped")
+
+        wait_until(is_stopped, 10)

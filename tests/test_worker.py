@@ -23,6 +23,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 from rq import Callback, Retry
 from rq.command import send_stop_job_command
+from rq.exceptions import StopRequested
 from rq.job import Dependency, Job
 from rq.serializers import JSONSerializer
 
@@ -463,6 +464,35 @@ def test_job_that_was_lost_before_it_began_is_not_run(real_redis: "Redis") -> No
     first.execute_job(*taken)
     assert not horse.channel.send.called
     assert bench.read(job_id)["status"] == "queued"
+
+
+@pytest.mark.parametrize("is_taken", [False, True])
+def test_job_that_has_not_begun_is_not_begun_once_the_worker_is_told_to_end(
+    real_redis: "Redis", monkeypatch: pytest.MonkeyPatch, is_taken: bool
+) -> None:
+    """The signal comes as the work-horse becomes ready, before or after the job was taken."""
+    bench = Bench(real_redis, "")
+    job_id = bench.enqueue("echo", 1)
+    ending = Worker(["default"], connection=real_redis)
+    horse = Mock(spec=WorkHorse, channel=Mock(), crash_limits={}, fresh=frozenset(), is_spent=False, jobs=0)
+
+    def ready_horse(*_: Any, **__: Any) -> WorkHorse:
+        ending._stop_requested = bool(bench.read(job_id)["status"] == ("started" if is_taken else "queued"))
+        return horse
+
+    monkeypatch.setattr(ending._stable, "ready_horse", ready_horse)
+    if is_taken:
+        taken = ending.dequeue_job_and_maintain_ttl(None)
+        assert taken
+        ending.execute_job(*taken)
+    else:
+        with pytest.raises(StopRequested):
+            ending.dequeue_job_and_maintain_ttl(None)
+    assert not horse.channel.send.called
+    assert real_redis.lrange("rq:queue:default", 0, -1) == [job_id.encode()]
+    job = bench.read(job_id)
+    assert (job["status"], job.get("crashes")) == ("queued", None)
+    assert real_redis.zcard("rq:wip:default") == 0
 
 
 def test_recover_goes_on_where_a_later_part_of_the_tick_fails(redis: "Redis", monkeypatch: pytest.MonkeyPatch) -> None:
