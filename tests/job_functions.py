@@ -4,6 +4,7 @@ import datetime
 import logging
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -270,6 +271,13 @@ def use_types(payload: StrictPayload) -> dict[str, Any]:
 def write_pid(payload: dict[str, Any]) -> None:
     """Write the number of the process to a file, and wait a while."""
     append_line({"path": payload["path"], "line": str(os.getpid()), "seconds": str(payload.get("seconds", 0))})
+
+
+@job_function()
+def hold_the_interpreter(payload: dict[str, str]) -> None:
+    """Write down the number of the process, and let no thread of it run for hours: C code, which holds the GIL."""
+    append_line({"path": payload["path"], "line": str(os.getpid())})
+    re.match("(a+)+$", "a" * 60 + "b")
 
 
 @job_function()

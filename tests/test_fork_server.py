@@ -10,7 +10,7 @@ import pytest
 from redis import Redis
 
 from tests.processes import ROOT, Process, environment, wait_until, worker
-from tests.test_worker import Bench, is_running
+from tests.test_worker import Bench, is_running, lines_of
 
 
 @pytest.fixture
@@ -61,6 +61,16 @@ def test_nothing_is_left_of_a_worker_that_ended(own: Bench, tmp_path: Path, numb
         process.signal(number)
         process.popen.wait(10)
         wait_until(lambda: not any(map(is_running, pids)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_job_that_lets_no_thread_run_ends_with_its_worker(own: Bench, tmp_path: Path, number: signal.Signals) -> None:
+    path = tmp_path / "pid"
+    with worker(environment(own.url, WORKER_SHUTDOWN_SECONDS=0), tmp_path / "worker.log") as process:
+        own.enqueue("hold_the_interpreter", {"path": str(path)})
+        pid = int(wait_until(lambda: lines_of(path))[0])
+        process.signal(number)
+        wait_until(lambda: not is_running(pid), 10)
 
 
 def test_worker_whose_fork_server_died_puts_its_job_back_and_ends(own: Bench, tmp_path: Path) -> None:
