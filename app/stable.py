@@ -40,9 +40,9 @@ class Stable:
 
     def close(self) -> None:
         """End all of them."""
-        with contextlib.suppress(ForkServerDied):
-            for horse in filter(None, (self.horse, self._next)):
-                horse.kill()
+        for horse in filter(None, (self.horse, self._next)):
+            horse.kill()
+            with contextlib.suppress(ForkServerDied):
                 horse.bury()
         if self._server:
             self._server.close()

@@ -30,6 +30,7 @@ from rq.worker import WorkerStatus
 
 from app import transitions
 from app.endings import Assignment, EndingWorker
+from app.fork_server import ForkServerDied
 from app.frames import Header
 from app.horse_process import HorseDied, WorkHorse
 from app.logs import configure_logs, start_sentry
@@ -312,6 +313,10 @@ class Worker(EndingWorker):
             self._run()
         except ResponseError as error:
             self._complain(run, error)
+        except ForkServerDied:
+            self.kill_horse()  # before another worker may take the job
+            self._release(self._assignment, crashed=self._has_begun, how="the fork server died")
+            raise
         except SystemExit:  # a second signal (RQ's cold shutdown)
             self._put_back("its worker was told to end at once")
             raise
