@@ -805,6 +805,16 @@ def test_recover_leaves_a_run_of_a_stock_worker_until_rq_gives_it_up(redis: Any)
     assert transitions.recover(redis, ["default"]) == [Abandoned(Run("j", "e", "default", "stock"), 0, None)]
 
 
+@pytest.mark.parametrize("ours", ["just now", "yesterday"])
+def test_recover_finds_a_run_behind_those_of_many_stock_workers(redis: Any, ours: str) -> None:
+    """Stock workers give up theirs within 90 seconds; ours is given up a day before its score (GRACE)."""
+    run = start(redis, lease=EXPIRED)
+    redis.zadd("rq:wip:default", {f"stock:{number}": time.time() + 30 + number / 10 for number in range(300)})
+    if ours == "yesterday":
+        redis.zadd("rq:wip:default", {f"j:{run.execution}": time.time() - 1})
+    assert transitions.recover(redis, ["default"]) == [Abandoned(run, 0, None)]
+
+
 def test_recover_names_a_run_whose_execution_has_expired(redis: Any) -> None:
     run = start(redis)
     redis.delete(f"rq:execution:j:{run.execution}")
