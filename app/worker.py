@@ -404,8 +404,9 @@ class Worker(EndingWorker):
             # All that is there: an outcome may stand behind old progress, after Redis kept us waiting.
             frame = horse.channel.receive(PROGRESS_EVERY if progress else patience)
             if frame is None:
-                if horse.has_died():
-                    raise EOFError  # the socket is still open in a process that the job forked
+                # It may have sent the outcome as we looked away. The socket may be open still in what the job forked.
+                if horse.has_died() and not (frame := horse.channel.receive(0)):
+                    raise EOFError
                 if not is_told:  # a line in the log takes 50 µs: a short job has but the one of its end
                     self.log.info("%s, %s, runs", run, assignment.function)
                     is_told = True

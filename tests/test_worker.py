@@ -30,6 +30,7 @@ from rq.serializers import JSONSerializer
 import app
 from app import transitions
 from app.config import get_settings
+from app.frames import Channel
 from app.horse_process import WorkHorse
 from app.jobs import Jobs
 from app.redis_resc import Queue
@@ -446,6 +447,17 @@ def test_job_that_must_not_run_twice_is_not_put_back_on_sigterm(own: Bench, tmp_
     assert own.redis.llen("rq:queue:default") == 0
 
 
+@pytest.fixture
+def stand_in() -> Iterator[tuple[Mock, Channel]]:
+    """A work-horse that a test plays, and its end of the channel."""
+    ours, its = (Channel(end) for end in socket.socketpair())
+    horse = Mock(spec=WorkHorse, channel=ours, crash_limits={}, fresh=frozenset(), is_spent=False, jobs=0)
+    horse.has_died.return_value = False
+    yield horse, its
+    ours.close()
+    its.close()
+
+
 def test_job_that_was_lost_before_it_began_is_not_run(real_redis: "Redis") -> None:
     """As one that was taken ahead, and whose worker was kept from it for longer than its lease."""
     bench = Bench(real_redis, "")
@@ -493,6 +505,30 @@ def test_job_that_has_not_begun_is_not_begun_once_the_worker_is_told_to_end(
     job = bench.read(job_id)
     assert (job["status"], job.get("crashes")) == ("queued", None)
     assert real_redis.zcard("rq:wip:default") == 0
+
+
+def test_outcome_that_was_sent_just_before_the_work_horse_died_counts(
+    real_redis: "Redis", stand_in: tuple[Mock, Channel]
+) -> None:
+    """It comes between a look at the channel, at which there is nothing, and one at the process."""
+    horse, its = stand_in
+
+    def die() -> bool:
+        if horse.jobs:
+            its.send({"outcome": "finished"}, b"1")
+        return bool(horse.jobs)
+
+    horse.has_died.side_effect = die
+    bench = Bench(real_redis, "")
+    job_id = bench.enqueue("echo", 1)
+    loyal = Worker(["default"], connection=real_redis)
+    loyal._stable.horse = horse
+    taken = loyal.dequeue_job_and_maintain_ttl(None)
+    assert taken
+    loyal.execute_job(*taken)
+    loyal._settle()
+    assert bench.result_of(job_id) == 1
+    assert "crashes" not in bench.read(job_id)
 
 
 def test_recover_goes_on_where_a_later_part_of_the_tick_fails(redis: "Redis", monkeypatch: pytest.MonkeyPatch) -> None:
