@@ -73,6 +73,8 @@ class Worker(EndingWorker):
         self._assignment: Assignment | None = None
         #: The run that a message from the pubsub thread may stop: not one whose end is being written down already.
         self._stoppable_run: Run | None = None
+        #: Whether one did. RQ's `_stopped_job_id` may be that of an earlier job, which RQ's code ends meanwhile.
+        self._is_stopped = False
         self._stop_lock = threading.Lock()
         self._blank_job = Job("blank", connection=self.connection, serializer=JSONSerializer)
         self._next_tick = self._last_tick = self._trusts_leases_from = 0.0
@@ -136,7 +138,7 @@ class Worker(EndingWorker):
             if not run or run.job_id != job_id or run.execution != execution:
                 self.log.info("Worker %s: does not run job %s, which was to be stopped", self.name, job_id)
                 return
-            self._stopped_job_id = job_id
+            self._is_stopped = True
             self.kill_horse()
 
     def get_current_job_id(self) -> str | None:
@@ -321,7 +323,7 @@ class Worker(EndingWorker):
             self._put_back("its worker was told to end at once")
             raise
         finally:
-            self._close_to_stops(run)
+            self._close_to_stops()
             self.executions.pop(run.execution, None)
             self.total_working_time += time.monotonic() - start
 
@@ -329,11 +331,11 @@ class Worker(EndingWorker):
         # A key of another type: `recover` will find the run, and set it aside.
         self.log.error("%s: its end cannot be written: %s", run, error)
 
-    def _close_to_stops(self, run: Run) -> bool:
+    def _close_to_stops(self) -> bool:
         """From now on no message stops the run; True if one did before, and the work-horse was killed for it."""
         with self._stop_lock:
             self._stoppable_run = None
-            is_stopped, self._stopped_job_id = self._stopped_job_id == run.job_id, None
+            is_stopped, self._is_stopped = self._is_stopped, False
         if is_stopped and self._stable.horse:
             self._stable.bury()
         return is_stopped
@@ -356,7 +358,7 @@ class Worker(EndingWorker):
                 if (held := self._insist(renew)) != "held":
                     self._end_unheld(run, held)
                     return
-            if self._stopped_job_id == run.job_id:  # as the work-horse was started
+            if self._is_stopped:  # as the work-horse was started
                 self._end_stopped(run)
                 return
             self._heed_stop()
@@ -383,7 +385,7 @@ class Worker(EndingWorker):
 
     def _end_stopped(self, run: Run) -> bool:
         """Whether a message stopped the run; it ends `stopped` then."""
-        is_stopped = self._close_to_stops(run)
+        is_stopped = self._close_to_stops()
         if is_stopped:
             self._finish_stopped(run)
         return is_stopped
@@ -456,7 +458,7 @@ class Worker(EndingWorker):
 
     def _end(self, run: Run, header: Header, body: bytes, progress: str) -> None:
         """Write down what the work-horse sent."""
-        self._close_to_stops(run)
+        self._close_to_stops()
         if header["outcome"] == "finished":
             value = "" if body == b"null" else base64.b64encode(body).decode()
             ending = self._ending("finished", return_value=value, progress=progress)

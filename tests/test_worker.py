@@ -35,7 +35,7 @@ from app.horse_process import WorkHorse
 from app.jobs import Jobs
 from app.redis_resc import Queue
 from app.transitions import EVENTS_KEY, TERMINAL
-from app.worker import Worker
+from app.worker import Unsettled, Worker
 from tests.processes import ROOT, Process, environment, python, running, valkey_server, wait_until, worker
 
 SETTINGS: dict[str, Any] = {
@@ -749,6 +749,36 @@ def test_malformed_commands_do_not_deafen_the_worker(bench: Bench) -> None:
         return bool(bench.read(job_id)["status"] == "stopped")
 
     wait_until(is_stopped, 10)
+
+
+def test_stop_is_not_lost_as_an_earlier_job_is_written_down_as_stopped(
+    real_redis: "Redis", stand_in: tuple[Mock, Channel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RQ's code ends the earlier one, which was canceled and has a dependent, while the later one runs."""
+    horse, its = stand_in
+    horse.kill.side_effect = lambda *_: its.close()
+    bench = Bench(real_redis, "")
+    busy = Worker(["default"], connection=real_redis)
+    busy._stable.horse = horse
+    earlier = bench.enqueue("echo", 1)
+    bench.enqueue("echo", 1, depends_on=earlier)
+    transitions.take(real_redis, busy.name, "e", 30, ["default"])
+    assert cancel(bench, earlier) == "started"
+    later = bench.enqueue("echo", 2)
+    taken = busy.dequeue_job_and_maintain_ttl(None)
+    assert taken
+    busy._unsettled = Unsettled(
+        transitions.Run(earlier, "e", "default", busy.name), transitions.Ending("finished", 9, 9), is_answered=False
+    )
+    finish = transitions.finish
+
+    def finish_as_a_stop_comes(*args: Any) -> str:
+        busy.handle_payload({"data": json.dumps({"command": "stop-job", "job_id": later}).encode()})
+        return finish(*args)
+
+    monkeypatch.setattr(transitions, "finish", finish_as_a_stop_comes)
+    busy.execute_job(*taken)
+    assert [bench.read(job_id)["status"] for job_id in (earlier, later)] == ["stopped", "stopped"]
 
 
 def test_job_that_is_stopped_keeps_no_other_from_its_run(bench: Bench, tmp_path: Path) -> None:
