@@ -290,6 +290,17 @@ def die_beside_a_child(payload: Any) -> None:
 
 
 @job_function()
+def fork(how: str) -> list[int]:
+    """Fork a process that comes back from here as its parent does, and first; return both and how the child ended."""
+    pid = os.getpid()
+    child = os.fork()
+    if child == 0 and how == "raise":
+        raise ValueError(how)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if child else -1
+    return [pid, os.getpid(), code]
+
+
+@job_function()
 def fail_once(payload: dict[str, str]) -> str:
     """Raise at the first run, which leaves a file behind."""
     path = Path(payload["path"])

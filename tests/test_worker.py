@@ -637,6 +637,12 @@ def test_death_of_a_process_is_seen_though_one_that_it_forked_lives_on(bench: Be
     assert "exit code 7" in error["message"]
 
 
+@pytest.mark.parametrize(("how", "code"), [("return", 0), ("raise", 1)])
+def test_process_that_a_function_forked_ends_where_the_function_does(bench: Bench, how: str, code: int) -> None:
+    before, after, found = bench.result_of(bench.enqueue("fork", how, job_timeout=10))
+    assert (before, found) == (after, code)
+
+
 def test_death_of_an_idle_work_horse_is_no_jobs_fault(bench: Bench, tmp_path: Path) -> None:
     path = tmp_path / "pid"
     bench.end_of(bench.enqueue("write_pid", {"path": str(path)}), "finished")
