@@ -89,7 +89,8 @@ def _run(header: Header, data: bytes, functions: Mapping[str, JobFunction], chan
     def send(progress: Progress) -> None:
         if not (math.isfinite(progress["done"]) and math.isfinite(progress["total"])):
             raise ValueError(f"Progress is told in finite numbers, not {progress['done']} of {progress['total']}.")
-        channel.send({"progress": {**progress, "message": _cut(progress["message"], LONGEST_PROGRESS)}})
+        told = {**progress, "message": _cut(progress["message"], LONGEST_PROGRESS)}
+        channel.send({"progress": told, "job_id": header["job_id"]})
 
     try:
         path, _instance, args, kwargs = json.loads(data)

@@ -417,7 +417,8 @@ class Worker(EndingWorker):
                 if "outcome" in frame[0]:
                     self._end(run, *frame, progress)
                     return
-                progress = json.dumps(frame[0]["progress"])
+                if frame[0]["job_id"] == run.job_id:  # an earlier one may have left a thread that had begun to report
+                    progress = json.dumps(frame[0]["progress"])
                 if time.monotonic() - reading_since > PROGRESS_EVERY:
                     break
                 frame = horse.channel.receive(0)

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 from rq import get_current_job
 
+from app import job_function as runs
 from app.job_function import GiveUp, TryAgain, job_function, report_progress
 
 
@@ -162,6 +163,20 @@ def report(payload: dict[str, Any]) -> str:
     report_progress(payload["done"], payload["total"], payload.get("message", ""))
     time.sleep(payload.get("seconds", 0))
     return "reported"
+
+
+@job_function()
+def report_too_late(payload: Any) -> None:
+    """Leave a thread that is about to report as this job ends, and does it in the next one."""
+    send = runs._send_progress
+    assert send
+
+    def report() -> None:
+        while runs._send_progress in (send, None):
+            time.sleep(0.001)
+        send(runs.Progress(done=1, total=2, message="late"))
+
+    threading.Thread(target=report, daemon=True).start()
 
 
 @job_function(retries=3)

@@ -215,6 +215,11 @@ def test_progress_is_seen_while_the_job_runs_and_after(bench: Bench) -> None:
     assert [event[b"status"] for event in told] == [b"queued", b"started", b"started", b"finished"]
 
 
+def test_late_progress_of_an_earlier_job_is_not_the_next_ones(bench: Bench) -> None:
+    bench.end_of(bench.enqueue("report_too_late"), "finished")
+    assert "progress" not in bench.end_of(bench.enqueue("sleep_for", 0.5), "finished")
+
+
 def test_last_progress_of_a_quick_job_is_kept(bench: Bench) -> None:
     job_id = bench.enqueue("report", {"done": 9, "total": 10})
     assert json.loads(bench.end_of(job_id, "finished")["progress"])["done"] == 9
