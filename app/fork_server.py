@@ -6,6 +6,7 @@ pubsub) that can deadlock the child.
 """
 
 import contextlib
+import errno
 import gc
 import os
 import select
@@ -127,6 +128,8 @@ def _serve(control: socket.socket, run: Callable[[socket.socket], None]) -> NoRe
             if not order:
                 break
             try:
+                if not files:  # the kernel drops what there is no number for
+                    raise OSError(errno.EMFILE, "")
                 pid = os.fork()
             except OSError as error:
                 tell(b"n", 0, error.errno or 0)
@@ -142,7 +145,8 @@ def _serve(control: socket.socket, run: Callable[[socket.socket], None]) -> NoRe
                     _be_child(socket.socket(fileno=files[0]), run)
                 children.add(pid)
                 tell(b"b", pid)
-            os.close(files[0])
+            for file in files:
+                os.close(file)
     for pid in children:  # each ends itself as its worker does, but not while its job keeps all threads from running
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)

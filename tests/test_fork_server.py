@@ -96,6 +96,19 @@ def test_worker_whose_fork_server_died_puts_its_job_back_and_ends(own: Bench, tm
         own.wait_for(job_id, "started")
 
 
+def test_fork_server_without_a_free_file_descriptor_says_so_and_goes_on(own: Bench, tmp_path: Path) -> None:
+    with worker(environment(own.url), tmp_path / "worker.log") as process:
+        _, server, _ = family(process)
+        processes_of(own, "use_model", 1)
+        limits = server.rlimit(psutil.RLIMIT_NOFILE)
+        server.rlimit(psutil.RLIMIT_NOFILE, (3, limits[1]))
+        job_id = own.enqueue("use_fresh_process")
+        process.wait_for_log("Too many open files; trying again")
+        server.rlimit(psutil.RLIMIT_NOFILE, limits)
+        own.result_of(job_id)
+        assert "crashes" not in own.read(job_id)
+
+
 def test_job_is_not_put_back_before_its_work_horse_is_killed(own: Bench) -> None:
     job_id = own.enqueue("echo", 1)
     bereft = Worker(["default"], connection=own.redis)
