@@ -62,10 +62,6 @@ class EndingWorker(SteadyWorker):
             self.failed_job_count += ending.outcome != "finished"
         self.log.info("%s %s", run, status)
 
-    def _fail(self, run: Run, kind: str, message: str) -> None:
-        self.log.error("%s failed: %s", run, message)
-        self._finish(run, self._ending("failed", describe_failure(kind, message)))
-
     def _finish_stopped(self, run: Run) -> None:
         self._finish(run, self._ending("stopped", STOPPED))
 

@@ -168,7 +168,7 @@ class Worker(EndingWorker):
                     self._settle()
                     if isinstance(taken, transitions.Nothing) and (timeout is None or max_idle_time is not None):
                         taken = None  # it was taken before the last job ended, which may wait again
-                if not taken:
+                if taken is None:
                     self._stable.ready_horse(self._while_loading)
                     self._heed_stop()  # what was before may have taken its time
                     self._asked_at = self._asked_at or time.monotonic()
@@ -435,7 +435,8 @@ class Worker(EndingWorker):
             if limit > 0 and now - start > limit + KILL_AFTER:
                 self._stable.bury()
                 message = f"The job ran longer than its limit of {limit} s, and its process was killed."
-                self._fail(run, "JobTimeoutException", message)
+                self.log.error("%s failed: %s", run, message)
+                self._finish(run, self._ending("failed", describe_failure("JobTimeoutException", message)))
                 return
             is_over = now >= next_look and self._stable.is_over_memory()
             next_look = now + MEMORY_EVERY if now >= next_look else next_look
