@@ -364,6 +364,16 @@ def test_renew_extends_the_lease(redis: Any) -> None:
     assert events(redis)[-1] == ("j", "started")
 
 
+def test_renew_writes_all_of_a_run_that_redis_has_forgotten(redis: Any) -> None:
+    run = start(redis)
+    key = f"rq:execution:j:{run.execution}"
+    before = redis.hkeys(key)
+    redis.delete(key)
+    assert transitions.renew(redis, run, 30) == "held"
+    assert sorted(redis.hkeys(key)) == sorted(before)
+    assert transitions.cancel(redis, "j", None, 100) == "started"
+
+
 def test_renew_passes_progress_on(redis: Any) -> None:
     run = start(redis)
     for progress in ('{"done": 1}', '{"done": 2}'):
