@@ -62,10 +62,6 @@ class EndingWorker(SteadyWorker):
             self.failed_job_count += ending.outcome != "finished"
         self.log.info("%s %s", run, status)
 
-    def _fail(self, run: Run, kind: str, message: str) -> None:
-        self.log.error("%s failed: %s", run, message)
-        self._finish(run, self._ending("failed", describe_failure(kind, message)))
-
     def _finish_stopped(self, run: Run) -> None:
         self._finish(run, self._ending("stopped", STOPPED))
 
@@ -128,8 +124,7 @@ class EndingWorker(SteadyWorker):
             job._result = json.loads(base64.b64decode(ending.return_value)) if ending.return_value else None
             self.handle_job_success(job, queue, queue.started_job_registry, execution)
         else:
-            if ending.outcome == "stopped":
-                self._stopped_job_id = job.id
+            self._stopped_job_id = job.id if ending.outcome == "stopped" else None
             trace = zlib.decompress(base64.b64decode(ending.failure.exception)).decode(errors="replace")
             self.connection.hset(job.key, "error", ending.failure.error)
             self.handle_job_failure(job, queue, exc_string=trace, execution=execution)

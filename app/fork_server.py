@@ -6,6 +6,7 @@ pubsub) that can deadlock the child.
 """
 
 import contextlib
+import errno
 import gc
 import os
 import select
@@ -98,7 +99,8 @@ class ForkServer:
 
 
 def _serve(control: socket.socket, run: Callable[[socket.socket], None]) -> NoReturn:
-    try:
+    children: set[int] = set()
+    with contextlib.suppress(BaseException):  # a bug, or a worker that ended as we spoke to it: not into its code
         os.setpgid(0, 0)  # a Ctrl-C in a terminal is the worker's to handle
         for number in (signal.SIGINT, signal.SIGTERM):  # as when all processes of a service are told to end
             signal.signal(number, signal.SIG_IGN)
@@ -118,18 +120,22 @@ def _serve(control: socket.socket, run: Callable[[socket.socket], None]) -> NoRe
                 wakes.recv(4096)
                 with contextlib.suppress(ChildProcessError):
                     while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                        children.discard(ended[0])
                         tell(b"d", ended[0], os.waitstatus_to_exitcode(ended[1]))
             if control not in ready:
                 continue
             order, files, _, _ = socket.recv_fds(control, 1, 1)
             if not order:
-                os._exit(0)
+                break
             try:
+                if not files:  # the kernel drops what there is no number for
+                    raise OSError(errno.EMFILE, "")
                 pid = os.fork()
             except OSError as error:
                 tell(b"n", 0, error.errno or 0)
             else:
                 if pid == 0:
+                    children.clear()
                     signal.set_wakeup_fd(-1)
                     for number in (signal.SIGCHLD, signal.SIGTERM):
                         signal.signal(number, signal.SIG_DFL)
@@ -137,10 +143,14 @@ def _serve(control: socket.socket, run: Callable[[socket.socket], None]) -> NoRe
                     for inherited in (control, wakes, wake):
                         inherited.close()
                     _be_child(socket.socket(fileno=files[0]), run)
+                children.add(pid)
                 tell(b"b", pid)
-            os.close(files[0])
-    except BaseException:  # noqa: BLE001  # a bug, or a worker that ended as we spoke to it: not into the worker's code
-        os._exit(1)
+            for file in files:
+                os.close(file)
+    for pid in children:  # each ends itself as its worker does, but not while its job keeps all threads from running
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+    os._exit(0)
 
 
 def _let_go_of_files(control: socket.socket) -> None:

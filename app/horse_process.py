@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -16,6 +17,8 @@ from app.frames import Channel
 FAMILY_EVERY = 0.2
 #: Seconds that a work-horse has to load the job functions, with whatever they load.
 START_WITHIN = 300.0
+#: Seconds of it after which its worker looks after other things, each time.
+LOOK_AWAY_EVERY = 1.0
 
 
 def describe_exit(code: int) -> str:
@@ -78,16 +81,19 @@ class WorkHorse:
                 self.crash_limits, self.fresh = hello[0]["crash_limits"], frozenset(hello[0]["fresh"])
         return self._is_ready
 
-    def await_ready(self) -> None:
-        """Wait until it has loaded the job functions.
+    def await_ready(self, meanwhile: Callable[[], None]) -> None:
+        """Wait until it has loaded the job functions; `meanwhile` is called each second until then.
 
         Raises:
             HorseDied: it could not load them, or not in time.
         """
-        if not self.is_ready(START_WITHIN):
-            self.kill()
-            self.bury()
-            raise HorseDied(f"not ready after {START_WITHIN:.0f} s")
+        deadline = time.monotonic() + START_WITHIN
+        while not self.is_ready(LOOK_AWAY_EVERY):
+            if time.monotonic() > deadline:
+                self.kill()
+                self.bury()
+                raise HorseDied(f"not ready after {START_WITHIN:.0f} s")
+            meanwhile()
 
     def has_died(self) -> bool:
         """Whether the process has ended by itself."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from collections.abc import Callable
 
 from app import work_horse
 from app.config import Settings
@@ -17,7 +18,7 @@ class Stable:
         self._settings = settings
         self._log = log
         self._server: ForkServer | None = None
-        #: The one that runs jobs, if there is one just now.
+        #: The one that runs jobs, or will once it is ready; if there is one just now.
         self.horse: WorkHorse | None = None
         self._next: WorkHorse | None = None
 
@@ -29,7 +30,7 @@ class Stable:
         """
         self._server = ForkServer(work_horse.main)
         try:
-            horse = self.ready_horse()
+            horse = self.ready_horse(lambda: None)
         except HorseDied as error:
             raise SystemExit(f"The work-horse cannot load the job functions ({error}).") from None
         if self.is_over_memory():
@@ -39,15 +40,17 @@ class Stable:
 
     def close(self) -> None:
         """End all of them."""
-        with contextlib.suppress(ForkServerDied):
-            for horse in filter(None, (self.horse, self._next)):
-                horse.kill()
+        for horse in filter(None, (self.horse, self._next)):
+            horse.kill()
+            with contextlib.suppress(ForkServerDied):
                 horse.bury()
         if self._server:
             self._server.close()
 
-    def ready_horse(self, *, is_fresh: bool = False) -> WorkHorse:
+    def ready_horse(self, meanwhile: Callable[[], None], *, is_fresh: bool = False) -> WorkHorse:
         """A work-horse that has loaded the job functions; if it is to be fresh, one that has run no job yet.
+
+        While it has to be waited for, `meanwhile` is called each second. What that raises ends the waiting only.
 
         Raises:
             HorseDied: it could not load them.
@@ -61,11 +64,14 @@ class Stable:
             self._log.warning("a new work-horse, after the jobs of the old one: %s", self.too_much_memory)
             self.bury()
         if self.horse is None:
-            horse, self._next = self._next, None
-            if horse is None or horse.has_died():
-                horse = self._start()
-            horse.await_ready()
-            self.horse = horse
+            self.horse, self._next = self._next, None
+            if self.horse is None or self.horse.has_died():
+                self.horse = self._start()
+        try:
+            self.horse.await_ready(meanwhile)
+        except HorseDied:
+            self.horse = None
+            raise
         return self.horse
 
     def _has_to_go(self, horse: WorkHorse, is_fresh: bool) -> bool:

@@ -89,7 +89,8 @@ def _run(header: Header, data: bytes, functions: Mapping[str, JobFunction], chan
     def send(progress: Progress) -> None:
         if not (math.isfinite(progress["done"]) and math.isfinite(progress["total"])):
             raise ValueError(f"Progress is told in finite numbers, not {progress['done']} of {progress['total']}.")
-        channel.send({"progress": {**progress, "message": _cut(progress["message"], LONGEST_PROGRESS)}})
+        told = {**progress, "message": _cut(progress["message"], LONGEST_PROGRESS)}
+        channel.send({"progress": told, "job_id": header["job_id"]})
 
     try:
         path, _instance, args, kwargs = json.loads(data)
@@ -99,7 +100,7 @@ def _run(header: Header, data: bytes, functions: Mapping[str, JobFunction], chan
         raise UnknownFunction(f"{path!r} is not a job function here.")
     job = _make_job(header)
     job._func_name, job._args, job._kwargs = path, args, kwargs
-    token = _current_job.set(job)
+    token, pid = _current_job.set(job), os.getpid()
     try:
         with progress_goes_to(send):
             if header["timeout"] < 0:  # RQ's word for no limit
@@ -108,6 +109,8 @@ def _run(header: Header, data: bytes, functions: Mapping[str, JobFunction], chan
                 with _RunLimit(header["timeout"], JobTimeoutException):
                     value = functions[path].run(args, kwargs)
     finally:
+        if os.getpid() != pid:  # the function forked, and this is the child: the outcome is not its to send
+            os._exit(sys.exc_info()[0] is not None)
         _current_job.reset(token)
     return dump_result(value, get_settings().max_result_bytes)
 

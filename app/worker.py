@@ -30,6 +30,7 @@ from rq.worker import WorkerStatus
 
 from app import transitions
 from app.endings import Assignment, EndingWorker
+from app.fork_server import ForkServerDied
 from app.frames import Header
 from app.horse_process import HorseDied, WorkHorse
 from app.logs import configure_logs, start_sentry
@@ -72,6 +73,8 @@ class Worker(EndingWorker):
         self._assignment: Assignment | None = None
         #: The run that a message from the pubsub thread may stop: not one whose end is being written down already.
         self._stoppable_run: Run | None = None
+        #: Whether one did. RQ's `_stopped_job_id` may be that of an earlier job, which RQ's code ends meanwhile.
+        self._is_stopped = False
         self._stop_lock = threading.Lock()
         self._blank_job = Job("blank", connection=self.connection, serializer=JSONSerializer)
         self._next_tick = self._last_tick = self._trusts_leases_from = 0.0
@@ -135,7 +138,7 @@ class Worker(EndingWorker):
             if not run or run.job_id != job_id or run.execution != execution:
                 self.log.info("Worker %s: does not run job %s, which was to be stopped", self.name, job_id)
                 return
-            self._stopped_job_id = job_id
+            self._is_stopped = True
             self.kill_horse()
 
     def get_current_job_id(self) -> str | None:
@@ -157,9 +160,7 @@ class Worker(EndingWorker):
             # From here to the end of the job a signal only asks (RQ's `_shutdown`): it cannot raise between a `take`
             # that Redis has carried out and the run.
             self._state = WorkerStatus.BUSY
-            # The latter if an `except Exception` ate the StopRequested that RQ's handler raises in an idle worker.
-            if self._stop_requested or self._stopping_since is not None:
-                raise StopRequested
+            self._heed_stop()
             try:
                 self._tick()
                 taken, self._taken_ahead = self._taken_ahead, None
@@ -167,8 +168,9 @@ class Worker(EndingWorker):
                     self._settle()
                     if isinstance(taken, transitions.Nothing) and (timeout is None or max_idle_time is not None):
                         taken = None  # it was taken before the last job ended, which may wait again
-                if not taken:
-                    self._stable.ready_horse()
+                if taken is None:
+                    self._stable.ready_horse(self._while_loading)
+                    self._heed_stop()  # what was before may have taken its time
                     self._asked_at = self._asked_at or time.monotonic()
                     taken = transitions.take(
                         self._redis, self.name, self._next_execution, self.settings.worker_lease, self._queue_order()
@@ -280,6 +282,22 @@ class Worker(EndingWorker):
         self._next_tick = time.monotonic() + (TICK if due is None else min(TICK, due))
         transitions.sweep(self.connection)
 
+    def _heed_stop(self) -> None:
+        """No job is begun any more once the worker was told to end."""
+        # The latter if an `except Exception` ate the StopRequested that RQ's handler raises in an idle worker.
+        if self._stop_requested or self._stopping_since is not None:
+            raise StopRequested
+
+    def _while_loading(self) -> None:
+        """What goes on while a work-horse loads the functions: minutes, if they load a model."""
+        self._heed_stop()
+        if time.monotonic() < self._patient_until:
+            return
+        self._quietly(partial(self._settle, is_patient=False))
+        if run := self._stoppable_run:
+            self._renew(run, "")  # whether it is held is asked again before the run begins
+        self._quietly(self._tick)
+
     # A job
 
     def execute_job(self, job: Job, queue: rq.Queue) -> None:
@@ -297,11 +315,15 @@ class Worker(EndingWorker):
             self._run()
         except ResponseError as error:
             self._complain(run, error)
+        except ForkServerDied:
+            self.kill_horse()  # before another worker may take the job
+            self._release(self._assignment, crashed=self._has_begun, how="the fork server died")
+            raise
         except SystemExit:  # a second signal (RQ's cold shutdown)
             self._put_back("its worker was told to end at once")
             raise
         finally:
-            self._close_to_stops(run)
+            self._close_to_stops()
             self.executions.pop(run.execution, None)
             self.total_working_time += time.monotonic() - start
 
@@ -309,11 +331,11 @@ class Worker(EndingWorker):
         # A key of another type: `recover` will find the run, and set it aside.
         self.log.error("%s: its end cannot be written: %s", run, error)
 
-    def _close_to_stops(self, run: Run) -> bool:
+    def _close_to_stops(self) -> bool:
         """From now on no message stops the run; True if one did before, and the work-horse was killed for it."""
         with self._stop_lock:
             self._stoppable_run = None
-            is_stopped, self._stopped_job_id = self._stopped_job_id == run.job_id, None
+            is_stopped, self._is_stopped = self._is_stopped, False
         if is_stopped and self._stable.horse:
             self._stable.bury()
         return is_stopped
@@ -322,11 +344,11 @@ class Worker(EndingWorker):
         assert self._assignment
         run = self._assignment.run
         try:
-            horse = self._stable.ready_horse()
+            horse = self._stable.ready_horse(self._while_loading)
             path = self._assignment.path if horse.crash_limits or horse.fresh else ""
             own_limit = horse.crash_limits.get(path)
             if is_fresh := self.settings.worker_fresh_process or path in horse.fresh:
-                horse = self._stable.ready_horse(is_fresh=True)
+                horse = self._stable.ready_horse(self._while_loading, is_fresh=True)
             self._assignment = assignment = self._assignment._replace(max_crashes=own_limit)
             # The function's limit is written down before the run begins: another worker may have to know. And what was
             # taken a while ago, or must not run twice, is run only if it is still this worker's.
@@ -336,15 +358,19 @@ class Worker(EndingWorker):
                 if (held := self._insist(renew)) != "held":
                     self._end_unheld(run, held)
                     return
-            if self._stopped_job_id == run.job_id:  # as the work-horse was started
+            if self._is_stopped:  # as the work-horse was started
                 self._end_stopped(run)
                 return
+            self._heed_stop()
             self._has_begun = True
             horse.jobs, horse.is_spent = horse.jobs + 1, is_fresh
             horse.channel.send(assignment.header, assignment.data, timeout=KILL_AFTER)
             if is_fresh:
                 self._stable.prepare_next()  # it begins to load
             self._watch(horse, assignment)
+        except StopRequested:
+            if not self._end_stopped(run):
+                self._put_back("its worker was told to end before it began")
         except HorseDied as error:  # as it was started
             if not self._end_stopped(run):
                 self._release(self._assignment, crashed=False, how=f"no work-horse: {error}")
@@ -359,7 +385,7 @@ class Worker(EndingWorker):
 
     def _end_stopped(self, run: Run) -> bool:
         """Whether a message stopped the run; it ends `stopped` then."""
-        is_stopped = self._close_to_stops(run)
+        is_stopped = self._close_to_stops()
         if is_stopped:
             self._finish_stopped(run)
         return is_stopped
@@ -380,8 +406,9 @@ class Worker(EndingWorker):
             # All that is there: an outcome may stand behind old progress, after Redis kept us waiting.
             frame = horse.channel.receive(PROGRESS_EVERY if progress else patience)
             if frame is None:
-                if horse.has_died():
-                    raise EOFError  # the socket is still open in a process that the job forked
+                # It may have sent the outcome as we looked away. The socket may be open still in what the job forked.
+                if horse.has_died() and not (frame := horse.channel.receive(0)):
+                    raise EOFError
                 if not is_told:  # a line in the log takes 50 µs: a short job has but the one of its end
                     self.log.info("%s, %s, runs", run, assignment.function)
                     is_told = True
@@ -390,7 +417,8 @@ class Worker(EndingWorker):
                 if "outcome" in frame[0]:
                     self._end(run, *frame, progress)
                     return
-                progress = json.dumps(frame[0]["progress"])
+                if frame[0]["job_id"] == run.job_id:  # an earlier one may have left a thread that had begun to report
+                    progress = json.dumps(frame[0]["progress"])
                 if time.monotonic() - reading_since > PROGRESS_EVERY:
                     break
                 frame = horse.channel.receive(0)
@@ -407,7 +435,8 @@ class Worker(EndingWorker):
             if limit > 0 and now - start > limit + KILL_AFTER:
                 self._stable.bury()
                 message = f"The job ran longer than its limit of {limit} s, and its process was killed."
-                self._fail(run, "JobTimeoutException", message)
+                self.log.error("%s failed: %s", run, message)
+                self._finish(run, self._ending("failed", describe_failure("JobTimeoutException", message)))
                 return
             is_over = now >= next_look and self._stable.is_over_memory()
             next_look = now + MEMORY_EVERY if now >= next_look else next_look
@@ -431,7 +460,7 @@ class Worker(EndingWorker):
 
     def _end(self, run: Run, header: Header, body: bytes, progress: str) -> None:
         """Write down what the work-horse sent."""
-        self._close_to_stops(run)
+        self._close_to_stops()
         if header["outcome"] == "finished":
             value = "" if body == b"null" else base64.b64encode(body).decode()
             ending = self._ending("finished", return_value=value, progress=progress)

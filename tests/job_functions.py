@@ -4,6 +4,7 @@ import datetime
 import logging
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 from rq import get_current_job
 
+from app import job_function as runs
 from app.job_function import GiveUp, TryAgain, job_function, report_progress
 
 
@@ -163,6 +165,20 @@ def report(payload: dict[str, Any]) -> str:
     return "reported"
 
 
+@job_function()
+def report_too_late(payload: Any) -> None:
+    """Leave a thread that is about to report as this job ends, and does it in the next one."""
+    send = runs._send_progress
+    assert send
+
+    def report() -> None:
+        while runs._send_progress in (send, None):
+            time.sleep(0.001)
+        send(runs.Progress(done=1, total=2, message="late"))
+
+    threading.Thread(target=report, daemon=True).start()
+
+
 @job_function(retries=3)
 def foresee(payload: dict[str, Any]) -> None:
     """Fail as the payload says: for good, or with a pause."""
@@ -273,12 +289,30 @@ def write_pid(payload: dict[str, Any]) -> None:
 
 
 @job_function()
+def hold_the_interpreter(payload: dict[str, str]) -> None:
+    """Write down the number of the process, and let no thread of it run for hours: C code, which holds the GIL."""
+    append_line({"path": payload["path"], "line": str(os.getpid())})
+    re.match("(a+)+$", "a" * 60 + "b")
+
+
+@job_function()
 def die_beside_a_child(payload: Any) -> None:
     """End the process, while one that it forked lives on for a minute with all that was open."""
     if os.fork() == 0:
         time.sleep(60)
         os._exit(0)
     os._exit(7)
+
+
+@job_function()
+def fork(how: str) -> list[int]:
+    """Fork a process that comes back from here as its parent does, and first; return both and how the child ended."""
+    pid = os.getpid()
+    child = os.fork()
+    if child == 0 and how == "raise":
+        raise ValueError(how)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if child else -1
+    return [pid, os.getpid(), code]
 
 
 @job_function()

@@ -1,16 +1,23 @@
 """The processes that work-horses are: forked by a server that the worker has, replaced now and then."""
 
+import logging
 import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
 from redis import Redis
 
+from app.config import get_settings
+from app.fork_server import ForkServerDied
+from app.horse_process import WorkHorse
+from app.stable import Stable
+from app.worker import Worker
 from tests.processes import ROOT, Process, environment, wait_until, worker
-from tests.test_worker import Bench, is_running
+from tests.test_worker import Bench, is_running, lines_of
 
 
 @pytest.fixture
@@ -63,19 +70,71 @@ def test_nothing_is_left_of_a_worker_that_ended(own: Bench, tmp_path: Path, numb
         wait_until(lambda: not any(map(is_running, pids)))
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_job_that_lets_no_thread_run_ends_with_its_worker(own: Bench, tmp_path: Path, number: signal.Signals) -> None:
+    path = tmp_path / "pid"
+    with worker(environment(own.url, WORKER_SHUTDOWN_SECONDS=0), tmp_path / "worker.log") as process:
+        own.enqueue("hold_the_interpreter", {"path": str(path)})
+        pid = int(wait_until(lambda: lines_of(path))[0])
+        process.signal(number)
+        wait_until(lambda: not is_running(pid), 10)
+
+
 def test_worker_whose_fork_server_died_puts_its_job_back_and_ends(own: Bench, tmp_path: Path) -> None:
     with worker(environment(own.url), tmp_path / "worker.log") as process:
         _, server, horse = family(process)
         job_id = own.enqueue("sleep_for", 30)
         own.wait_for(job_id, "started")
         server.kill()
-        horse.kill()
         process.popen.wait(10)
         assert process.popen.returncode != 0
+        wait_until(lambda: not is_running(horse.pid), 10)
     job = own.read(job_id)
-    assert (job["status"], job.get("crashes")) == ("queued", None)
+    # What kills it may be the job: it is not to end one worker after the other for ever.
+    assert (job["status"], job.get("crashes")) == ("queued", "1")
     with worker(environment(own.url, WORKER_SHUTDOWN_SECONDS=0), tmp_path / "another.log"):
         own.wait_for(job_id, "started")
+
+
+def test_fork_server_without_a_free_file_descriptor_says_so_and_goes_on(own: Bench, tmp_path: Path) -> None:
+    with worker(environment(own.url), tmp_path / "worker.log") as process:
+        _, server, _ = family(process)
+        processes_of(own, "use_model", 1)
+        limits = server.rlimit(psutil.RLIMIT_NOFILE)
+        server.rlimit(psutil.RLIMIT_NOFILE, (3, limits[1]))
+        job_id = own.enqueue("use_fresh_process")
+        process.wait_for_log("Too many open files; trying again")
+        server.rlimit(psutil.RLIMIT_NOFILE, limits)
+        own.result_of(job_id)
+        assert "crashes" not in own.read(job_id)
+
+
+def test_job_is_not_put_back_before_its_work_horse_is_killed(own: Bench) -> None:
+    job_id = own.enqueue("echo", 1)
+    bereft = Worker(["default"], connection=own.redis)
+    horse = Mock(spec=WorkHorse, channel=Mock(), crash_limits={}, fresh=frozenset(), is_spent=False, jobs=0)
+    horse.has_died.side_effect = [False, False, ForkServerDied]
+    horse.channel.receive.return_value = None
+    seen = []
+    horse.kill.side_effect = lambda *_: seen.append(own.read(job_id)["status"])
+    bereft._stable.horse = horse
+    taken = bereft.dequeue_job_and_maintain_ttl(None)
+    assert taken
+    with pytest.raises(ForkServerDied):
+        bereft.execute_job(*taken)
+    assert seen == ["started"]
+    job = own.read(job_id)
+    assert (job["status"], job["crashes"]) == ("queued", "1")
+
+
+def test_no_work_horse_is_left_where_the_fork_server_died() -> None:
+    stable = Stable(get_settings(), logging.getLogger("test"))
+    stable.horse, stable._next = horses = [Mock(spec=WorkHorse), Mock(spec=WorkHorse)]
+    for horse in horses:
+        horse.bury.side_effect = ForkServerDied
+    stable.close()
+    for horse in horses:
+        horse.kill.assert_called_once()
 
 
 @pytest.mark.parametrize(

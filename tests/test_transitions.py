@@ -364,6 +364,16 @@ def test_renew_extends_the_lease(redis: Any) -> None:
     assert events(redis)[-1] == ("j", "started")
 
 
+def test_renew_writes_all_of_a_run_that_redis_has_forgotten(redis: Any) -> None:
+    run = start(redis)
+    key = f"rq:execution:j:{run.execution}"
+    before = redis.hkeys(key)
+    redis.delete(key)
+    assert transitions.renew(redis, run, 30) == "held"
+    assert sorted(redis.hkeys(key)) == sorted(before)
+    assert transitions.cancel(redis, "j", None, 100) == "started"
+
+
 def test_renew_passes_progress_on(redis: Any) -> None:
     run = start(redis)
     for progress in ('{"done": 1}', '{"done": 2}'):
@@ -803,6 +813,16 @@ def test_recover_leaves_a_run_of_a_stock_worker_until_rq_gives_it_up(redis: Any)
     assert transitions.recover(redis, ["default"]) == []
     redis.zadd("rq:wip:default", {"j:e": time.time() - 5})
     assert transitions.recover(redis, ["default"]) == [Abandoned(Run("j", "e", "default", "stock"), 0, None)]
+
+
+@pytest.mark.parametrize("ours", ["just now", "yesterday"])
+def test_recover_finds_a_run_behind_those_of_many_stock_workers(redis: Any, ours: str) -> None:
+    """Stock workers give up theirs within 90 seconds; ours is given up a day before its score (GRACE)."""
+    run = start(redis, lease=EXPIRED)
+    redis.zadd("rq:wip:default", {f"stock:{number}": time.time() + 30 + number / 10 for number in range(300)})
+    if ours == "yesterday":
+        redis.zadd("rq:wip:default", {f"j:{run.execution}": time.time() - 1})
+    assert transitions.recover(redis, ["default"]) == [Abandoned(run, 0, None)]
 
 
 def test_recover_names_a_run_whose_execution_has_expired(redis: Any) -> None:

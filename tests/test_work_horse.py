@@ -158,7 +158,7 @@ def test_run_job_tells_of_a_failure_that_was_foreseen_without_a_traceback(
 def test_run_job_sends_progress_and_the_return_value(ends: tuple[Channel, Channel]) -> None:
     frames = _run(ends, "tests.job_functions.report", {"done": 1, "total": 4, "message": "a"})
     assert frames == [
-        ({"progress": {"done": 1, "total": 4, "message": "a"}}, b""),
+        ({"progress": {"done": 1, "total": 4, "message": "a"}, "job_id": "j"}, b""),
         ({"outcome": "finished"}, b'"reported"'),
     ]
 

@@ -23,17 +23,19 @@ from redis import Redis
 from redis.exceptions import RedisError
 from rq import Callback, Retry
 from rq.command import send_stop_job_command
+from rq.exceptions import StopRequested
 from rq.job import Dependency, Job
 from rq.serializers import JSONSerializer
 
 import app
 from app import transitions
 from app.config import get_settings
+from app.frames import Channel
 from app.horse_process import WorkHorse
 from app.jobs import Jobs
 from app.redis_resc import Queue
 from app.transitions import EVENTS_KEY, TERMINAL
-from app.worker import Worker
+from app.worker import Unsettled, Worker
 from tests.processes import ROOT, Process, environment, python, running, valkey_server, wait_until, worker
 
 SETTINGS: dict[str, Any] = {
@@ -211,6 +213,11 @@ def test_progress_is_seen_while_the_job_runs_and_after(bench: Bench) -> None:
     assert json.loads(bench.end_of(job_id, "finished")["progress"])["done"] == 3
     told = [event for _, event in bench.redis.xrange(EVENTS_KEY) if event[b"job_id"] == job_id.encode()]
     assert [event[b"status"] for event in told] == [b"queued", b"started", b"started", b"finished"]
+
+
+def test_late_progress_of_an_earlier_job_is_not_the_next_ones(bench: Bench) -> None:
+    bench.end_of(bench.enqueue("report_too_late"), "finished")
+    assert "progress" not in bench.end_of(bench.enqueue("sleep_for", 0.5), "finished")
 
 
 def test_last_progress_of_a_quick_job_is_kept(bench: Bench) -> None:
@@ -445,6 +452,17 @@ def test_job_that_must_not_run_twice_is_not_put_back_on_sigterm(own: Bench, tmp_
     assert own.redis.llen("rq:queue:default") == 0
 
 
+@pytest.fixture
+def stand_in() -> Iterator[tuple[Mock, Channel]]:
+    """A work-horse that a test plays, and its end of the channel."""
+    ours, its = (Channel(end) for end in socket.socketpair())
+    horse = Mock(spec=WorkHorse, channel=ours, crash_limits={}, fresh=frozenset(), is_spent=False, jobs=0)
+    horse.has_died.return_value = False
+    yield horse, its
+    ours.close()
+    its.close()
+
+
 def test_job_that_was_lost_before_it_began_is_not_run(real_redis: "Redis") -> None:
     """As one that was taken ahead, and whose worker was kept from it for longer than its lease."""
     bench = Bench(real_redis, "")
@@ -463,6 +481,59 @@ def test_job_that_was_lost_before_it_began_is_not_run(real_redis: "Redis") -> No
     first.execute_job(*taken)
     assert not horse.channel.send.called
     assert bench.read(job_id)["status"] == "queued"
+
+
+@pytest.mark.parametrize("is_taken", [False, True])
+def test_job_that_has_not_begun_is_not_begun_once_the_worker_is_told_to_end(
+    real_redis: "Redis", monkeypatch: pytest.MonkeyPatch, is_taken: bool
+) -> None:
+    """The signal comes as the work-horse becomes ready, before or after the job was taken."""
+    bench = Bench(real_redis, "")
+    job_id = bench.enqueue("echo", 1)
+    ending = Worker(["default"], connection=real_redis)
+    horse = Mock(spec=WorkHorse, channel=Mock(), crash_limits={}, fresh=frozenset(), is_spent=False, jobs=0)
+
+    def ready_horse(*_: Any, **__: Any) -> WorkHorse:
+        ending._stop_requested = bool(bench.read(job_id)["status"] == ("started" if is_taken else "queued"))
+        return horse
+
+    monkeypatch.setattr(ending._stable, "ready_horse", ready_horse)
+    if is_taken:
+        taken = ending.dequeue_job_and_maintain_ttl(None)
+        assert taken
+        ending.execute_job(*taken)
+    else:
+        with pytest.raises(StopRequested):
+            ending.dequeue_job_and_maintain_ttl(None)
+    assert not horse.channel.send.called
+    assert real_redis.lrange("rq:queue:default", 0, -1) == [job_id.encode()]
+    job = bench.read(job_id)
+    assert (job["status"], job.get("crashes")) == ("queued", None)
+    assert real_redis.zcard("rq:wip:default") == 0
+
+
+def test_outcome_that_was_sent_just_before_the_work_horse_died_counts(
+    real_redis: "Redis", stand_in: tuple[Mock, Channel]
+) -> None:
+    """It comes between a look at the channel, at which there is nothing, and one at the process."""
+    horse, its = stand_in
+
+    def die() -> bool:
+        if horse.jobs:
+            its.send({"outcome": "finished"}, b"1")
+        return bool(horse.jobs)
+
+    horse.has_died.side_effect = die
+    bench = Bench(real_redis, "")
+    job_id = bench.enqueue("echo", 1)
+    loyal = Worker(["default"], connection=real_redis)
+    loyal._stable.horse = horse
+    taken = loyal.dequeue_job_and_maintain_ttl(None)
+    assert taken
+    loyal.execute_job(*taken)
+    loyal._settle()
+    assert bench.result_of(job_id) == 1
+    assert "crashes" not in bench.read(job_id)
 
 
 def test_recover_goes_on_where_a_later_part_of_the_tick_fails(redis: "Redis", monkeypatch: pytest.MonkeyPatch) -> None:
@@ -569,6 +640,12 @@ def test_memory_that_jobs_leave_behind_ends_the_work_horse_and_no_job(own: Bench
 def test_death_of_a_process_is_seen_though_one_that_it_forked_lives_on(bench: Bench) -> None:
     error = bench.end_of(bench.enqueue("die_beside_a_child", job_timeout=600), "failed", 15)["error"]
     assert "exit code 7" in error["message"]
+
+
+@pytest.mark.parametrize(("how", "code"), [("return", 0), ("raise", 1)])
+def test_process_that_a_function_forked_ends_where_the_function_does(bench: Bench, how: str, code: int) -> None:
+    before, after, found = bench.result_of(bench.enqueue("fork", how, job_timeout=10))
+    assert (before, found) == (after, code)
 
 
 def test_death_of_an_idle_work_horse_is_no_jobs_fault(bench: Bench, tmp_path: Path) -> None:
@@ -683,6 +760,36 @@ def test_malformed_commands_do_not_deafen_the_worker(bench: Bench) -> None:
         return bool(bench.read(job_id)["status"] == "stopped")
 
     wait_until(is_stopped, 10)
+
+
+def test_stop_is_not_lost_as_an_earlier_job_is_written_down_as_stopped(
+    real_redis: "Redis", stand_in: tuple[Mock, Channel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RQ's code ends the earlier one, which was canceled and has a dependent, while the later one runs."""
+    horse, its = stand_in
+    horse.kill.side_effect = lambda *_: its.close()
+    bench = Bench(real_redis, "")
+    busy = Worker(["default"], connection=real_redis)
+    busy._stable.horse = horse
+    earlier = bench.enqueue("echo", 1)
+    bench.enqueue("echo", 1, depends_on=earlier)
+    transitions.take(real_redis, busy.name, "e", 30, ["default"])
+    assert cancel(bench, earlier) == "started"
+    later = bench.enqueue("echo", 2)
+    taken = busy.dequeue_job_and_maintain_ttl(None)
+    assert taken
+    busy._unsettled = Unsettled(
+        transitions.Run(earlier, "e", "default", busy.name), transitions.Ending("finished", 9, 9), is_answered=False
+    )
+    finish = transitions.finish
+
+    def finish_as_a_stop_comes(*args: Any) -> str:
+        busy.handle_payload({"data": json.dumps({"command": "stop-job", "job_id": later}).encode()})
+        return finish(*args)
+
+    monkeypatch.setattr(transitions, "finish", finish_as_a_stop_comes)
+    busy.execute_job(*taken)
+    assert [bench.read(job_id)["status"] for job_id in (earlier, later)] == ["stopped", "stopped"]
 
 
 def test_job_that_is_stopped_keeps_no_other_from_its_run(bench: Bench, tmp_path: Path) -> None:

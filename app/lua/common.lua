@@ -178,11 +178,14 @@ local function holds(id, execution, queue, status)
   return status == 'started' and redis.call('ZSCORE', registry('wip', queue), id .. ':' .. execution)
 end
 
-local function extend_lease(id, execution, queue, worker, lease, now, ...)
+local function extend_lease(id, execution, queue, worker, lease, now)
   local ttl = math.ceil(lease) + GRACE
   -- First what needs no memory: after it a script may write also where Redis is full, and a lease must not run out there.
   redis.call('EXPIRE', worker_key(worker) .. ':executions', ttl + 60)
-  redis.call('HSET', execution_key(id, execution), 'last_heartbeat', exact(now), 'lease_until', exact(now + lease), ...)
+  -- All of it: what had expired would be half a run, which RQ cannot read and `cancel` takes for a dead worker's.
+  redis.call('HSET', execution_key(id, execution), 'id', execution, 'job_id', id, 'worker_name', worker,
+    'last_heartbeat', exact(now), 'lease_until', exact(now + lease))
+  redis.call('HSETNX', execution_key(id, execution), 'created_at', exact(now))
   redis.call('EXPIRE', execution_key(id, execution), ttl)
   redis.call('ZADD', registry('wip', queue), exact(now + ttl), id .. ':' .. execution)
   redis.call('ZADD', registry('executions', id), exact(now + ttl + 60), execution)

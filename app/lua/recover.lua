@@ -5,15 +5,21 @@
 -- Answers a list of {job id, execution id, queue, worker, request id or '', crashes so far, the job's own crash limit or ''}.
 local now, expired = clock(), {}
 for _, queue in ipairs(ARGV) do
-  for _, member in ipairs(redis.call('ZRANGEBYSCORE', registry('wip', queue), '-inf', now + GRACE, 'LIMIT', 0, 100)) do
+  -- From both ends: the runs of live stock workers, which may be many, stand between what is over for RQ too and our
+  -- leases that ran out.
+  local wip = registry('wip', queue)
+  local members = redis.call('ZRANGEBYSCORE', wip, '-inf', exact(now), 'LIMIT', 0, 100)
+  local ours = redis.call('ZREVRANGEBYSCORE', wip, exact(now + GRACE), '(' .. exact(now), 'LIMIT', 0, 100)
+  for _, member in ipairs(ours) do members[#members + 1] = member end
+  for _, member in ipairs(members) do
     local id, execution = string.match(member, '^(.*):(.*)$')
     if not id then
-      redis.call('ZREM', registry('wip', queue), member)
+      redis.call('ZREM', wip, member)
     else
       local run = redis.pcall('HMGET', execution_key(id, execution), 'lease_until', 'worker_name')
       if run.err then run = {} end
       -- A stock worker's execution has no lease of ours; its score is when RQ would give it up.
-      local ends = number(run[1], tonumber(redis.call('ZSCORE', registry('wip', queue), member)))
+      local ends = number(run[1], tonumber(redis.call('ZSCORE', wip, member)))
       if ends < now then
         local job = read(id, 'crashes', 'max_crashes', 'request_id')
         expired[#expired + 1] = {id, execution, queue, run[2] or '', job[3] or '', whole(job[1], 0), job[2] or ''}

@@ -49,8 +49,7 @@ for position = 4, #ARGV do
         'origin', queue)
       redis.call('PERSIST', key)
       redis.call('SADD', worker_key(worker) .. ':executions', id .. ':' .. execution)
-      extend_lease(id, execution, queue, worker, lease, now,
-        'id', execution, 'job_id', id, 'created_at', exact(now), 'worker_name', worker)
+      extend_lease(id, execution, queue, worker, lease, now)
       redis.call('HSET', worker_key(worker), 'state', 'busy')
       move(id, job[1] or 'queued', 'started', owner)
       observe('wait', job[6], math.max(0, now - (seconds_since_1970(job[4]) or now)))
