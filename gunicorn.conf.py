@@ -12,6 +12,7 @@ import shutil  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
 from typing import Any  # noqa: E402
 
 import gevent  # noqa: E402
@@ -23,7 +24,8 @@ if not os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
     _own_folder = os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="metrics-")
 
 from gunicorn.glogging import Logger  # noqa: E402
-from gunicorn.http.errors import ParseException  # noqa: E402
+from gunicorn.http.body import ChunkedReader  # noqa: E402
+from gunicorn.http.errors import InvalidChunkSize, ParseException  # noqa: E402
 from prometheus_client import multiprocess  # noqa: E402
 
 from app.config import get_settings, is_loopback  # noqa: E402
@@ -40,6 +42,11 @@ class logger_class(Logger):  # type: ignore[misc]  # noqa: N801  # gunicorn's na
         super().setup(cfg)
         configure_logs("gunicorn.error")
 
+    def exception(self, msg: Any, *args: Any, **kwargs: Any) -> None:
+        """As gunicorn's; but a client that was silent for too long is no error of ours, with its traceback."""
+        tell = self.debug if isinstance(sys.exc_info()[1], TimeoutError) else super().exception
+        tell(msg, *args, **kwargs)
+
 
 bind = _settings.address
 workers = _settings.web_concurrency
@@ -54,9 +61,14 @@ if _soft != resource.RLIM_INFINITY:
     )
 # A request in flight has this long to end on a shutdown: a little more than the longest wait.
 graceful_timeout = _settings.max_wait + 5
+# What a head may have: some 260 kB, which take a tenth of a second at worst.
+limit_request_fields = 64
+limit_request_field_size = 4094
 keepalive = 5
 #: Seconds that a client may be silent in the middle of a request, or not read what it is answered.
 SILENCE = 30
+#: Bytes that the pieces of a chunked body have to have on the average, if there are more than 1000.
+LEAST_PIECE = 16
 # No header changes a request's path or scheme. gunicorn takes SCRIPT_NAME from a proxy on this machine, and so from any
 # client of it: `SCRIPT_NAME: /x` would make `/queues` of `/x/queues`, which the proxy may let through.
 forwarder_headers = ""
@@ -108,6 +120,21 @@ def post_fork(server: Any, worker: Any) -> None:
 def pre_request(worker: Any, req: Any) -> None:
     """Wait for a client for a while, not for ever (see app/fairness.py)."""
     req.unreader.sock.settimeout(SILENCE)
+    if isinstance(req.body.reader, ChunkedReader):
+        req.body.reader.parser = _in_turns(req.body.reader.parser)
+
+
+def _in_turns(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """The pieces of a chunked body, while others go on: gunicorn gives way to nobody as long as there are bytes."""
+    count = size = 0
+    for piece in pieces:
+        if piece:
+            count, size = count + 1, size + len(piece)
+        if count % 100 == 99:  # gunicorn takes 10 µs for each
+            if count > 1000 and size < count * LEAST_PIECE:
+                raise InvalidChunkSize(b"chunks of few bytes each")
+            gevent.sleep(0.001)
+        yield piece
 
 
 def post_request(worker: Any, req: Any, environ: Any, resp: Any) -> None:
@@ -116,7 +143,7 @@ def post_request(worker: Any, req: Any, environ: Any, resp: Any) -> None:
     gunicorn's own reading gives way to nobody as long as there are bytes: a client that sends fast held up the process.
     """
     has_body = environ.get("CONTENT_LENGTH", "0") != "0" or "HTTP_TRANSFER_ENCODING" in environ
-    if not has_body or resp is None or resp.should_close():
+    if not has_body or resp is None or not resp.headers_sent or resp.should_close():
         return
     with gevent.Timeout(keepalive, False):  # type: ignore[arg-type]  # False: it says nothing
         try:

@@ -171,7 +171,7 @@ class Settings(BaseSettings):
     )
     max_payload_bytes: int = Field(default=16 * 2**20, ge=1, le=512 * 2**20, description="Largest request body")
     max_payload_values: int = Field(
-        default=1_000_000, ge=1, le=100_000_000, description="JSON values that a request body may hold"
+        default=250_000, ge=1, le=100_000_000, description="JSON values that a request body may hold"
     )
     max_result_bytes: int = Field(default=16 * 2**20, ge=1, le=256 * 2**20, description="Largest result, as JSON")
 

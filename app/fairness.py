@@ -1,7 +1,9 @@
 """No client takes a web process from all others: how much each may hold of it, and for how long."""
 
+import errno
 import threading
-from collections import Counter
+import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -63,6 +65,11 @@ class _Limits(NamedTuple):
     bytes: Shares
 
 
+class _Turns(NamedTuple):
+    of_all: threading.Lock
+    of_key: defaultdict[str, threading.Lock]
+
+
 def _longest(size: int) -> float:
     return PATIENCE + size / LEAST_RATE
 
@@ -112,16 +119,40 @@ def limited_time(size: int) -> AbstractContextManager[object]:
     return gevent.Timeout(_longest(size), TimeoutError("The body comes too slowly."))
 
 
+def give_way() -> None:
+    """Let other requests of this process go first, and gunicorn's sign of life: what follows may take a second.
+
+    One at a time: gevent would go from one that slept to the next, and look for others at the end only. And one of
+    each key, so that none waits for all that another one sends.
+    """
+    turns: _Turns = current_app.extensions["turns"]
+    with turns.of_key[current_key().name], turns.of_all:
+        time.sleep(0.001)  # a whole round of gevent's loop; with 0 it would be none
+
+
+def limit_sending(answer: Response) -> Response:
+    """The answer, whose client may take its time to read it, but not for ever.
+
+    gunicorn's socket has a time-out (gunicorn.conf.py) for each part of an answer, however slowly they go.
+    """
+    size = answer.content_length or 0
+    if size > LARGE and "gunicorn.socket" in request.environ:
+        answer.direct_passthrough = False  # a file's answer would not be closed then
+        # gunicorn takes it for a client that went away.
+        limit = gevent.Timeout.start_new(_longest(size), BrokenPipeError(errno.EPIPE, "The answer is read too slowly."))
+        answer.call_on_close(limit.close)
+    return answer
+
+
 def large_answer(answer: Response) -> Response:
-    """The answer, whose client may take its time to read it.
+    """The answer, which may be large: as `limit_sending`.
 
     Raises:
         TooManyRequests: as `room_for_body`.
     """
     if (size := answer.content_length or 0) > LARGE:
         answer.call_on_close(_take_bytes(size))
-        if connection := request.environ.get("gunicorn.socket"):
-            connection.settimeout(_longest(size))  # for all of it
+        limit_sending(answer)
     return answer
 
 
@@ -136,6 +167,8 @@ def share_out(app: APIFlask, settings: Settings) -> None:
         Shares(settings.max_connections, of_several_keys=several),
         Shares(max(LARGE_AT_ONCE, 4 * largest), of_several_keys=several),
     )
+
+    app.extensions["turns"] = _Turns(threading.Lock(), defaultdict(threading.Lock))
 
     @app.before_request
     def begin() -> None:

@@ -38,7 +38,7 @@ from app.status import (
     read_return_value,
     read_stored_payload,
 )
-from app.strict_json import dump_json, give_way
+from app.strict_json import dump_json
 from app.transitions import TERMINAL
 
 #: Seconds after which a client should ask again for a job that has not ended.
@@ -407,10 +407,9 @@ class Jobs:
             JobNotFound, ResultExpired: as `read_status`.
         """
         self.read_status(job_id, owner)
-        data: Any = self.connection.hget(transitions.job_key(job_id), "data")
-        give_way()
+        found: Any = self.connection.hmget(transitions.job_key(job_id), ["data", "owner"])
         # Room for what JSON's escapes and the call around it may add.
-        text = read_stored_payload(data, 6 * self.settings.max_payload_bytes + 10_000)
+        text = read_stored_payload(found[0], 6 * self.settings.max_payload_bytes + 10_000, is_ours=found[1] is not None)
         if text is None:
             raise problems.PayloadNotFound(f"The job {job_id} has no payload that is JSON.", job_id=job_id)
         return text

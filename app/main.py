@@ -17,7 +17,7 @@ from app.config import MAX_RETRIES, MAX_SECONDS, Settings, get_settings
 from app.control import make_control
 from app.dashboard import dashboard
 from app.events import BLOCK, EventLog
-from app.fairness import share_out
+from app.fairness import limit_sending, share_out
 from app.job_function import load_functions
 from app.jobs import Jobs
 from app.ops import ops
@@ -221,7 +221,7 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
     @app.doc(hide=True)
     def docs_file(name: str) -> Response:
         """Serve Swagger UI's files from the installed package: no CDN."""
-        return send_from_directory(_SWAGGER_UI, name)
+        return limit_sending(send_from_directory(_SWAGGER_UI, name))
 
     return app
 

@@ -6,16 +6,16 @@ from contextlib import contextmanager
 
 from flask import Response, after_this_request, request
 from gunicorn.http.errors import ParseException
-from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
+from werkzeug.exceptions import RequestEntityTooLarge
 
 from app import problems
 from app.auth import current_key
 from app.config import Settings
-from app.fairness import LARGE, limited_time, room_for_body
+from app.fairness import LARGE, give_way, limited_time, room_for_body
 from app.metrics import note_wait
 from app.new_jobs import Origin
 from app.request_ids import current_request_id
-from app.strict_json import give_way, want_few_values, want_json
+from app.strict_json import want_few_values, want_json
 
 
 @contextmanager
@@ -31,37 +31,40 @@ def received_body(settings: Settings) -> Iterator[bytes]:
         given = request.mimetype or "none"
         raise problems.UnsupportedMediaType(f"The body must be JSON, with Content-Type application/json, not {given}.")
     limit, length = settings.max_payload_bytes, request.content_length
-    # gunicorn takes any coding before `chunked`, and decodes none of them.
-    if length is None and (coding := request.headers.get("Transfer-Encoding", "chunked")).lower() != "chunked":
-        raise problems.BadRequest(f"The body's Transfer-Encoding is {coding!r}; only chunked is known.")
-    size = limit if length is None else length
-    if size > limit:
+    if length is not None and length > limit:
         raise RequestEntityTooLarge
+    # How long a body in chunks is shows as it comes.
+    begin = b"" if length is not None else _read_chunks(min(limit, LARGE) + 1)
+    size = length if length is not None else len(begin) if len(begin) <= LARGE else limit
     with room_for_body(size):
-        body = _read(length, size)
+        body = begin + _read_chunks(limit + 1 - len(begin)) if length is None else _read(length)
         if len(body) > limit:
             raise RequestEntityTooLarge
-        if len(body) > LARGE:
+        if len(body) < (length or 0):  # cut short, which gunicorn does not say
+            raise problems.BadRequest("The body is shorter than its Content-Length.")
+        if size > LARGE:
             give_way()
         want_few_values(body, settings.max_payload_values)
         want_json(body)
-        if len(body) > LARGE:
+        if size > LARGE:
             give_way()
         yield body
 
 
-def _read(length: int | None, size: int) -> bytes:
+def _read_chunks(size: int) -> bytes:
+    # gunicorn takes any coding before `chunked`, and decodes none of them.
+    if (coding := request.headers.get("Transfer-Encoding", "chunked")).lower() != "chunked":
+        raise problems.BadRequest(f"The body's Transfer-Encoding is {coding!r}; only chunked is known.")
+    return _read(size) if request.environ.get("wsgi.input_terminated") else b""
+
+
+def _read(size: int) -> bytes:
     try:
         with limited_time(size):
-            # werkzeug's own stream around it, which chunked bodies need, takes 25 µs.
-            body: bytes = (
-                request.get_data(cache=False) if length is None else request.environ["wsgi.input"].read(length)
-            )
-    # A time-out, gunicorn's word for chunks that are none or endless, and werkzeug's for either of these.
-    except (OSError, ParseException, ClientDisconnected) as error:
+            # werkzeug's own stream around it takes 25 µs.
+            body: bytes = request.environ["wsgi.input"].read(size)
+    except (OSError, ParseException) as error:  # a time-out; gunicorn's word for chunks that are none, or endless
         raise problems.BadRequest("The body could not be read to its end.") from error
-    if length is not None and len(body) < length:  # cut short, which gunicorn does not say
-        raise problems.BadRequest("The body is shorter than its Content-Length.")
     return body
 
 

@@ -97,11 +97,11 @@ def _error(connection: Redis, job_id: str, stored: str | None, is_listed: bool) 
     return {"type": kind.rpartition(".")[2] or "Error", "message": message}
 
 
-def read_stored_payload(data: bytes | None, limit: int) -> bytes | None:
-    """The payload, as JSON text; None if the job's call is none that this service stored, or has more bytes."""
+def read_stored_payload(data: bytes | None, limit: int, *, is_ours: bool) -> bytes | None:
+    """The payload, as JSON text; None if the job's call is none of one payload, or has more bytes."""
     try:
         call = _CALL.fullmatch(zlib.decompressobj().decompress(data or b"", limit))
-        if call:
+        if call and not is_ours:
             from_json(call[1], allow_inf_nan=False)  # RQ may have stored two arguments there, or NaN
     except (zlib.error, ValueError):
         return None

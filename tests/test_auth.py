@@ -218,3 +218,14 @@ def test_without_keys_only_this_machine_is_served_whatever_the_server(
     assert create_app(Settings(), redis).test_client().get("/healthz", **from_there).status_code == 200
     open_to_all = create_app(Settings(allow_anonymous=True), redis).test_client()
     assert open_to_all.get("/functions", **from_there).status_code == 200
+
+
+@pytest.mark.parametrize("key", ["a=key=with=signs=", "a key with spaces in it", "ein Schlüssel, länger als 16"])
+def test_a_key_may_have_any_characters(redis: fakeredis.FakeRedis, key: str) -> None:
+    settings = Settings(api_keys=json.dumps([{"name": "alice", "key": key}]))
+    client = create_app(settings, redis).test_client()
+    sent = f"Bearer {key}".encode().decode("latin-1")  # as WSGI has it
+    for scheme in ("Bearer ", "bearer  "):
+        answer = client.get("/functions", environ_overrides={"HTTP_AUTHORIZATION": sent.replace("Bearer ", scheme)})
+        assert answer.status_code == 200
+    assert client.get("/functions", headers={"Authorization": f"Bearer {key[:-1]}x".encode()}).status_code == 401

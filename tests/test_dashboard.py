@@ -134,7 +134,7 @@ def test_a_job_is_enqueued_by_fields_and_its_result_is_shown(visitor: Visitor) -
     expect(page.locator("#job")).to_contain_text("queue", ignore_case=True)
     page.locator("#job summary").first.click()
     expect(page.locator("#job")).to_contain_text('text: "to be or not to be"')
-    expect(page.locator("#job")).to_contain_text("35 bytes")
+    expect(page.locator("#job")).to_contain_text("38 bytes")
     assert page.title().startswith("finished · count_words")
     page.get_by_role("link", name="All jobs").click()
     expect(page.locator("li.job").first).to_contain_text("count_words")
@@ -225,7 +225,7 @@ def test_the_curl_line_does_what_the_form_does(visitor: Visitor) -> None:
     answer = subprocess.run(command, shell=True, capture_output=True, text=True, check=True).stdout
     job_id = json.loads(answer)["job_id"]
     given = requests.get(f"{visitor.url}/get_payload?job_id={job_id}", timeout=10).text
-    assert given == """{"it's":"a $HOME \\\\ \\"test\\" `id`","n":12345678901234567890}"""
+    assert given == """{"it's": "a $HOME \\\\ \\"test\\" `id`", "n": 12345678901234567890}"""
     visitor.open(f"#job={job_id}")
     page.locator("#job summary").first.click()
     expect(page.locator("#job")).to_contain_text("12345678901234567890")

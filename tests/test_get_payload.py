@@ -53,6 +53,7 @@ def test_head_tells_its_size(client: FlaskClient) -> None:
 def test_what_others_wrote_into_redis_is_no_payload(client: FlaskClient, redis: "Redis", data: bytes) -> None:
     job_id = enqueue_echo(client, 1)
     redis.hset(f"rq:job:{job_id}", "data", data)
+    redis.hdel(f"rq:job:{job_id}", "owner")
     problem_of(client.get(f"/get_payload?job_id={job_id}"), 404, "payload-not-found")
     redis.hdel(f"rq:job:{job_id}", "data")
     problem_of(client.get(f"/get_payload?job_id={job_id}"), 404, "payload-not-found")

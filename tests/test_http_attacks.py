@@ -392,3 +392,44 @@ def test_large_bodies_that_come_together_hold_up_nobody(service: Service) -> Non
             answers += 1
     assert {each.result() for each in enqueuing} == {202}
     assert answers > 5
+
+
+@pytest.mark.parametrize("content_type", ["application/json", "text/plain"])
+def test_tiny_chunks_hold_up_nobody_and_are_refused(service: Service, content_type: str) -> None:
+    """Gunicorn takes 10 µs for each, and gives way to nobody meanwhile."""
+    end = time.monotonic() + 3
+
+    def pump(_: int) -> set[int]:
+        head = f"POST /enqueue/echo HTTP/1.1\r\nHost: x\r\nContent-Type: {content_type}\r\n"
+        statuses = set()
+        while time.monotonic() < end:
+            with connect(service, timeout=30) as connection:
+                connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
+                with contextlib.suppress(OSError):  # the server hung up
+                    for _ in range(200):
+                        connection.sendall(b"1\r\n1\r\n" * 1000)
+                statuses.add(read_reply(connection).status)
+        return statuses
+
+    answers = 0
+    with ThreadPoolExecutor(10) as pool:
+        pumping = [pool.submit(pump, number) for number in range(10)]
+        while not all(each.done() for each in pumping):
+            assert requests.get(f"{service.url}/healthz", timeout=10).status_code == 200
+            answers += 1
+    assert set().union(*(each.result() for each in pumping)) <= {0, 400, 415}
+    assert answers > 5
+
+
+def test_small_chunks_are_a_body_if_they_are_not_too_many(service: Service) -> None:
+    for body, size in ((b"[" + b"1," * 400 + b"1]", 1), (b"[" + b"1," * 40_000 + b"1]", 20)):
+        pieces = [body[at : at + size] for at in range(0, len(body), size)]
+        chunks = b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+        reply = send(service, "POST /enqueue/echo HTTP/1.1", JSON, "Transfer-Encoding: chunked", body=chunks)
+        assert reply.status == 202, reply
+
+
+def test_head_of_many_headers_is_refused(service: Service) -> None:
+    assert send(service, "GET / HTTP/1.1", *(f"X-{number}: 1" for number in range(50))).status == 200
+    assert send(service, "GET / HTTP/1.1", *(f"X-{number}: 1" for number in range(70))).status == 431
+    assert send(service, "GET / HTTP/1.1", "X-Long: " + "x" * 5000).status == 431

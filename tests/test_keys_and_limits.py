@@ -4,12 +4,14 @@ import json
 import select
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from http.client import HTTPResponse
 from typing import NamedTuple
 
 import pytest
 
+from app.fairness import LARGE
 from tests.processes import environment, gunicorn, valkey_server, wait_until
 from tests.test_auth import ALICE, BOB, KEYS, OPS
 
@@ -131,6 +133,9 @@ def test_no_spelling_of_a_path_is_a_way_around_the_key(guarded: Guarded, method:
         f"Authorization: Bearer {OPS[:-1]}",
         f"Authorization: Bearer {OPS} {ALICE}",
         f"Authorization: Basic {OPS}",
+        f"Authorization: Digest {OPS}",
+        "Authorization: Digest " + ",".join(["a*=UTF-8''%41"] * 100),
+        "Authorization: Bearer \xe9",
         f"Authorization: Token {OPS}",
         f"Proxy-Authorization: Bearer {OPS}",
         f"Cookie: Authorization=Bearer {OPS}",
@@ -139,7 +144,7 @@ def test_no_spelling_of_a_path_is_a_way_around_the_key(guarded: Guarded, method:
 )
 def test_no_header_but_the_right_one_is_a_key(guarded: Guarded, header: str) -> None:
     answer = guarded.send(f"GET /queues HTTP/1.1\r\nHost: x\r\n{header}\r\nConnection: close\r\n\r\n")
-    assert answer.status in (400, 401, 403)
+    assert answer.status in (400, 401, 403, 431)
     assert b'"queues"' not in answer.body
 
 
@@ -188,3 +193,18 @@ def test_one_key_leaves_connections_to_the_others(guarded: Guarded) -> None:
         assert status("/queues", OPS) == 200
         assert select.select(held, [], [], 0)[0] == []  # and what is open goes on
     wait_until(lambda: status("/functions", ALICE) == 200)
+
+
+def test_a_key_with_many_large_bodies_lets_another_ones_go_first(guarded: Guarded) -> None:
+    def enqueue(key: str) -> int:
+        body = json.dumps({f"{number:09}": number for number in range(9_000)})
+        assert LARGE < len(body) < 200_000
+        head = f"POST /enqueue/count_words HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
+        return guarded.send(f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}").status
+
+    with ThreadPoolExecutor(60) as pool:
+        before = [pool.submit(enqueue, ALICE) for _ in range(60)]
+        wait_until(lambda: any(each.done() for each in before))
+        assert enqueue(BOB) == 422
+        assert sum(not each.done() for each in before) > 5
+    assert {each.result() for each in before} == {422}

@@ -257,3 +257,26 @@ def test_connection_whose_client_takes_too_long_for_a_body_is_ended(
     slow.close()
     clients.enqueue_one()
     row.close(clients.ledger.settle(), time.monotonic() - start)
+
+
+@pytest.mark.fault("17c", "an answer that is read byte by byte, for ever", timeout=400)
+def test_connection_whose_client_takes_too_long_for_an_answer_is_ended(
+    clients: Clients, row: Row, site: Site, long: bool
+) -> None:
+    if not long:
+        pytest.skip("it takes as long as the service waits for the reader")
+    with connect(site) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        # More than all buffers between the two hold.
+        ask = "GET /docs/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        connection.sendall(ask.encode())
+        start = time.monotonic()
+        size = 0
+        with suppress(ConnectionError):
+            while data := connection.recv(2048):
+                size += len(data)
+                assert time.monotonic() - start < 300
+                time.sleep(0.5)
+    assert size < 1_000_000
+    clients.enqueue_one()
+    row.close(clients.ledger.settle(), time.monotonic() - start)
