@@ -51,11 +51,10 @@ def _encode_events(found: Iterator[StatusObject | None], last: str | None) -> It
 
 def make_control(jobs: Jobs, waiting: Waiting, options: type[Query]) -> APIBlueprint:
     """The routes, for these jobs and the options that new ones may have."""
-    control = APIBlueprint("control", __name__)
+    control = APIBlueprint("control", __name__, tag="Control")
 
     @control.post("/cancel")
     @control.input(JobQuery, location="query", arg_name="query")
-    @control.doc(tags=["Control"])
     def cancel(query: JobQuery) -> Response:
         """Cancel a job: one that waits never runs, one that runs is stopped."""
         has_ended, status = jobs.cancel(query.job_id, reader())
@@ -63,7 +62,6 @@ def make_control(jobs: Jobs, waiting: Waiting, options: type[Query]) -> APIBluep
 
     @control.post("/retry")
     @control.input(JobQuery, location="query", arg_name="query")
-    @control.doc(tags=["Control"])
     def retry(query: JobQuery) -> Response:
         """Run a job again that failed, was stopped or canceled."""
         if current_key().functions is not None:
@@ -73,7 +71,6 @@ def make_control(jobs: Jobs, waiting: Waiting, options: type[Query]) -> APIBluep
 
     @control.post("/enqueue_many/<function>")
     @control.input(options, location="query", arg_name="options")
-    @control.doc(tags=["Control"])
     def enqueue_many(function: str, options: Any) -> Response:
         """Enqueue a job for each payload of the body, an array: all or none."""
         found = jobs.find_function(function)
@@ -89,14 +86,12 @@ def make_control(jobs: Jobs, waiting: Waiting, options: type[Query]) -> APIBluep
 
     @control.get("/check_group")
     @control.input(GroupQuery, location="query", arg_name="query")
-    @control.doc(tags=["Control"])
     def check_group(query: GroupQuery) -> Response:
         """Tell how many jobs of a group there are in each status."""
         return json_answer(jobs.read_group(query.group_id, reader()), headers={"Cache-Control": "private, no-cache"})
 
     @control.get("/events")
     @control.input(JobQuery, location="query", arg_name="query")
-    @control.doc(tags=["Control"])
     def events(query: JobQuery) -> Response:
         """Tell whatever happens to a job, as it happens."""
         last = request.headers.get("Last-Event-ID")
@@ -111,7 +106,6 @@ def make_control(jobs: Jobs, waiting: Waiting, options: type[Query]) -> APIBluep
 
     @control.get("/webhooks")
     @control.input(JobQuery, location="query", arg_name="query")
-    @control.doc(tags=["Control"])
     def list_webhooks(query: JobQuery) -> Response:
         """List the messages that told of a job's ends, and the tries to deliver them."""
         found = jobs.read_webhooks(query.job_id, reader())
@@ -119,14 +113,12 @@ def make_control(jobs: Jobs, waiting: Waiting, options: type[Query]) -> APIBluep
 
     @control.post("/webhooks/redeliver")
     @control.input(JobQuery, location="query", arg_name="query")
-    @control.doc(tags=["Control"])
     def redeliver(query: JobQuery) -> Response:
         """Deliver the message that tells of a job's last end once more."""
         return json_answer(jobs.redeliver(query.job_id, reader()), 202)
 
     @control.get("/jobs")
     @control.input(JobsQuery, location="query", arg_name="query")
-    @control.doc(tags=["Control"])
     def list_jobs(query: JobsQuery) -> Response:
         """List jobs, newest first, a page at a time."""
         filters = query.model_dump(include={"status", "queue", "function"}, exclude_none=True)

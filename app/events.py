@@ -42,12 +42,8 @@ class EventLog:
         self._connect = connect
         self._bells: defaultdict[str, set[Bell]] = defaultdict(set)
         self._lock = threading.Lock()
-        self._reading = False
-
-    @property
-    def is_read(self) -> bool:
-        """Whether somebody listens, or did just now: a new listener misses nothing from the first moment on then."""
-        return self._reading
+        #: Whether somebody listens, or did just now: a new listener misses nothing from the first moment on then.
+        self.is_read = False
 
     @contextmanager
     def listen(self, job_id: str) -> Iterator[Bell]:
@@ -70,9 +66,9 @@ class EventLog:
 
     def _ensure_reader(self) -> None:
         with self._lock:
-            if self._reading:
+            if self.is_read:
                 return
-            self._reading = True
+            self.is_read = True
         try:
             # Where the log ends now: from here on the first listener misses nothing. Whoever comes while Redis is asked
             # is not kept waiting for it (it may be stalled), and might miss an event until its next look at the job.
@@ -80,7 +76,7 @@ class EventLog:
             position = newest[0][0] if newest else "0-0"
             threading.Thread(target=self._read, args=(position,), name="events", daemon=True).start()
         except BaseException:
-            self._reading = False
+            self.is_read = False
             raise
 
     def _read(self, position: bytes | str) -> None:
@@ -93,7 +89,7 @@ class EventLog:
                     if self._bells:
                         last_heard = time.monotonic()
                     elif time.monotonic() - last_heard > LINGER:
-                        self._reading = False
+                        self.is_read = False
                         return
                 try:
                     answer: Any = connection.xread({EVENTS_KEY: position}, count=1000, block=int(BLOCK * 1000))
@@ -109,7 +105,7 @@ class EventLog:
                         job_id, status = (fields.get(name, b"").decode(errors="replace") for name in FIELDS)
                         self._ring(job_id, status)
         except BaseException:
-            self._reading = False  # the next listener starts another
+            self.is_read = False  # the next listener starts another
             raise
         finally:
             connection.close()

@@ -245,9 +245,7 @@ class Jobs:
             JobAlreadyEnded: it had finished or failed.
             JobNotFound, ResultExpired: as `read_status`.
         """
-        status = self._control(job_id, owner, lambda: transitions.cancel(
-            self.connection, job_id, owner, self.settings.failure_ttl
-        ))  # fmt: skip
+        status = self._control(transitions.cancel, job_id, owner, self.settings.failure_ttl)
         if status in ("finished", "failed"):
             raise problems.JobAlreadyEnded(f"The job had {status} before.", job_id=job_id, job_status=status)
         return status != "started", self.read_status(job_id, owner)
@@ -260,9 +258,7 @@ class Jobs:
             QueueFull: it stays as it was.
             JobNotFound, ResultExpired: as `read_status`.
         """
-        status = self._control(job_id, owner, lambda: transitions.retry(
-            self.connection, job_id, owner, self.settings.max_queue_length
-        ))  # fmt: skip
+        status = self._control(transitions.retry, job_id, owner, self.settings.max_queue_length)
         if status == "full":
             raise self._full(self.read_status(job_id, owner)["queue"])
         if status != "queued":
@@ -270,8 +266,8 @@ class Jobs:
             raise problems.JobNotRetryable(f"The job is {status}.", job_id=job_id, job_status=status)
         return self.read_status(job_id, owner)
 
-    def _control(self, job_id: str, owner: str | None, act: Callable[[], str]) -> str:
-        while not (status := act()):
+    def _control(self, act: Callable[..., str], job_id: str, owner: str | None, bound: int) -> str:
+        while not (status := act(self.connection, job_id, owner, bound)):
             self.read_status(job_id, owner)  # says what is wrong; unless the job came to be in between
         return status
 

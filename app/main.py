@@ -97,7 +97,6 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
         # The answers of each route are in app/openapi.py.
         **{f"AUTO_{part}_RESPONSE": False for part in ("200", "404", "VALIDATION_ERROR", "AUTH_ERROR")},
         AUTO_SERVERS=False,
-        AUTO_TAGS=False,
         AUTO_OPERATION_ID=True,
         SWAGGER_UI_CSS="/docs/swagger-ui.css",
         SWAGGER_UI_BUNDLE_JS="/docs/swagger-ui-bundle.js",

@@ -44,42 +44,38 @@ _HEADERS = {
     "Preference-Applied": {"description": "the wait that was granted", "schema": {"type": "string"}},
 }
 
-_PREFER = {
-    "name": "Prefer",
-    "in": "header",
-    "required": False,
-    "description": "`wait=SECONDS` (RFC 7240) means the same as the option `wait`",
-    # A preference that is not understood is ignored; only texts that HTTP allows in a header can be sent.
-    "schema": {"type": "string", "pattern": "^[!-~]{0,200}$", "examples": ["wait=10"]},
-}
-_IF_NONE_MATCH = {
-    "name": "If-None-Match",
-    "in": "header",
-    "required": False,
-    "description": "an `ETag` that was received: answers 304 while the status is the same",
-    "schema": {"type": "string", "pattern": "^[!-~]{0,200}$"},
-}
-_LAST_EVENT_ID = {
-    "name": "Last-Event-ID",
-    "in": "header",
-    "required": False,
-    "description": "the `id` of the last event that was received; what it said is not told again",
-    "schema": {"type": "string", "pattern": "^[!-~]{0,200}$"},
-}
-_IDEMPOTENCY_KEY = {
-    "name": "Idempotency-Key",
-    "in": "header",
-    "required": False,
-    "description": "1 to 255 visible characters, bare or quoted. The same request with the same key is done once",
-    "schema": {
-        "type": "string",
+
+def _header(name: str, description: str, schema: Spec) -> Spec:
+    schema = {"type": "string", **schema}
+    return {"name": name, "in": "header", "required": False, "description": description, "schema": schema}
+
+
+#: What is not understood in one is ignored; only texts that HTTP allows in a header can be sent.
+_ANY_TEXT = {"pattern": "^[!-~]{0,200}$"}
+_PREFER = _header(
+    "Prefer", "`wait=SECONDS` (RFC 7240) means the same as the option `wait`", {**_ANY_TEXT, "examples": ["wait=10"]}
+)
+_IF_NONE_MATCH = _header(
+    "If-None-Match", "an `ETag` that was received: answers 304 while the status is the same", _ANY_TEXT
+)
+_LAST_EVENT_ID = _header(
+    "Last-Event-ID", "the `id` of the last event that was received; what it said is not told again", _ANY_TEXT
+)
+_IDEMPOTENCY_KEY = _header(
+    "Idempotency-Key",
+    "1 to 255 visible characters, bare or quoted. The same request with the same key is done once",
+    {
         "pattern": r'^([!#-+\--~][!-+\--~]{0,254}|"[!#-\[\]-~]{1,255}")$',
         "examples": ["8e03978e-40d5-43e8-bc93"],
     },
-}
+)
+
+#: The models that answers are made of.
+_MODELS: list[type[BaseModel]] = [schemas.ProblemObject]
 
 
 def _json(model: type[BaseModel], example: Any = None) -> Spec:
+    _MODELS.append(model)
     content: Spec = {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}
     if example is not None:
         content["example"] = example
@@ -113,9 +109,9 @@ _TAKES_PAYLOAD: tuple[type[Problem], ...] = (
 )
 _TEXT = {"text/plain": {"schema": {"type": "string"}}}
 
-#: What each endpoint answers: its good answers by status, the problems it may have, its header parameters.
-ANSWERS: dict[str, tuple[dict[str, Spec], tuple[type[Problem], ...], tuple[Spec, ...]]] = {
-    "GET /": ({"200": _answer("the app is up: `Running!`", _TEXT)}, (), ()),
+#: What each endpoint answers: its good answers by status, and the problems it may have.
+ANSWERS: dict[str, tuple[dict[str, Spec], tuple[type[Problem], ...]]] = {
+    "GET /": ({"200": _answer("the app is up: `Running!`", _TEXT)}, ()),
     "POST /enqueue": (
         {
             "202": _answer(
@@ -129,7 +125,6 @@ ANSWERS: dict[str, tuple[dict[str, Spec], tuple[type[Problem], ...], tuple[Spec,
             ),
         },
         (*_TAKES_PAYLOAD, problems.ResultExpired, problems.JobFailed),
-        (_PREFER, _IDEMPOTENCY_KEY),
     ),
     "POST /enqueue_many": (
         {
@@ -140,12 +135,10 @@ ANSWERS: dict[str, tuple[dict[str, Spec], tuple[type[Problem], ...], tuple[Spec,
             ),
         },
         _TAKES_PAYLOAD,
-        (_IDEMPOTENCY_KEY,),
     ),
     "GET /check_group": (
         {"200": _answer("its jobs, counted by status", _json(schemas.GroupObject))},
         (problems.InvalidRequest, problems.GroupNotFound, problems.ResultExpired, problems.RedisUnavailable),
-        (),
     ),
     "POST /cancel": (
         {
@@ -153,17 +146,14 @@ ANSWERS: dict[str, tuple[dict[str, Spec], tuple[type[Problem], ...], tuple[Spec,
             "202": _answer("it runs, and its worker was told to stop it", _json(schemas.StatusObject), "Retry-After"),
         },
         (*_READS_JOB, problems.JobAlreadyEnded),
-        (),
     ),
     "POST /retry": (
         {"202": _answer("it waits again", _json(schemas.StatusObject), "Location", "Retry-After")},
         (*_READS_JOB, problems.JobNotRetryable, problems.QueueFull),
-        (),
     ),
     "GET /jobs": (
         {"200": _answer("a page of jobs, newest first", _json(schemas.JobPage))},
         (problems.InvalidRequest, problems.RedisUnavailable),
-        (),
     ),
     "GET /check_status": (
         {
@@ -174,28 +164,24 @@ ANSWERS: dict[str, tuple[dict[str, Spec], tuple[type[Problem], ...], tuple[Spec,
             "304": _answer("still the status that `If-None-Match` names", None, "ETag"),
         },
         _READS_JOB,
-        (_PREFER, _IF_NONE_MATCH),
     ),
     "GET /get_result": (
         {"200": _answer("what the function returned", {"application/json": {"schema": {}}}, "Preference-Applied")},
         (*_READS_JOB, problems.ResultNotReady, problems.JobFailed, problems.JobStopped, problems.JobCanceled),
-        (_PREFER,),
     ),
     "GET /get_payload": (
         {"200": _answer("what the job was given", {"application/json": {"schema": {}}})},
         (*_READS_JOB, problems.PayloadNotFound),
-        (),
     ),
-    "GET /functions": ({"200": _answer("all job functions", _json(schemas.FunctionList))}, (), ()),
-    "GET /problems/{name}": ({"200": _answer("what it means, and what to do", _TEXT)}, (problems.NotFound,), ()),
-    "GET /healthz": ({"200": _answer("the process serves", _json(schemas.Health, {"status": "ok"}))}, (), ()),
+    "GET /functions": ({"200": _answer("all job functions", _json(schemas.FunctionList))}, ()),
+    "GET /problems/{name}": ({"200": _answer("what it means, and what to do", _TEXT)}, (problems.NotFound,)),
+    "GET /healthz": ({"200": _answer("the process serves", _json(schemas.Health, {"status": "ok"}))}, ()),
     "GET /webhooks": (
-        {"200": _answer("the messages that told of its ends", _json(schemas.WebhookLog))}, _READS_JOB, (),
+        {"200": _answer("the messages that told of its ends", _json(schemas.WebhookLog))}, _READS_JOB,
     ),
     "POST /webhooks/redeliver": (
         {"202": _answer("the last one is delivered once more", _json(schemas.WebhookLog))},
         (*_READS_JOB, problems.WebhookNotFound, problems.QueueFull),
-        (),
     ),
     "GET /events": (
         {
@@ -203,37 +189,29 @@ ANSWERS: dict[str, tuple[dict[str, Spec], tuple[type[Problem], ...], tuple[Spec,
             "204": _answer("the client has had the end"),
         },
         _READS_JOB,
-        (_LAST_EVENT_ID,),
     ),
     "GET /queues": (
         {"200": _answer("the queues and workers at this moment", _json(schemas.Queues))},
         (problems.RedisUnavailable,),
-        (),
     ),
-    "GET /metrics": ({"200": _answer("Prometheus' text format", _TEXT)}, (), ()),
+    "GET /metrics": ({"200": _answer("Prometheus' text format", _TEXT)}, ()),
     "GET /readyz": (
         {"200": _answer("Redis takes writes and every queue has a live worker", _json(schemas.Readiness))},
         (problems.NotReady,),
-        (),
     ),
 }  # fmt: skip
 
+#: The headers that an endpoint reads.
+_READS: dict[str, tuple[Spec, ...]] = {
+    "POST /enqueue": (_PREFER, _IDEMPOTENCY_KEY),
+    "POST /enqueue_many": (_IDEMPOTENCY_KEY,),
+    "GET /check_status": (_PREFER, _IF_NONE_MATCH),
+    "GET /get_result": (_PREFER,),
+    "GET /events": (_LAST_EVENT_ID,),
+}
+
 #: What any request may be answered with.
 _ALWAYS = (problems.BadRequest, problems.InternalError)
-
-_MODELS = (
-    schemas.StatusObject,
-    schemas.StatusWithResult,
-    schemas.EnqueuedGroup,
-    schemas.GroupObject,
-    schemas.JobPage,
-    schemas.FunctionList,
-    schemas.Queues,
-    schemas.WebhookLog,
-    schemas.Health,
-    schemas.Readiness,
-    schemas.ProblemObject,
-)
 
 
 def _problem_answers(kinds: tuple[type[Problem], ...]) -> dict[str, Spec]:
@@ -249,7 +227,7 @@ def _problem_answers(kinds: tuple[type[Problem], ...]) -> dict[str, Spec]:
         )
         answer["description"] += ("; " if answer["description"] else "") + kind.title
         example = kind(kind.explanation.partition(". ")[0].rstrip(".") + ".", **kind.example).body()
-        answer["content"][PROBLEM_JSON]["examples"][kind.slug()] = {"value": example}
+        answer["content"][PROBLEM_JSON]["examples"][kind.slug] = {"value": example}
         if kind.status in (429, 503) or kind is problems.ResultNotReady:
             answer["headers"] = {"Retry-After": _HEADERS["Retry-After"]}
     return answers
@@ -280,13 +258,13 @@ def complete(spec: Spec, functions: Mapping[str, JobFunction], default: str, wit
         for method, operation in methods.items()
     }
     for route, operation in {**operations, "POST /enqueue": one, "POST /enqueue_many": many}.items():
-        answers, kinds, headers = ANSWERS[route]
+        answers, kinds = ANSWERS[route]
         path = route.partition(" ")[2]
         if path not in PUBLIC and not path.startswith(PUBLIC_BELOW):
             kinds = (*kinds, problems.Unauthorized, problems.Forbidden, problems.TooManyRequests)
             operation["security"] = [{"ApiKey": []}] if with_keys else []
         operation["responses"] = {**answers, **_problem_answers((*kinds, *_ALWAYS))}
-        operation["parameters"] = [*map(_without_null, operation["parameters"]), *headers]
+        operation["parameters"] = [*map(_without_null, operation["parameters"]), *_READS.get(route, ())]
     if with_keys:
         spec["components"]["securitySchemes"] = {"ApiKey": {"type": "http", "scheme": "bearer"}}
 

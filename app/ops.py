@@ -16,18 +16,18 @@ from app.overviews import read_overview
 from app.transitions import PROBE_KEY, workers_key
 from app.waiting import Waiting
 
-ops = APIBlueprint("ops", __name__)
+ops = APIBlueprint("ops", __name__, tag="Operating")
 
 
 @ops.get("/healthz")
-@ops.doc(tags=["Operating"])
+@ops.doc()
 def healthz() -> Response:
     """Tell that the process serves, whatever Redis does."""
     return json_answer({"status": "ok"})
 
 
 @ops.get("/readyz")
-@ops.doc(tags=["Operating"])
+@ops.doc()
 def readyz() -> Response:
     """Tell whether a job that is enqueued now would run.
 
@@ -59,7 +59,7 @@ def readyz() -> Response:
 
 
 @ops.get("/queues")
-@ops.doc(tags=["Operating"])
+@ops.doc()
 def queues() -> Response:
     """Tell how the queues and workers are."""
     want_admin()
@@ -81,7 +81,7 @@ def queues() -> Response:
 
 
 @ops.get("/metrics")
-@ops.doc(tags=["Operating"])
+@ops.doc()
 def metrics() -> Response:
     """Tell Prometheus how the service is."""
     want_admin()

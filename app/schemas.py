@@ -77,11 +77,11 @@ def _read_time(value: object) -> object:
 def job_options(settings: Settings) -> type[Query]:
     """The options that a new job may have, with the bounds that are configured."""
 
-    def seconds(most: int, meaning: str) -> Any:
-        return (Annotated[int, Field(ge=1, le=most, description=meaning)] | None, None)
+    def option(kind: Any, meaning: str, **limits: Any) -> Any:
+        return (Annotated[kind, Field(description=meaning, **limits)] | None, None)
 
-    queue: Any = Annotated[Literal[settings.queues], Field(description="one of the configured queues")]
-    at_front: Any = Annotated[bool, Field(description="ahead of what waits in that queue")]
+    def seconds(most: int, meaning: str) -> Any:
+        return option(int, meaning, ge=1, le=most)
 
     def check_at(at: datetime, info: ValidationInfo) -> datetime:
         if info.data.get("delay") is not None:
@@ -90,34 +90,21 @@ def job_options(settings: Settings) -> type[Query]:
             raise ValueError(f"at most {settings.max_delay} s from now")
         return at
 
-    delay: Any = Annotated[
-        float,
-        Field(ge=0, le=settings.max_delay, allow_inf_nan=False, description="not before so many seconds from now"),
-    ]
-    at: Any = Annotated[
-        AwareDatetime,
-        BeforeValidator(_read_time),
-        AfterValidator(check_at),
-        Field(description="not before this time (RFC 3339)"),
-    ]
-    retries: Any = Annotated[
-        int, Field(ge=0, le=settings.max_retries, description="how often it is run again if it raises")
-    ]
-    webhook: Any = Annotated[str, Field(max_length=2000, description="URL that is told when the job has ended")]
+    time = Annotated[AwareDatetime, BeforeValidator(_read_time), AfterValidator(check_at)]
     return create_model(
         "JobOptions",
         __base__=Query,
         __doc__="How a job is enqueued, run and kept.",
-        queue=(queue | None, None),
-        at_front=(at_front | None, None),
+        queue=option(Literal[settings.queues], "one of the configured queues"),
+        at_front=option(bool, "ahead of what waits in that queue"),
         timeout=seconds(settings.max_job_timeout, "the job's run limit in s"),
         result_ttl=seconds(settings.max_ttl, "how long a result is kept, in s"),
         failure_ttl=seconds(settings.max_ttl, "how long a failure is kept, in s"),
         ttl=seconds(settings.max_ttl, "drop the job if no worker took it within so many s"),
-        retries=(retries | None, None),
-        delay=(delay | None, None),
-        at=(at | None, None),
-        webhook=(webhook | None, None),
+        retries=option(int, "how often it is run again if it raises", ge=0, le=settings.max_retries),
+        delay=option(float, "not before so many seconds from now", ge=0, le=settings.max_delay, allow_inf_nan=False),
+        at=option(time, "not before this time (RFC 3339)"),
+        webhook=option(str, "URL that is told when the job has ended", max_length=2000),
     )
 
 

@@ -11,7 +11,7 @@ import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack, cast
 
 from redis import Redis
 from redis.connection import Connection
@@ -146,6 +146,27 @@ class Full(NamedTuple):
     """The queue holds as many jobs as it may; nothing was enqueued."""
 
 
+class EnqueueOptions(TypedDict, total=False):
+    """What may hold for new jobs; None is as none."""
+
+    #: whether they go ahead of what waits
+    at_front: bool
+    #: seconds after which a job is dropped if no worker took it
+    ttl: int | None
+    #: seconds before which they do not run, or seconds since 1970, which win
+    delay: float | None
+    at: float | None
+    #: id of the group that they are to be, and the seconds that it is kept
+    group: str
+    group_ttl: int
+    #: what stands for the request's idempotency key, if it has one; the ids are derived from it then
+    key_id: str | None
+    #: of the request, with `key_id`. One of the jobs has it among its fields, too
+    fingerprint: str | None
+    #: seconds that the key is remembered, if the job is not kept longer
+    key_ttl: int
+
+
 def enqueue(
     connection: Redis,
     queue: str,
@@ -153,15 +174,7 @@ def enqueue(
     shared: Mapping[str, Argument],
     *,
     limit: int,
-    at_front: bool = False,
-    ttl: int | None = None,
-    delay: float | None = None,
-    at: float | None = None,
-    group: str | None = None,
-    group_ttl: int | None = None,
-    key_id: str | None = None,
-    fingerprint: str | None = None,
-    key_ttl: int | None = None,
+    **options: Unpack[EnqueueOptions],
 ) -> Created | Exists | Full:
     """Create new jobs, all or none, unless there is one with this id (a group with the group's id) already.
 
@@ -171,32 +184,10 @@ def enqueue(
         jobs: by its id, each one's own fields of the job's hash; one job, unless they are a group.
         shared: the fields that all of them have, as `rq.job.Job.to_dict` makes them; the times are Redis' own.
         limit: how many jobs the queue may hold, waiting and scheduled.
-        at_front: whether they go ahead of what waits.
-        ttl: seconds after which a job is dropped if no worker took it.
-        delay: seconds before which they do not run.
-        at: seconds since 1970 before which they do not run; wins over `delay`.
-        group: id of the group that they are to be.
-        group_ttl: seconds that the group is kept.
-        key_id: what stands for the request's idempotency key, if it has one; the ids are derived from it then.
-        fingerprint: of the request, with `key_id`. One of the jobs has it among its fields, too.
-        key_ttl: seconds that the key is remembered, if the job is not kept longer.
+        options: see there.
     """
-    common = {
-        "count": len(jobs),
-        "queue": queue,
-        "owner": shared.get("owner"),
-        "fn": shared.get("function"),
-        "limit": limit,
-        "at_front": at_front,
-        "ttl": ttl,
-        "delay": delay,
-        "at": at,
-        "group": group,
-        "group_ttl": group_ttl,
-        "key_id": key_id,
-        "fingerprint": fingerprint,
-        "key_ttl": key_ttl,
-    }
+    common = {"count": len(jobs), "queue": queue, "limit": limit, **options}
+    common |= {"owner": shared.get("owner"), "fn": shared.get("function")}
     flat = _flatten(shared)
     own = [part for job_id, fields in jobs.items() for part in (job_id, 2 * len(fields), *_flatten(fields))]
     given = json.dumps({name: value for name, value in common.items() if value is not None})

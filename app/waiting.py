@@ -33,19 +33,17 @@ class Waiting:
         self.events = events
         #: Whether this process is about to end, and nobody is to wait here any longer.
         self.is_draining: Callable[[], bool] = lambda: False
-        most = jobs.settings.max_waiting
-        self._places = threading.BoundedSemaphore(most) if most else None
+        self._places = threading.BoundedSemaphore(jobs.settings.max_waiting)
 
     @contextmanager
     def _place(self) -> Iterator[bool]:
         """Whether there is a place left to wait in."""
-        if self._places is None or not self._places.acquire(blocking=False):
-            yield False
-            return
+        is_there = self._places.acquire(blocking=False)
         try:
-            yield True
+            yield is_there
         finally:
-            self._places.release()
+            if is_there:
+                self._places.release()
 
     def wait(self, job_id: str, seconds: float, owner: str | None = "") -> StatusObject:
         """The status of the job once it is terminal, at the latest after so many seconds."""

@@ -12,11 +12,12 @@ import socket
 import ssl
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any, NamedTuple
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
 from rq import get_current_job
 from rq.timeouts import JobTimeoutException
@@ -25,7 +26,7 @@ from standardwebhooks import Webhook
 from app.config import get_settings
 from app.job_function import GiveUp, JobFunction, TryAgain
 from app.redis_resc import redis_conn
-from app.status import LINKS
+from app.status import make_status_object
 from app.transitions import MESSAGES_KEPT, deliveries_key, tries_key
 
 #: Seconds that a receiver may take for each of: connection, each part of its answer.
@@ -60,56 +61,43 @@ def _is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 
-def _resolve(host: str, port: int, *, allow_private: bool) -> list[str]:
-    """The addresses of a host, each of which may be told.
+class Receiver(NamedTuple):
+    """What a URL that may be told leads to: where to dial, and what to ask for."""
+
+    scheme: str
+    host: str
+    port: int
+    path: str
+    addresses: list[str]
+
+
+def check_url(url: str, *, allow_private: bool) -> Receiver:
+    """Let this URL be told.
 
     Raises:
-        Refused: there is none, or one may not.
-    """
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
-        raise Refused(f"the host {host!r} is not known") from None
-    addresses = [str(address[0]) for *_, address in found]
-    if not allow_private:
-        for address in addresses:
-            if not _is_public(address):
-                raise Refused(f"the host {host!r} is not a public one")
-    return addresses
-
-
-def _split(url: str) -> SplitResult:
-    """The parts of a URL that may be told.
-
-    Raises:
-        Refused: it is no such URL.
+        Refused: it is no URL of http or https, or its host has no address, or one that is not public.
     """
     if len(url) > 2000 or not re.fullmatch(r"[!-~]+", url):
         raise Refused("a URL of visible ASCII characters is wanted, 2000 at most")
     try:
         parts = urlsplit(url)
-        port = parts.port
+        host, port = parts.hostname, parts.port
     except ValueError:
         raise Refused("it is no URL") from None
-    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+    if parts.scheme not in ("http", "https") or not host or port == 0:
         raise Refused("it is no URL of http or https")
     if parts.username is not None or parts.password is not None or "\\" in url:
         raise Refused("it has a user, a password or a backslash")
-    return parts
-
-
-def _port(parts: SplitResult) -> int:
-    return parts.port or (443 if parts.scheme == "https" else 80)
-
-
-def check_url(url: str, *, allow_private: bool) -> None:
-    """Let this URL be told.
-
-    Raises:
-        Refused: it is no URL of http or https, or leads to an address that is not public.
-    """
-    parts = _split(url)
-    _resolve(parts.hostname or "", _port(parts), allow_private=allow_private)
+    port = port or (443 if parts.scheme == "https" else 80)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        raise Refused(f"the host {host!r} is not known") from None
+    addresses = [str(address[0]) for *_, address in found]
+    if not allow_private and not all(map(_is_public, addresses)):
+        raise Refused(f"the host {host!r} is not a public one")
+    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    return Receiver(parts.scheme, host, port, path, addresses)
 
 
 class Answer(NamedTuple):
@@ -138,18 +126,15 @@ def _post(url: str, body: bytes, headers: dict[str, str], *, allow_private: bool
     Raises:
         Refused, OSError, HTTPException: there was no answer.
     """
-    parts = _split(url)
-    host, port = parts.hostname or "", _port(parts)
-    addresses = _resolve(host, port, allow_private=allow_private)
+    scheme, host, port, path, addresses = check_url(url, allow_private=allow_private)
     connection: HTTPConnection
-    if parts.scheme == "https":
+    if scheme == "https":
         connection = HTTPSConnection(host, port, timeout=PATIENCE, context=ssl.create_default_context())
     else:
         connection = HTTPConnection(host, port, timeout=PATIENCE)
     # http.client's way in for tests and proxies: the host stays the name that TLS checks and `Host` says.
     connection._create_connection = lambda *_, **__: _dial(addresses, port)  # type: ignore[attr-defined]
     try:
-        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         connection.request("POST", path, body, headers)
         answer = connection.getresponse()
         return Answer(answer.status, _read_retry_after(answer.headers["Retry-After"]))
@@ -158,43 +143,17 @@ def _post(url: str, body: bytes, headers: dict[str, str], *, allow_private: bool
 
 
 def _dial(addresses: list[str], port: int) -> socket.socket:
-    for number, address in enumerate(addresses, start=1):
-        try:
+    *others, last = addresses
+    for address in others:
+        with suppress(OSError):
             return socket.create_connection((address, port), PATIENCE)
-        except OSError:
-            if number == len(addresses):
-                raise
-    raise OSError("no address")
-
-
-def _status_object(payload: dict[str, Any]) -> dict[str, Any]:
-    """The status object as it was when the job ended: the script has sent the fields of the job's hash as they were."""
-    fields = {name: value or None for name, value in payload["fields"].items()}
-
-    def read(name: str) -> Any:
-        try:
-            return json.loads(fields.get(name) or "null")
-        except ValueError:  # anybody may have written to Redis
-            return None
-
-    left = fields.get("retries_left") or ""
-    links = {name: f"{path}?job_id={payload['job_id']}" for name, path in LINKS.items()}
-    return {
-        "job_id": payload["job_id"],
-        "job_status": payload["status"],
-        "function": fields.get("function"),
-        "queue": fields.get("origin"),
-        **{name: fields.get(name) for name in ("enqueued_at", "started_at", "ended_at")},
-        "progress": read("progress"),
-        "retries_left": int(left) if re.fullmatch("[0-9]{1,9}", left) else None,
-        "error": read("error") if payload["status"] in ("failed", "stopped") else None,
-        "links": links,
-    }
+    return socket.create_connection((last, port), PATIENCE)
 
 
 def make_body(payload: dict[str, Any]) -> bytes:
-    """What is sent, the same at each try."""
-    data = _status_object(payload)
+    """What is sent, the same at each try: the script sent the fields of the job's hash as they were when it ended."""
+    fields = {**payload["fields"], "status": payload["status"]}
+    data = make_status_object(redis_conn, payload["job_id"], fields, is_listed=True)
     event = {"type": f"job.{payload['status']}", "timestamp": data["ended_at"], "data": data}
     return json.dumps(event, separators=(",", ":")).encode()
 

@@ -172,8 +172,9 @@ end
 
 local function execution_key(id, execution) return RQ .. ':execution:' .. id .. ':' .. execution end
 
--- Whether this execution still has the job, which has this status. It is the fence in front of all that a worker writes: `recover`, a cancel
--- and RQ's own cleanup take the entry away, and a status that is not `started` means that somebody else decided.
+-- Whether this execution still has the job, which has this status. It is the fence in front of all that a worker
+-- writes: `recover`, a cancel and RQ's own cleanup take the entry away, and a status that is not `started` means that
+-- somebody else decided.
 local function holds(id, execution, queue, status)
   return status == 'started' and redis.call('ZSCORE', registry('wip', queue), id .. ':' .. execution)
 end
@@ -197,6 +198,13 @@ local function end_execution(id, execution, queue, worker)
   redis.call('ZREM', registry('wip', queue), id .. ':' .. execution)
   redis.call('ZREM', registry('executions', id), execution)
   redis.call('SREM', worker_key(worker) .. ':executions', id .. ':' .. execution)
+end
+
+-- Whether this execution has the job no more; then nothing of it is left.
+local function is_lost(id, execution, queue, worker, status)
+  local is_held = holds(id, execution, queue, status)
+  if not is_held then end_execution(id, execution, queue, worker) end
+  return not is_held
 end
 
 -- Whether the job has what only RQ's own code handles: dependents, repeats, a rate limit, RQ's webhooks. All but the rate
@@ -224,7 +232,7 @@ local function notify(id, status, now)
   for number, name in ipairs(NOTICED) do
     if number > 1 then fields[name] = job[number] or '' end
   end
-  local message = 'msg_' .. id .. '_' .. string.format('%.0f', now * 1e6)
+  local message = 'msg_' .. id .. '_' .. microseconds(now)
   -- Those that fail together do not all come back together: a tenth more or less.
   local pauses, jitter = {}, 0.9 + (math.floor(now * 1e6) % 1000) / 5000
   for number, pause in ipairs(PAUSES) do pauses[number] = math.floor(pause * jitter * 10) / 10 end

@@ -10,10 +10,7 @@ local id, execution, queue, worker, outcome, value, exception, error, result_ttl
 local job = read(id, 'status', 'owner', 'stop_requested', 'result_ttl', 'failure_ttl', 'retries_left', 'retry_intervals',
   'enqueue_at_front_on_retry', 'repeats_left', 'rate_limit_key', 'webhooks', 'function', 'notify')
 local owner, fn = job[2], job[12]
-if not holds(id, execution, queue, job[1]) then
-  end_execution(id, execution, queue, worker)
-  return 'lost'
-end
+if is_lost(id, execution, queue, worker, job[1]) then return 'lost' end
 
 local key, now = job_key(id), clock()
 if job[3] == execution then

@@ -44,12 +44,13 @@ local function answer(created, id, found)
 end
 
 local found, last = {}, nil
-while #found < limit and most > 0 do
+while true do
   local newest
   for number = 1, #nexts do
     if heads[number] and (not newest or is_newer(heads[number], heads[newest])) then newest = number end
   end
   if not newest then return answer('', '', found) end
+  if #found == limit or most == 0 then return answer(last.created, last.id, found) end
   last, heads[newest], most = heads[newest], nexts[newest](), most - 1
   local job = read(last.id, unpack(ARGV, 10))
   if not (job[1] and job[5]) then
@@ -59,7 +60,3 @@ while #found < limit and most > 0 do
     found[#found + 1] = {last.id, job}
   end
 end
-for number = 1, #nexts do
-  if heads[number] then return answer(last.created, last.id, found) end
-end
-return answer('', '', found)

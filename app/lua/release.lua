@@ -6,10 +6,7 @@
 local id, execution, queue, worker, crashed, limit, exception, error, failure_ttl = unpack(ARGV)
 local job = read(id, 'status', 'stop_requested', 'crashes', 'failure_ttl', 'repeats_left', 'rate_limit_key', 'webhooks',
   'function')
-if not holds(id, execution, queue, job[1]) then
-  end_execution(id, execution, queue, worker)
-  return 'lost'
-end
+if is_lost(id, execution, queue, worker, job[1]) then return 'lost' end
 
 local crashes = whole(job[3], 0) + tonumber(crashed)
 local status = 'failed'

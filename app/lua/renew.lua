@@ -3,10 +3,7 @@
 -- Answers 'held', 'lost', or 'stop' if somebody canceled the job; after both the worker ends the run.
 local id, execution, queue, worker, lease, progress, max_crashes = unpack(ARGV)
 local job = read(id, 'status', 'stop_requested')
-if not holds(id, execution, queue, job[1]) then
-  end_execution(id, execution, queue, worker)
-  return 'lost'
-end
+if is_lost(id, execution, queue, worker, job[1]) then return 'lost' end
 
 local now = clock()
 extend_lease(id, execution, queue, worker, tonumber(lease), now)
