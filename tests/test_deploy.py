@@ -81,16 +81,20 @@ class Client(threading.Thread):
         self.acknowledged: list[str] = []
         self.failures: list[str] = []
 
+    def _choose(self) -> str:
+        """One that is ready; where none is for a moment, as gunicorn loads the app anew, the request waits."""
+        return random.choice(wait_until(lambda: self.balancer.ready))
+
     def run(self) -> None:
         session = requests.Session()
         while not self.balancer.is_over:
-            url = random.choice(self.balancer.ready)
+            url = self._choose()
             payload = {"path": str(self.path), "line": f"{id(self)}-{len(self.acknowledged)}", "seconds": "0.005"}
             try:
                 answer = session.post(f"{url}/enqueue/append_line", json=payload, timeout=10)
                 assert answer.status_code == 202, answer.text
                 self.acknowledged.append(answer.json()["job_id"])
-                url = random.choice(self.balancer.ready)
+                url = self._choose()
                 poll = session.get(f"{url}/check_status?job_id={self.acknowledged[-1]}&wait=2", timeout=10)
                 assert poll.status_code == 200, poll.text
             except (requests.RequestException, AssertionError) as error:
