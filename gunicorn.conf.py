@@ -65,10 +65,11 @@ graceful_timeout = _settings.max_wait + 5
 limit_request_fields = 64
 limit_request_field_size = 4094
 keepalive = 5
-#: Seconds that a client may be silent in the middle of a request, or not read what it is answered.
+#: Seconds that a client may be silent in the middle of a request, or take to read a part of its answer; app/fairness.py
+#: gives large answers more.
 SILENCE = 30
-#: Bytes that the pieces of a chunked body have to have on the average, if there are more than 1000.
-LEAST_PIECE = 16
+#: Pieces that a chunked body may have however short they are; if there are more, so many bytes on the average.
+MANY_PIECES, LEAST_PIECE = 20_000, 16
 # No header changes a request's path or scheme. gunicorn takes SCRIPT_NAME from a proxy on this machine, and so from any
 # client of it: `SCRIPT_NAME: /x` would make `/queues` of `/x/queues`, which the proxy may let through.
 forwarder_headers = ""
@@ -131,7 +132,7 @@ def _in_turns(pieces: Iterator[bytes]) -> Iterator[bytes]:
         if piece:
             count, size = count + 1, size + len(piece)
         if count % 100 == 99:  # gunicorn takes 10 µs for each
-            if count > 1000 and size < count * LEAST_PIECE:
+            if count > MANY_PIECES and size < count * LEAST_PIECE:
                 raise InvalidChunkSize(b"chunks of few bytes each")
             gevent.sleep(0.001)
         yield piece
@@ -148,7 +149,7 @@ def post_request(worker: Any, req: Any, environ: Any, resp: Any) -> None:
     with gevent.Timeout(keepalive, False):  # type: ignore[arg-type]  # False: it says nothing
         try:
             while req.body.read(2**16):
-                gevent.sleep(0)
+                gevent.sleep(0.001)
         except (OSError, ParseException):
             req.force_close()
         return

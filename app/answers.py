@@ -13,11 +13,12 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from werkzeug.datastructures import Headers
-from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
+from werkzeug.exceptions import HTTPException, InternalServerError, MethodNotAllowed, NotFound, RequestEntityTooLarge
 
 from app import problems
-from app.fairness import large_answer
+from app.fairness import large_answer, limit_sending
 from app.jobs import POLL_AGAIN, TRY_AGAIN
+from app.new_jobs import LARGE, MOST_ERRORS
 from app.openapi import PROBLEM_JSON
 from app.request_ids import current_request_id
 from app.status import StatusObject
@@ -54,7 +55,9 @@ class JsonAnswer(Response):
 
 def json_answer(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """An answer of JSON, its members in the order they were given."""
-    return large_answer(JsonAnswer(encode_json(data).encode(), status, headers))
+    text = encode_json(data).encode()
+    answer = JsonAnswer(text, status, headers)
+    return limit_sending(answer) if len(text) > LARGE else answer
 
 
 def text_answer(text: bytes) -> Response:
@@ -64,7 +67,7 @@ def text_answer(text: bytes) -> Response:
         TooManyRequests: as `large_answer`.
     """
     headers = {"Cache-Control": "private, no-cache"}
-    return large_answer(Response(text, 200, headers, mimetype="application/json"))
+    return limit_sending(large_answer(Response(text, 200, headers, mimetype="application/json")))
 
 
 def ask_again(status: StatusObject) -> dict[str, str]:
@@ -73,8 +76,8 @@ def ask_again(status: StatusObject) -> dict[str, str]:
 
 
 def _problem_answer(problem: problems.Problem) -> Response:
-    answer = json_answer(problem.body(), problem.status)
-    answer.mimetype = PROBLEM_JSON
+    # Not `json_answer`: the framework may throw it away, and nobody would end what limits the sending of it.
+    answer = JsonAnswer(encode_json(problem.body()), problem.status, mimetype=PROBLEM_JSON)
     if problem.retry_after is not None:
         answer.headers["Retry-After"] = str(problem.retry_after)
     if isinstance(problem, problems.Unauthorized):
@@ -115,6 +118,9 @@ def _http_answer(error: HTTPException) -> Response:
         case RequestEntityTooLarge():
             limit = current_app.extensions["jobs"].settings.max_payload_bytes
             problem = problems.PayloadTooLarge(f"The body has more than {limit} bytes.", limit_bytes=limit)
+        case InternalServerError():  # raised while another error, or an answer, was dealt with
+            bug = error.original_exception
+            return _bug_answer(bug if isinstance(bug, Exception) else error)
         case _:
             problem = problems.BadRequest(f"{error.description or error.name}")
     answer = _problem_answer(problem)
@@ -130,7 +136,7 @@ def _validation_answer(error: HTTPError) -> tuple[bytes, int, dict[str, str]]:
         for location, fields in error.detail.items()
         for field, messages in fields.items()
         for message in messages
-    ]
+    ][:MOST_ERRORS]
     answer = _problem_answer(problems.InvalidRequest("The query has a value that is not allowed.", errors=errors))
     return answer.get_data(), answer.status_code, dict(answer.headers)
 

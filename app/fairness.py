@@ -4,8 +4,7 @@ import errno
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -17,12 +16,11 @@ from app import problems
 from app.auth import current_key, is_public
 from app.config import Settings
 from app.jobs import TRY_AGAIN
+from app.new_jobs import LARGE
 
 #: Seconds that a client may take to send a body or to read an answer, and one more for each LEAST_RATE bytes.
 PATIENCE = 60
 LEAST_RATE = 16 * 1024
-#: Bytes from which on a body or an answer is large: it is counted how many bytes there are of these.
-LARGE = 64 * 1024
 #: Bytes of large bodies and answers that may be there at once; where the largest are very large, four of these.
 LARGE_AT_ONCE = 256 * 2**20
 
@@ -44,7 +42,7 @@ class Shares:
         """Whether the key got so much more of it."""
         with self._lock:
             left = self._most - self._held.total()
-            if amount + self._held[key] * self._of_several_keys > left:
+            if amount + (self._held[key] + amount) * self._of_several_keys > left:
                 return False
             self._held[key] += amount
             return True
@@ -75,35 +73,33 @@ def _longest(size: int) -> float:
 
 
 def _too_many(what: str) -> problems.TooManyRequests:
-    detail = f"The key {current_key().name!r} has as much open as is left for others: {what}."
-    return problems.TooManyRequests(detail, retry_after=TRY_AGAIN)
+    name = current_key().name
+    whose = f"The key {name!r} has as many {what} as are left for others." if name else f"There are too many {what}."
+    return problems.TooManyRequests(whose, retry_after=TRY_AGAIN)
 
 
-def _take_bytes(size: int) -> Callable[[], None]:
-    """What gives them back."""
-    shares: Shares = current_app.extensions["limits"].bytes
-    key = current_key().name
-    if not shares.take(key, size):
-        raise _too_many("large bodies and answers")
-    return partial(shares.give_back, key, size)
+class Room:
+    """The bytes of large bodies and answers that one request has."""
 
+    def __init__(self) -> None:
+        self._shares: Shares = current_app.extensions["limits"].bytes
+        self._key = current_key().name
+        self._size = 0
 
-@contextmanager
-def _room(size: int) -> Iterator[None]:
-    give_back = _take_bytes(size)
-    try:
-        yield
-    finally:
-        give_back()
+    def take(self, size: int) -> None:
+        """So many more.
 
+        Raises:
+            TooManyRequests: there are too many, of this key or of all together.
+        """
+        if not self._shares.take(self._key, size):
+            raise _too_many("bytes of large bodies and answers")
+        self._size += size
 
-def room_for_body(size: int) -> AbstractContextManager[None]:
-    """Where a body of so many bytes may be read and used.
-
-    Raises:
-        TooManyRequests: as it is entered: there are too many large ones, of this key or of all together.
-    """
-    return _room(size) if size > LARGE else nullcontext()
+    def give_back(self) -> None:
+        """All of them."""
+        self._shares.give_back(self._key, self._size)
+        self._size = 0
 
 
 def limited_time(size: int) -> AbstractContextManager[object]:
@@ -133,26 +129,28 @@ def give_way() -> None:
 def limit_sending(answer: Response) -> Response:
     """The answer, whose client may take its time to read it, but not for ever.
 
-    gunicorn's socket has a time-out (gunicorn.conf.py) for each part of an answer, however slowly they go.
+    The socket's time-out is for each part of an answer: one for most of them, many for a file.
     """
     size = answer.content_length or 0
-    if size > LARGE and "gunicorn.socket" in request.environ:
-        answer.direct_passthrough = False  # a file's answer would not be closed then
+    if size > LARGE and (connection := request.environ.get("gunicorn.socket")):
+        connection.settimeout(_longest(size))
         # gunicorn takes it for a client that went away.
         limit = gevent.Timeout.start_new(_longest(size), BrokenPipeError(errno.EPIPE, "The answer is read too slowly."))
         answer.call_on_close(limit.close)
+        answer.direct_passthrough = False  # a file's answer would not be closed
     return answer
 
 
 def large_answer(answer: Response) -> Response:
-    """The answer, which may be large: as `limit_sending`.
+    """The answer, which is counted if it is large.
 
     Raises:
-        TooManyRequests: as `room_for_body`.
+        TooManyRequests: as `Room.take`.
     """
     if (size := answer.content_length or 0) > LARGE:
-        answer.call_on_close(_take_bytes(size))
-        limit_sending(answer)
+        room = Room()
+        room.take(size)
+        answer.call_on_close(room.give_back)
     return answer
 
 
@@ -167,12 +165,14 @@ def share_out(app: APIFlask, settings: Settings) -> None:
         Shares(settings.max_connections, of_several_keys=several),
         Shares(max(LARGE_AT_ONCE, 4 * largest), of_several_keys=several),
     )
-
     app.extensions["turns"] = _Turns(threading.Lock(), defaultdict(threading.Lock))
+
+    if not several:
+        return
 
     @app.before_request
     def begin() -> None:
-        if not several or is_public():
+        if is_public():
             return
         if not limits.requests.take(current_key().name, 1):
             raise _too_many("requests")

@@ -403,9 +403,13 @@ class Jobs:
             JobNotFound, ResultExpired: as `read_status`.
         """
         self.read_status(job_id, owner)
-        found: Any = self.connection.hmget(transitions.job_key(job_id), ["data", "owner"])
+        with self.connection.pipeline(transaction=False) as pipeline:
+            for name in ("data", "owner"):
+                pipeline.hget(transitions.job_key(job_id), name)
+            data, ours = pipeline.execute()
         # Room for what JSON's escapes and the call around it may add.
-        text = read_stored_payload(found[0], 6 * self.settings.max_payload_bytes + 10_000, is_ours=found[1] is not None)
+        most = 6 * self.settings.max_payload_bytes + 10_000
+        text = read_stored_payload(data, most, is_ours=ours is not None)
         if text is None:
             raise problems.PayloadNotFound(f"The job {job_id} has no payload that is JSON.", job_id=job_id)
         return text

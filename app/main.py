@@ -1,6 +1,7 @@
 """The Flask app: `create_app`, and the core routes, each of which parses, calls `jobs` and answers."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,9 +18,10 @@ from app.config import MAX_RETRIES, MAX_SECONDS, Settings, get_settings
 from app.control import make_control
 from app.dashboard import dashboard
 from app.events import BLOCK, EventLog
-from app.fairness import limit_sending, share_out
+from app.fairness import large_answer, limit_sending, share_out
 from app.job_function import load_functions
 from app.jobs import Jobs
+from app.new_jobs import MOST_ERRORS
 from app.ops import ops
 from app.pipelining import PipelinedRedis
 from app.redis_resc import connect, redis_conn
@@ -92,8 +94,6 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
     )
     app.extensions.update(jobs=jobs, waiting=waiting)
     app.config.update(
-        # Of a chunked body werkzeug reads so many bytes and no word of the rest: one more, to see that there is more.
-        MAX_CONTENT_LENGTH=settings.max_payload_bytes + 1,
         # The answers of each route are in app/openapi.py.
         **{f"AUTO_{part}_RESPONSE": False for part in ("200", "404", "VALIDATION_ERROR", "AUTH_ERROR")},
         AUTO_SERVERS=False,
@@ -131,7 +131,7 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
             if len(values) > 1
         ]
         if errors:
-            raise problems.InvalidRequest("The query has an option more than once.", errors=errors)
+            raise problems.InvalidRequest("The query has an option more than once.", errors=errors[:MOST_ERRORS])
 
     # The last of all: nothing that is asked before an answer, or done with it, may come between its two halves.
     share_out(app, settings)
@@ -154,13 +154,16 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
         wait = wait_seconds(asked.pop("wait", None), settings)
         with received_body(settings) as payload:
             receipt = jobs.enqueue(found, payload, asked, origin())
+        del payload  # it would be kept for as long as this request waits
         if receipt.is_replay:
             add_header("Idempotent-Replayed", "true")
         status = waiting.wait_for_new(receipt, wait, current_key().name)
         headers = {"Location": status["links"]["check_status"], **ask_again(status)}
-        if not wait or status["job_status"] not in TERMINAL:
-            return json_answer(status, 202, headers)
-        return json_answer(status, 200, headers)
+        if wait and status["job_status"] in TERMINAL:
+            with suppress(problems.TooManyRequests):  # the job is there: told to send it again, a client would
+                return large_answer(json_answer(status, 200, headers))
+            status.pop("result", None)
+        return json_answer(status, 202, headers)
 
     @app.get("/check_status")
     @app.input(WaitQuery, location="query", arg_name="query")

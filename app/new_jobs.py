@@ -35,7 +35,7 @@ class Origin(NamedTuple):
     request_id: str = ""
 
 
-#: Bytes of a call from which on it is large.
+#: Bytes from which on a call of a function is large, or a body or an answer: it is counted how many there are of these.
 LARGE = 64 * 1024
 #: Places of a request that one answer names as wrong, at most.
 MOST_ERRORS = 100

@@ -11,11 +11,11 @@ from werkzeug.exceptions import RequestEntityTooLarge
 from app import problems
 from app.auth import current_key
 from app.config import Settings
-from app.fairness import LARGE, give_way, limited_time, room_for_body
+from app.fairness import Room, give_way, limited_time
 from app.metrics import note_wait
-from app.new_jobs import Origin
+from app.new_jobs import LARGE, Origin
 from app.request_ids import current_request_id
-from app.strict_json import want_few_values, want_json
+from app.strict_json import has_more_values, want_json
 
 
 @contextmanager
@@ -33,44 +33,53 @@ def received_body(settings: Settings) -> Iterator[bytes]:
     limit, length = settings.max_payload_bytes, request.content_length
     if length is not None and length > limit:
         raise RequestEntityTooLarge
-    # How long a body in chunks is shows as it comes.
-    begin = b"" if length is not None else _read_chunks(min(limit, LARGE) + 1)
-    size = length if length is not None else len(begin) if len(begin) <= LARGE else limit
-    with room_for_body(size):
-        body = begin + _read_chunks(limit + 1 - len(begin)) if length is None else _read(length)
+    # gunicorn takes any coding before `chunked`, and decodes none of them.
+    if length is None and (coding := request.headers.get("Transfer-Encoding", "chunked")).lower() != "chunked":
+        raise problems.BadRequest(f"The body's Transfer-Encoding is {coding!r}; only chunked is known.")
+    room = Room()
+    try:
+        # Of a body without a length one byte more, to see that there is more.
+        body = _read(limit + 1 if length is None else length, room)
         if len(body) > limit:
             raise RequestEntityTooLarge
         if len(body) < (length or 0):  # cut short, which gunicorn does not say
             raise problems.BadRequest("The body is shorter than its Content-Length.")
-        if size > LARGE:
+        if len(body) > LARGE:
             give_way()
-        want_few_values(body, settings.max_payload_values)
+        if has_more_values(body, most := settings.max_payload_values):
+            detail = f"The body has more than {most} values."
+            raise problems.PayloadTooLarge(detail, limit_bytes=limit, limit_values=most)
         want_json(body)
-        if size > LARGE:
+        if len(body) > LARGE:
             give_way()
         yield body
+    finally:
+        room.give_back()
 
 
-def _read_chunks(size: int) -> bytes:
-    # gunicorn takes any coding before `chunked`, and decodes none of them.
-    if (coding := request.headers.get("Transfer-Encoding", "chunked")).lower() != "chunked":
-        raise problems.BadRequest(f"The body's Transfer-Encoding is {coding!r}; only chunked is known.")
-    return _read(size) if request.environ.get("wsgi.input_terminated") else b""
-
-
-def _read(size: int) -> bytes:
+def _read(most: int, room: Room) -> bytes:
+    """So many bytes of the body, or all of it; what is above the first LARGE takes room as it comes."""
+    # Without a length, and a server that knows where a body ends, there is none.
+    if request.content_length is None and not request.environ.get("wsgi.input_terminated"):
+        return b""
+    stream = request.environ["wsgi.input"]  # werkzeug's own stream around it takes 25 µs
     try:
-        with limited_time(size):
-            # werkzeug's own stream around it takes 25 µs.
-            body: bytes = request.environ["wsgi.input"].read(size)
+        with limited_time(most):
+            body: bytes = stream.read(min(most, LARGE))
+            pieces, size = [body], len(body)
+            while LARGE <= size < most and pieces[-1]:
+                room.take(step := min(most - size, LARGE))
+                pieces.append(stream.read(step))
+                size += len(pieces[-1])
     except (OSError, ParseException) as error:  # a time-out; gunicorn's word for chunks that are none, or endless
         raise problems.BadRequest("The body could not be read to its end.") from error
-    return body
+    return body if len(pieces) == 1 else b"".join(pieces)
 
 
 def _preferred_wait() -> float | None:
     """The seconds of `Prefer: wait=SECONDS` (RFC 7240); a preference that is not understood is ignored."""
-    for preference in request.environ.get("HTTP_PREFER", "").split(",") if "HTTP_PREFER" in request.environ else ():
+    given = request.environ.get("HTTP_PREFER")
+    for preference in given.split(",") if given else ():
         if match := re.fullmatch(r'wait="?(\d{1,9})"?', preference.partition(";")[0].replace(" ", ""), re.IGNORECASE):
             return float(match[1])
     return None

@@ -38,19 +38,17 @@ def _so_many_values(count: int) -> re.Pattern[bytes]:
     return re.compile(rb'(?:[^",\[{]*+(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"?+[^",\[{]*+)*+[,\[{]){%d}+' % count, re.DOTALL)
 
 
-def want_few_values(text: bytes, most: int) -> None:
-    """Refuse a text of many tiny values before they are made: each takes a hundred times as long as a byte.
+def has_more_values(text: bytes, most: int) -> bool:
+    """Whether a text has many tiny values, each of which takes a hundred times as long as a byte, before they are made.
 
-    Raises:
-        PayloadTooLarge: it has more values than that; an empty array or object counts for two.
+    An empty array or object counts for two.
     """
     # Commas in strings are counted here, too: most texts need no closer look.
-    if sum(map(text.count, (b",", b"[", b"{"))) >= most and _so_many_values(most).match(text):
-        raise problems.PayloadTooLarge(f"The body has more than {most} values.", limit_values=most)
+    return sum(map(text.count, (b",", b"[", b"{"))) >= most and _so_many_values(most).match(text) is not None
 
 
 def want_json(body: bytes) -> None:
-    """Refuse what is no JSON text as strict as RFC 8259 and RFC 7493 ask.
+    """Refuse what is no JSON text as strict as RFC 8259 and RFC 7493 ask, but for names that are there twice.
 
     Raises:
         InvalidJson: not JSON, not UTF-8, NaN or Infinity, a number too big for a double, a lone surrogate, or more

@@ -110,7 +110,9 @@ def _run(header: Header, data: bytes, functions: Mapping[str, JobFunction], chan
                     value = functions[path].run(args, kwargs)
     finally:
         if os.getpid() != pid:  # the function forked, and this is the child: the outcome is not its to send
-            os._exit(sys.exc_info()[0] is not None)
+            raised = sys.exc_info()[1]
+            code = raised.code if isinstance(raised, SystemExit) else raised and 1
+            os._exit(code if isinstance(code, int) else code is not None)
         _current_job.reset(token)
     return dump_result(value, get_settings().max_result_bytes)
 

@@ -1,6 +1,10 @@
 """What a key may hold of a web process: as much as it leaves for all others."""
 
 import json
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -8,16 +12,17 @@ from flask.testing import FlaskClient
 from redis import Redis
 
 from app.config import Settings
-from app.fairness import LARGE, LARGE_AT_ONCE, Shares
+from app.fairness import LARGE_AT_ONCE, Shares
 from app.main import create_app
-from tests.processes import end_run, json_of, problem_of, take_job
+from app.new_jobs import LARGE
+from tests.processes import end_run, json_of, problem_of, take_job, wait_until
 from tests.test_auth import ALICE, KEYS, OPS, _bearer
 
 
 def test_a_key_gets_as_much_as_it_leaves_for_the_others() -> None:
     shares = Shares(100, of_several_keys=True)
     assert [shares.take("alice", 10) for _ in range(6)] == [True] * 5 + [False]
-    assert [shares.take("bob", 10) for _ in range(4)] == [True] * 3 + [False]
+    assert [shares.take("bob", 10) for _ in range(4)] == [True, True, False, False]
     assert shares.take("carol", 15)
     shares.give_back("alice", 40)
     assert shares.take("bob", 10)
@@ -84,3 +89,59 @@ def test_a_request_is_counted_until_its_answer_was_sent(
         assert answer.status_code == status
         assert requests.held("alice") == 1
     assert requests.held("alice") == 0
+
+
+def test_nothing_large_is_held_once_it_was_answered(client: FlaskClient) -> None:
+    """Also where an answer is thrown away on the way, as the framework does with that to a bad query."""
+    limits = client.application.extensions["limits"]
+    query = "&".join(f"{number:03}" for number in range(1000))
+    keys = json.dumps({f"{number:030}": 1 for number in range(3000)})
+    for path, body in ((f"/jobs?{query}", None), (f"/jobs?{query}&{query}", None), ("/enqueue/count_words", keys)):
+        method = "POST" if body else "GET"
+        answer = client.open(path, method=method, data=body, content_type="application/json", headers=_bearer(ALICE))
+        assert len(problem_of(answer, 422, "invalid-request")["errors"]) == 100
+        answer.close()
+        assert (limits.bytes.held("alice"), limits.requests.held("alice")) == (0, 0)
+
+
+def test_a_job_that_was_enqueued_is_told_also_where_its_result_has_no_room(client: FlaskClient, redis: "Redis") -> None:
+    held = client.application.extensions["limits"].bytes
+    assert held.take("alice", LARGE_AT_ONCE // 2)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(client.post, "/enqueue/echo?wait=20", json=1, headers=_bearer(ALICE))
+        wait_until(lambda: redis.llen("rq:queue:default"))
+        run = take_job(redis)
+        assert end_run(redis, run, value="x" * LARGE) == "finished"
+        answer = asked.result()
+    assert (answer.status_code, json_of(answer)["job_status"]) == (202, "finished")
+    assert "result" not in json_of(answer)
+    payloads = [1] * 1000
+    answer = client.post("/enqueue_many/echo", json=payloads, headers=_bearer(ALICE))
+    assert (answer.status_code, len(json_of(answer)["job_ids"])) == (202, 1000)
+
+
+def test_a_body_is_not_kept_while_its_client_waits(client: FlaskClient, redis: "Redis") -> None:
+    kept: list[bool] = []
+
+    def look() -> bool:
+        frames = sys._current_frames().values()
+        views = [frame for top in frames for frame in _callers(top) if frame.f_code.co_name == "wait_for_new"]
+        kept.extend("payload" in view.f_back.f_locals for view in views if view.f_back)
+        return bool(views)
+
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(enqueue_and_wait, client)
+        wait_until(look)
+        assert end_run(redis, take_job(redis), value=1) == "finished"
+        assert asked.result().status_code == 200
+    assert kept == [False] * len(kept)
+
+
+def enqueue_and_wait(client: FlaskClient) -> Any:
+    return client.post("/enqueue/echo?wait=20", json="x" * LARGE, headers=_bearer(ALICE))
+
+
+def _callers(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame:
+        yield frame
+        frame = frame.f_back

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 import requests
 
-from app.fairness import LARGE
+from app.new_jobs import LARGE
 from tests.conftest import Service
 
 JSON = "Content-Type: application/json"
@@ -422,7 +422,7 @@ def test_tiny_chunks_hold_up_nobody_and_are_refused(service: Service, content_ty
 
 
 def test_small_chunks_are_a_body_if_they_are_not_too_many(service: Service) -> None:
-    for body, size in ((b"[" + b"1," * 400 + b"1]", 1), (b"[" + b"1," * 40_000 + b"1]", 20)):
+    for body, size in ((b"[" + b"1," * 5000 + b"1]", 1), (b"[" + b"1," * 40_000 + b"1]", 20)):
         pieces = [body[at : at + size] for at in range(0, len(body), size)]
         chunks = b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
         reply = send(service, "POST /enqueue/echo HTTP/1.1", JSON, "Transfer-Encoding: chunked", body=chunks)

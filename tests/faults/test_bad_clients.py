@@ -267,7 +267,6 @@ def test_connection_whose_client_takes_too_long_for_an_answer_is_ended(
         pytest.skip("it takes as long as the service waits for the reader")
     with connect(site) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        # More than all buffers between the two hold.
         ask = "GET /docs/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
         connection.sendall(ask.encode())
         start = time.monotonic()
@@ -278,5 +277,29 @@ def test_connection_whose_client_takes_too_long_for_an_answer_is_ended(
                 assert time.monotonic() - start < 300
                 time.sleep(0.5)
     assert size < 1_000_000
+    clients.enqueue_one()
+    row.close(clients.ledger.settle(), time.monotonic() - start)
+
+
+@pytest.mark.fault("17d", "a large answer that is read at 100 kB/s", timeout=300)
+def test_large_answer_is_read_whole_by_a_client_that_is_slow(
+    clients: Clients, row: Row, site: Site, long: bool
+) -> None:
+    if not long:
+        pytest.skip("it is about an answer that takes longer than a part of it may")
+    size, rate = 8_000_000, 100_000
+    answer = requests.post(f"{site.url}/enqueue/echo?delay=1000", json="x" * size, timeout=30)
+    job_id = answer.json()["job_id"]
+    start, received = time.monotonic(), 0
+    with connect(site) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        connection.sendall(
+            f"GET /get_payload?job_id={job_id} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
+        )
+        while data := connection.recv(32768):
+            received += len(data)
+            time.sleep(max(0, start + received / rate - time.monotonic()))
+    assert received > size
+    requests.post(f"{site.url}/cancel?job_id={job_id}", timeout=30).raise_for_status()
     clients.enqueue_one()
     row.close(clients.ledger.settle(), time.monotonic() - start)
