@@ -3,6 +3,8 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
+from typing import IO
 
 from flask import Response, after_this_request, request
 from gunicorn.http.errors import ParseException
@@ -66,14 +68,22 @@ def _read(most: int, room: Room) -> bytes:
     try:
         with limited_time(most):
             body: bytes = stream.read(min(most, LARGE))
-            pieces, size = [body], len(body)
-            while LARGE <= size < most and pieces[-1]:
-                room.take(step := min(most - size, LARGE))
-                pieces.append(stream.read(step))
-                size += len(pieces[-1])
+            if LARGE <= len(body) < most:
+                body = _read_on(stream, body, most, room)
     except (OSError, ParseException) as error:  # a time-out; gunicorn's word for chunks that are none, or endless
         raise problems.BadRequest("The body could not be read to its end.") from error
-    return body if len(pieces) == 1 else b"".join(pieces)
+    return body
+
+
+def _read_on(stream: IO[bytes], begin: bytes, most: int, room: Room) -> bytes:
+    whole = BytesIO()  # not a list of parts, which would be there beside the whole
+    size = whole.write(begin)
+    while size < most:
+        room.take(step := min(most - size, LARGE))
+        if not (part := stream.read(step)):
+            break
+        size += whole.write(part)
+    return whole.getvalue()
 
 
 def _preferred_wait() -> float | None:

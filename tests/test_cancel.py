@@ -46,7 +46,8 @@ def test_cancel_ends_a_job_that_waits(client: FlaskClient, redis: Any, state: st
 def test_canceled_job_is_not_kept_for_ever(client: FlaskClient, redis: Any, state: str) -> None:
     job_id = job_in_state(client, redis, state)
     cancel(client, job_id)
-    assert redis.ttl(f"rq:job:{job_id}") == 7 * 24 * 3600  # FAILURE_TTL
+    left = redis.ttl(f"rq:job:{job_id}")  # whole seconds, of which one may just have passed
+    assert 7 * 24 * 3600 - 10 < left <= 7 * 24 * 3600  # FAILURE_TTL
 
 
 def test_cancel_prefers_the_jobs_own_failure_ttl(client: FlaskClient, redis: Any) -> None:

@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from flask import Response
 from flask.testing import FlaskClient
 from redis import Redis
 
 from app.config import Settings
-from app.fairness import LARGE_AT_ONCE, Shares
+from app.fairness import LARGE_AT_ONCE, Shares, limit_sending
 from app.main import create_app
 from app.new_jobs import LARGE
 from tests.processes import end_run, json_of, problem_of, take_job, wait_until
@@ -145,3 +147,17 @@ def _callers(frame: FrameType | None) -> Iterator[FrameType]:
     while frame:
         yield frame
         frame = frame.f_back
+
+
+def test_a_large_answer_may_take_a_while_but_not_for_ever(client: FlaskClient) -> None:
+    connection = Mock()
+    with client.application.test_request_context(environ_overrides={"gunicorn.socket": connection}):
+        for size, is_limited in ((LARGE, False), (LARGE + 1, True), (10 * LARGE, True)):
+            answer = limit_sending(Response(b"x" * size))
+            limits = [getattr(close, "__self__") for close in answer._on_close]  # noqa: B009  # mypy knows of none
+            assert [(limit.seconds, limit.pending) for limit in limits] == [(60 + size / 16384, True)] * is_limited
+            answer.close()
+            assert not any(limit.pending for limit in limits)
+    assert [call.args for call in connection.settimeout.call_args_list] == [
+        (60 + size / 16384,) for size in (LARGE + 1, 10 * LARGE)
+    ]

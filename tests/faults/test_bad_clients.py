@@ -112,9 +112,11 @@ def test_bad_bodies_are_answered_as_the_contract_says_and_cost_no_memory(
 ) -> None:
     count = 300 if long else 5
     pids = site.web_processes()
+    before = dict.fromkeys(pids, 0)
     for _ in range(1 + count // 10):  # so that all that is kept once is there
         send_all(clients)
-    before = memory_of(pids)
+        # The most of it: after a body of 16 MB the allocator keeps as much, or gives it back.
+        before = {pid: max(before[pid], size) for pid, size in memory_of(pids).items()}
     for _ in range(count):
         send_all(clients)
     assert site.web_processes() == pids
@@ -259,37 +261,14 @@ def test_connection_whose_client_takes_too_long_for_a_body_is_ended(
     row.close(clients.ledger.settle(), time.monotonic() - start)
 
 
-@pytest.mark.fault("17c", "an answer that is read byte by byte, for ever", timeout=400)
-def test_connection_whose_client_takes_too_long_for_an_answer_is_ended(
-    clients: Clients, row: Row, site: Site, long: bool
-) -> None:
-    if not long:
-        pytest.skip("it takes as long as the service waits for the reader")
-    with connect(site) as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        ask = "GET /docs/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-        connection.sendall(ask.encode())
-        start = time.monotonic()
-        size = 0
-        with suppress(ConnectionError):
-            while data := connection.recv(2048):
-                size += len(data)
-                assert time.monotonic() - start < 300
-                time.sleep(0.5)
-    assert size < 1_000_000
-    clients.enqueue_one()
-    row.close(clients.ledger.settle(), time.monotonic() - start)
-
-
-@pytest.mark.fault("17d", "a large answer that is read at 100 kB/s", timeout=300)
+@pytest.mark.fault("17c", "a large answer that is read at 100 kB/s", timeout=300)
 def test_large_answer_is_read_whole_by_a_client_that_is_slow(
     clients: Clients, row: Row, site: Site, long: bool
 ) -> None:
     if not long:
         pytest.skip("it is about an answer that takes longer than a part of it may")
     size, rate = 8_000_000, 100_000
-    answer = requests.post(f"{site.url}/enqueue/echo?delay=1000", json="x" * size, timeout=30)
-    job_id = answer.json()["job_id"]
+    job_id = clients.enqueue_one(payload={"padding": "x" * size})
     start, received = time.monotonic(), 0
     with connect(site) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
@@ -300,6 +279,4 @@ def test_large_answer_is_read_whole_by_a_client_that_is_slow(
             received += len(data)
             time.sleep(max(0, start + received / rate - time.monotonic()))
     assert received > size
-    requests.post(f"{site.url}/cancel?job_id={job_id}", timeout=30).raise_for_status()
-    clients.enqueue_one()
     row.close(clients.ledger.settle(), time.monotonic() - start)
