@@ -24,11 +24,10 @@ WHY = {
     " work-horse keeps a job that dies from taking the worker with it. Worker, work-horse and Valkey share two cores."
     " Huey runs the function in its one process, and a job has left Redis before it runs: one that dies is lost.",
     "http": "The multiples of the tutorial: gunicorn, Flask and one round trip to Redis, which do nothing, hardly reach"
-    " the one and not the other (the third table), so what is built on them cannot. The shares of that floor: what"
-    " is above it is the query and the payload, parsed and validated, an id that proves itself, the arguments of"
-    " the script, the status object as JSON, the key, the limits, and since requests are counted and followed by"
-    " an id, that too. Requests that share one socket to Redis took some 80 µs less in an experiment; it was left,"
-    " for one stalled answer would hold up all others.",
+    " the one and not the other (the third table), so what is built on them cannot. The shares of that floor, where"
+    " one is missed: what is above it is the query and the payload, parsed and validated, an id that proves itself,"
+    " the arguments of the script, the status object as JSON, the key, the limits, and that requests are counted and"
+    " followed by an id. Requests of one moment share a round trip, which the floor's do not: some 80 µs less each.",
     "waiting": "Memory: each request that waits is a connection of gunicorn's with its greenlet, its parser and its"
     " buffers, Flask's contexts, and what wakes it. The multiple of the echo: a job is enqueued, taken, ended, told"
     " in the event log, and read, each a word with Redis; the echo's two lists are two.",
