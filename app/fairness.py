@@ -4,6 +4,7 @@ import errno
 import threading
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple
@@ -61,11 +62,8 @@ class _Limits(NamedTuple):
     requests: Shares
     #: of large bodies and answers
     bytes: Shares
-
-
-class _Turns(NamedTuple):
-    of_all: threading.Lock
-    of_key: defaultdict[str, threading.Lock]
+    turn: threading.Lock
+    turn_of_key: defaultdict[str, threading.Lock]
 
 
 def _longest(size: int) -> float:
@@ -82,9 +80,7 @@ class Room:
     """The bytes of large bodies and answers that one request has."""
 
     def __init__(self) -> None:
-        self._shares: Shares = current_app.extensions["limits"].bytes
-        self._key = current_key().name
-        self._size = 0
+        self._give_back: list[Callable[[], None]] = []  # most requests have nothing large
 
     def take(self, size: int) -> None:
         """So many more.
@@ -92,14 +88,16 @@ class Room:
         Raises:
             TooManyRequests: there are too many, of this key or of all together.
         """
-        if not self._shares.take(self._key, size):
+        shares: Shares = current_app.extensions["limits"].bytes
+        key = current_key().name
+        if not shares.take(key, size):
             raise _too_many("bytes of large bodies and answers")
-        self._size += size
+        self._give_back.append(partial(shares.give_back, key, size))
 
     def give_back(self) -> None:
         """All of them."""
-        self._shares.give_back(self._key, self._size)
-        self._size = 0
+        for give_back in self._give_back:
+            give_back()
 
 
 def limited_time(size: int) -> AbstractContextManager[object]:
@@ -121,8 +119,8 @@ def give_way() -> None:
     One at a time: gevent would go from one that slept to the next, and look for others at the end only. And one of
     each key, so that none waits for all that another one sends.
     """
-    turns: _Turns = current_app.extensions["turns"]
-    with turns.of_key[current_key().name], turns.of_all:
+    limits: _Limits = current_app.extensions["limits"]
+    with limits.turn_of_key[current_key().name], limits.turn:
         time.sleep(0.001)  # a whole round of gevent's loop; with 0 it would be none
 
 
@@ -164,8 +162,9 @@ def share_out(app: APIFlask, settings: Settings) -> None:
     app.extensions["limits"] = limits = _Limits(
         Shares(settings.max_connections, of_several_keys=several),
         Shares(max(LARGE_AT_ONCE, 4 * largest), of_several_keys=several),
+        threading.Lock(),
+        defaultdict(threading.Lock),
     )
-    app.extensions["turns"] = _Turns(threading.Lock(), defaultdict(threading.Lock))
 
     if not several:
         return

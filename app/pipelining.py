@@ -41,8 +41,7 @@ class PipelinedRedis(Redis):
 
     def execute_command(self, *args: Any, **options: Any) -> Any:
         """As redis-py's."""
-        is_large = len(args) > MANY or any(type(arg) is bytes and len(arg) > LARGE for arg in args)
-        if is_large or args[0] not in SHARED:
+        if args[0] not in SHARED or len(args) > MANY or any(type(arg) is bytes and len(arg) > LARGE for arg in args):
             return super().execute_command(*args, **options)  # type: ignore[no-untyped-call]  # it has no annotations
         call = _Call(args, options)
         with self._lock:
@@ -74,12 +73,12 @@ class PipelinedRedis(Redis):
 
     def _send(self, calls: list[_Call]) -> None:
         if len(calls) == 1:
-            calls[0].answer = super().execute_command(*calls[0].args, **calls[0].options)  # type: ignore[no-untyped-call]
+            calls[0].answer = super().execute_command(*calls[0].args, **calls[0].options)  # type: ignore[no-untyped-call]  # nor here
             return
         try:
             with self.pipeline(transaction=False) as pipeline:
                 for call in calls:
-                    pipeline.execute_command(*call.args, **call.options)  # type: ignore[no-untyped-call]
+                    pipeline.execute_command(*call.args, **call.options)  # type: ignore[no-untyped-call]  # nor here
                 answers = pipeline.execute(raise_on_error=False)
         except RedisError as error:
             answers = [error] * len(calls)
