@@ -57,10 +57,11 @@ class Balancer:
     def __init__(self) -> None:
         self.servers: list[str] = []
         self.ready: list[str] = []
-        self.is_over = False
+        self.is_over = self.is_closed = False
 
     def look(self) -> None:
-        while not self.is_over:
+        """Go on until the last client has its last answer: one that finds nothing ready waits for what comes next."""
+        while not self.is_closed:
             ready = []
             for url in list(self.servers):
                 try:
@@ -113,8 +114,10 @@ def load(balancer: Balancer, path: Path, clients: int) -> Iterator[list[Client]]
         yield running
     finally:
         balancer.is_over = True
-        for thread in (*running, prober):
-            thread.join()
+        for client in running:
+            client.join()
+        balancer.is_closed = True
+        prober.join()
 
 
 def check(redis: "Redis", clients: list[Client], path: Path) -> int:
