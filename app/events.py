@@ -5,7 +5,6 @@ The reader is a thread, a greenlet under gevent; it starts with the first listen
 """
 
 import logging
-import queue
 import threading
 import time
 from collections import defaultdict
@@ -29,8 +28,19 @@ LINGER = 10.0
 
 FIELDS = (b"job_id", b"status")
 
-#: What listeners get: the job's new status.
-Bell = queue.SimpleQueue[str]
+
+class Bell(threading.Event):
+    """Set at each event of a job. A listener clears it before it reads the status, and so misses none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: The job's newest one, once it has rung.
+        self.status = ""
+
+    def ring(self, status: str) -> None:
+        """Tell of a status."""
+        self.status = status
+        self.set()
 
 
 class EventLog:
@@ -52,7 +62,7 @@ class EventLog:
         Raises:
             RedisError: the reader has to be started, and Redis does not answer.
         """
-        bell: Bell = queue.SimpleQueue()
+        bell = Bell()
         with self._lock:
             self._bells[job_id].add(bell)
         try:
@@ -114,4 +124,4 @@ class EventLog:
         with self._lock:
             bells = list(self._bells.get(job_id, ()))
         for bell in bells:
-            bell.put(status)
+            bell.ring(status)

@@ -4,9 +4,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
-from queue import Empty
 
 from redis.exceptions import RedisError
 
@@ -90,11 +89,9 @@ class Waiting:
                 if self.is_draining():
                     break
                 next_look = min(deadline, now + min(max(0.25, (now - start) / 2), LONGEST_LOOK))
-                while (left := next_look - time.monotonic()) > 0:
-                    try:
-                        if bell.get(timeout=left) in TERMINAL:
-                            break
-                    except Empty:
+                while (left := next_look - time.monotonic()) > 0 and bell.wait(left):
+                    bell.clear()
+                    if bell.status in TERMINAL:
                         break
                 status = look()
             return status
@@ -122,8 +119,6 @@ class Waiting:
                     spoke_at = now
                 if status["job_status"] in TERMINAL or not may_wait or self.is_draining():
                     return
-                with suppress(Empty):
-                    bell.get(timeout=LONGEST_LOOK)
+                bell.wait(LONGEST_LOOK)
                 time.sleep(max(0, spoke_at + LEAST_PAUSE - time.monotonic()))
-                while not bell.empty():  # what was heard meanwhile, the next look sees
-                    bell.get()
+                bell.clear()  # what was heard meanwhile, the next look sees
