@@ -56,7 +56,7 @@ class Supervisor:
         self._children: list[_Child] = []
         self._width = 0
         self._printing = threading.Lock()
-        self._is_ending = threading.Event()
+        self._is_ending = False  # no event: it is set by signal handlers, which must not wait for its lock
         self.restarts = False
         #: Why all were ended, if one of them ended by itself.
         self.failure = ""
@@ -68,7 +68,7 @@ class Supervisor:
 
     def end(self) -> None:
         """Tell all processes to end; from any thread."""
-        self._is_ending.set()
+        self._is_ending = True
 
     def run(self, env: Mapping[str, str], look: Callable[[], None]) -> None:
         """Start the processes and look after them until `end`, SIGINT, SIGTERM or SIGHUP, and all are gone.
@@ -85,9 +85,10 @@ class Supervisor:
             if signal.getsignal(number) != signal.SIG_IGN:  # `nohup` ignores SIGHUP
                 signal.signal(number, on_signal)
         try:
-            while not self._is_ending.wait(LOOK_EVERY):
+            while not self._is_ending:
                 look()
                 self._look_after(env)
+                time.sleep(LOOK_EVERY)
         finally:
             self._end_all(look)
 

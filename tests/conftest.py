@@ -1,5 +1,10 @@
 import os
+import signal
 import threading
+
+# A shell ignores SIGINT in what it runs in the background, as with `pipenv run test &`; what tests start, heeds it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before `app` is imported: its settings are read once.
 os.environ["FUNCTION_MODULES"] = "app.functions,tests.job_functions"

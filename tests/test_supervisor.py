@@ -90,7 +90,7 @@ def test_supervisor_kills_what_does_not_end_though_what_it_looks_after_is_gone()
     supervisor = Supervisor(output, kill_after=0.5)
 
     def look() -> None:
-        if supervisor._is_ending.is_set():
+        if supervisor._is_ending:
             raise SystemExit("Valkey cannot be started")
 
     log = run(supervisor, output, STUBBORN, "ready", look)
