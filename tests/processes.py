@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import pytest
 import requests
 from flask.testing import FlaskClient
 from redis import Redis
@@ -176,6 +177,11 @@ def enqueue_echo(client: FlaskClient, payload: Any = None, **options: Any) -> st
     assert answer.status_code == 202, answer.text
     job_id: str = json_of(answer)["job_id"]
     return job_id
+
+
+def just_set(seconds: int) -> Any:
+    """What equals a TTL of so many seconds that was set a moment ago: on a busy machine, moments are seconds."""
+    return pytest.approx(seconds - 2, abs=2)
 
 
 def take_job(redis: "Redis", queue: str = "default") -> transitions.Run:
