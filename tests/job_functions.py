@@ -37,6 +37,13 @@ def sleep_for(seconds: Annotated[float, Field(ge=0, le=60)]) -> float:
 
 
 @job_function()
+def wait_for_file(path: str) -> None:
+    """Wait until there is this file."""
+    while not Path(path).exists():
+        time.sleep(0.02)
+
+
+@job_function()
 def append_line(payload: dict[str, str]) -> None:
     """Append a line to a file: what ran, and how often, can be seen there."""
     with open(payload["path"], "a") as file:  # noqa: PTH123  # appends

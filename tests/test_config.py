@@ -173,7 +173,7 @@ def test_config_password_reaches_redis(valkey: Any) -> None:
     with Redis(port=valkey.port) as admin:
         admin.config_set("requirepass", password)
         try:
-            with connect(Settings(redis_port=valkey.port, redis_password=password)) as connection:
+            with connect(Settings(redis_port=valkey.port, redis_password=password), socket_timeout=10) as connection:
                 assert connection.ping()
         finally:
             admin.config_set("requirepass", "")

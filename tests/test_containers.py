@@ -190,10 +190,10 @@ def test_containers_commands_run_as_written(tmp_path: Path) -> None:
             assert [process.popen.poll() for process in processes] == [None] * 3, [each.log for each in processes]
             try:
                 return requests.get(f"{url}/readyz", timeout=5).ok
-            except requests.ConnectionError:
+            except (requests.ConnectionError, requests.Timeout):
                 return False
 
-        wait_until(is_ready)
+        wait_until(is_ready, 60)
         headers = {"Authorization": "Bearer alice's long key"}
         body = {"text": "a b a"}
         done = requests.post(f"{url}/enqueue/count_words?wait=20", json=body, headers=headers, timeout=30)
@@ -209,7 +209,9 @@ def test_containers_commands_run_as_written(tmp_path: Path) -> None:
                 for command, name in ((web_check, "web"), (worker_check, "worker"))
             ]
 
-        assert codes() == [0, 0]
+        wait_until(
+            lambda: codes() == [0, 0], 60, "healthy services"
+        )  # a check has some seconds, and Docker tries again
         for process in processes[:0:-1]:
             assert process.stop() == 0
         assert codes() == [1, 1]

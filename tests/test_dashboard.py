@@ -23,6 +23,7 @@ from tests.processes import ROOT, environment, gunicorn, problem_of, valkey_serv
 from tests.test_auth import ALICE, KEYS, OPS
 
 STATIC = ROOT / "app/static"
+expect.set_options(timeout=20_000)  # ms; the page of a busy machine is a slow one
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here (Debian: apt-get install chromium)")
 
@@ -302,6 +303,7 @@ def test_all_of_it_can_be_done_with_the_keyboard(visitor: Visitor) -> None:
     page.keyboard.press("Tab")
     expect(page.get_by_label("Function").first).to_be_focused()
     page.keyboard.type("sleep_for")
+    expect(page.get_by_label("Function").first).to_have_value("sleep_for")
     page.keyboard.press("Tab")
     expect(page.locator("#json")).to_be_focused()
     page.keyboard.press("Control+a")
@@ -428,7 +430,8 @@ def test_a_browser_misses_no_end_while_the_server_starts_anew(browser: Browser, 
             pages = visit(browser, url)
             visitor = next(pages)
             page = visitor.page
-            job_id = visitor.enqueue("report_slowly", 2)
+            go_on = tmp_path / "go-on"
+            job_id = visitor.enqueue("wait_for_file", str(go_on))
             visitor.open(f"#job={job_id}")
             page.evaluate(
                 """jobId => {
@@ -444,6 +447,7 @@ def test_a_browser_misses_no_end_while_the_server_starts_anew(browser: Browser, 
             process.kill()
             os.killpg(process.popen.pid, signal.SIGKILL)
             expect(page.locator("#connection")).to_have_text("not reachable, trying again")
+            go_on.touch()
             wait_until(lambda: status_of(redis_url, job_id) == "finished")
         with gunicorn(env, tmp_path / "again.log", "app.main:app", port=int(url.rpartition(":")[2])):
             wait_until(lambda: page.evaluate("told.at(-1)") == ["end", "finished"])

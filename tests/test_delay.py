@@ -36,22 +36,27 @@ def in_seconds(seconds: float) -> str:
 def test_delayed_job_is_scheduled(client: FlaskClient, redis: "Redis", options: Any) -> None:
     before = time.time()
     answer = enqueue(client, **options())
+    after = time.time()
     status = json_of(answer)
     assert (answer.status_code, status["job_status"], status["enqueued_at"]) == (202, "scheduled", None)
     assert answer.headers["Retry-After"]
     assert status == json_of(client.get(answer.headers["Location"]))
-    assert -1 < due(redis, status["job_id"]) - before - 100 < 5
+    assert before + 100 - 0.01 <= due(redis, status["job_id"]) <= after + 100 + 0.01
     assert not redis.exists("rq:queue:default")
     assert redis.smembers("rq:queues") == {b"rq:queue:default"}
 
 
 def test_delayed_job_waits_for_its_time_and_runs_then(client: FlaskClient, redis: "Redis") -> None:
     job_id = enqueue_echo(client, delay=0.2)
-    seconds = transitions.promote(redis, ["default"]).due
-    assert seconds is not None
-    assert 0 < seconds <= 0.2
-    time.sleep(seconds)
-    assert transitions.promote(redis, ["default"]) == (1, None)
+    at = due(redis, job_id)
+    promoted = transitions.promote(redis, ["default"])
+    if not promoted.jobs:  # as on a busy machine there may be one already
+        assert promoted.due is not None
+        assert 0 < promoted.due <= 0.2
+        time.sleep(promoted.due)
+        promoted = transitions.promote(redis, ["default"])
+    assert promoted == (1, None)
+    assert time.time() >= at
     status = json_of(client.get(f"/check_status?job_id={job_id}"))
     assert status["job_status"] == "queued"
     assert status["enqueued_at"]

@@ -21,7 +21,7 @@ def status_of(url: str, timeout: float = 10) -> int:
 
 
 def test_gunicorn_says_that_it_drains_before_it_stops(redis_url: str, tmp_path: Path) -> None:
-    env = environment(redis_url, DRAIN_SECONDS=2)
+    env = environment(redis_url, DRAIN_SECONDS=8)
     with (
         worker(env, tmp_path / "worker.log"),
         gunicorn(env, tmp_path / "web.log", "app.main:app", "--workers", "2") as (url, process),
@@ -33,7 +33,7 @@ def test_gunicorn_says_that_it_drains_before_it_stops(redis_url: str, tmp_path: 
         assert problem["checks"] == {"web": "draining", "redis": "ok", "queue default": "ok"}
         assert requests.post(f"{url}/enqueue/echo", json=1, timeout=10).status_code == 202
         assert status_of(f"{url}/healthz") == 200
-        assert process.popen.wait(20) == 0
+        assert process.popen.wait(60) == 0
 
 
 def test_gunicorn_that_is_told_to_end_lets_nobody_wait_for_long(redis_url: str, tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_gunicorn_that_is_told_to_end_lets_nobody_wait_for_long(redis_url: str, 
         assert process.stop() == 0
         waiting.join()
         assert (answers[0].status_code, answers[0].json()["job_status"]) == (202, "queued")
-        assert time.monotonic() - start < 15
+        assert time.monotonic() - start < 30  # it would have waited for 60
 
 
 class Balancer:
@@ -84,7 +84,7 @@ class Client(threading.Thread):
 
     def _choose(self) -> str:
         """One that is ready; where none is for a moment, as gunicorn loads the app anew, the request waits."""
-        return random.choice(wait_until(lambda: self.balancer.ready))
+        return random.choice(wait_until(lambda: self.balancer.ready, 60))
 
     def run(self) -> None:
         session = requests.Session()
@@ -92,11 +92,11 @@ class Client(threading.Thread):
             url = self._choose()
             payload = {"path": str(self.path), "line": f"{id(self)}-{len(self.acknowledged)}", "seconds": "0.005"}
             try:
-                answer = session.post(f"{url}/enqueue/append_line", json=payload, timeout=10)
+                answer = session.post(f"{url}/enqueue/append_line", json=payload, timeout=60)
                 assert answer.status_code == 202, answer.text
                 self.acknowledged.append(answer.json()["job_id"])
                 url = self._choose()
-                poll = session.get(f"{url}/check_status?job_id={self.acknowledged[-1]}&wait=2", timeout=10)
+                poll = session.get(f"{url}/check_status?job_id={self.acknowledged[-1]}&wait=2", timeout=60)
                 assert poll.status_code == 200, poll.text
             except (requests.RequestException, AssertionError) as error:
                 self.failures.append(repr(error))
@@ -133,7 +133,7 @@ def check(redis: "Redis", clients: list[Client], path: Path) -> int:
 
 def roll(real_redis: Redis, redis_url: str, tmp_path: Path, restarts: int) -> int:
     """Put new processes in the place of old ones so often, under load; how many jobs there were."""
-    env = environment(redis_url, DRAIN_SECONDS=1)
+    env = environment(redis_url, DRAIN_SECONDS=5)
     balancer = Balancer()
     with ExitStack() as stack:
 
@@ -153,8 +153,8 @@ def roll(real_redis: Redis, redis_url: str, tmp_path: Path, restarts: int) -> in
                 pairs.append(start_pair(number))
                 old_worker.signal(signal.SIGTERM)
                 web.signal(signal.SIGTERM)
-                assert web.popen.wait(30) == 0
-                assert old_worker.popen.wait(30) == 0
+                assert web.popen.wait(60) == 0
+                assert old_worker.popen.wait(60) == 0
                 balancer.servers.remove(url)
         return check(real_redis, clients, tmp_path / "lines")
 

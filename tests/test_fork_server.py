@@ -66,7 +66,7 @@ def test_nothing_is_left_of_a_worker_that_ended(own: Bench, tmp_path: Path, numb
     with worker(environment(own.url), tmp_path / "worker.log") as process:
         pids = [each.pid for each in family(process)]
         process.signal(number)
-        process.popen.wait(10)
+        process.popen.wait(30)
         wait_until(lambda: not any(map(is_running, pids)))
 
 
@@ -77,7 +77,7 @@ def test_job_that_lets_no_thread_run_ends_with_its_worker(own: Bench, tmp_path: 
         own.enqueue("hold_the_interpreter", {"path": str(path)})
         pid = int(wait_until(lambda: lines_of(path))[0])
         process.signal(number)
-        wait_until(lambda: not is_running(pid), 10)
+        wait_until(lambda: not is_running(pid))
 
 
 def test_worker_whose_fork_server_died_puts_its_job_back_and_ends(own: Bench, tmp_path: Path) -> None:
@@ -86,9 +86,9 @@ def test_worker_whose_fork_server_died_puts_its_job_back_and_ends(own: Bench, tm
         job_id = own.enqueue("sleep_for", 30)
         own.wait_for(job_id, "started")
         server.kill()
-        process.popen.wait(10)
+        process.popen.wait(30)
         assert process.popen.returncode != 0
-        wait_until(lambda: not is_running(horse.pid), 10)
+        wait_until(lambda: not is_running(horse.pid))
     job = own.read(job_id)
     # What kills it may be the job: it is not to end one worker after the other for ever.
     assert (job["status"], job.get("crashes")) == ("queued", "1")
@@ -153,8 +153,14 @@ def test_job_has_a_fresh_process_if_it_wants_one(
 
 def test_work_horse_gives_way_after_so_many_jobs_and_none_waits_for_it(own: Bench, tmp_path: Path) -> None:
     with worker(environment(own.url, WORKER_MAX_JOBS=5), tmp_path / "worker.log"):
-        counts = Counter(processes_of(own, "use_model", 100))
-    *whole, _ = counts.values()
+        found: list[int] = []
+
+        def gave_way() -> bool:
+            found.extend(processes_of(own, "use_model", 20))
+            return len(set(found)) > 2
+
+        wait_until(gave_way, 60, "a second successor")
+    *whole, _ = Counter(found).values()
     assert len(whole) >= 1
     assert min(whole) >= 5
 

@@ -1,11 +1,12 @@
 import contextlib
 import json
 import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import pytest
@@ -15,6 +16,8 @@ from app.new_jobs import LARGE
 from tests.conftest import Service
 
 JSON = "Content-Type: application/json"
+Answer = TypeVar("Answer")
+
 #: What the service fixture is set to.
 LIMIT = 200_000
 
@@ -58,8 +61,29 @@ def send(service: Service, *lines: str, body: bytes = b"", half_close: bool = Fa
         return read_reply(connection)
 
 
-def jobs_waiting_or_run(service: Service) -> int:
-    return sum(1 for _ in service.redis.scan_iter("rq:job:*", count=1000))
+def jobs_waiting_or_run(service: Service) -> set[bytes]:
+    return set(service.redis.scan_iter("rq:job:*", count=1000))
+
+
+def attack_while_others_ask(service: Service, attack: Callable[[], Answer], attackers: int) -> set[Answer]:
+    """What comes of an attack that goes on, again and again, for as long as others are answered a few times."""
+    enough = threading.Event()
+
+    def go_on() -> list[Answer]:
+        answers = [attack()]
+        while not enough.is_set():
+            answers.append(attack())
+        return answers
+
+    with ThreadPoolExecutor(attackers) as pool:
+        attacking = [pool.submit(go_on) for _ in range(attackers)]
+        try:
+            for _ in range(6):
+                assert requests.get(f"{service.url}/healthz", timeout=10).status_code == 200
+            assert not any(each.done() for each in attacking)
+        finally:
+            enough.set()
+    return {answer for each in attacking for answer in each.result()}
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +141,7 @@ def test_enqueue_takes_a_well_formed_chunked_body(service: Service) -> None:
 def test_enqueue_answers_a_client_that_announces_a_gigabyte_without_reading_it(service: Service) -> None:
     start = time.monotonic()
     reply = send(service, "POST /enqueue/echo HTTP/1.1", JSON, f"Content-Length: {10**9}", body=b"[")
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 15  # it would have waited twice as long for the rest
     assert reply.status == 413
     assert f'"limit_bytes":{LIMIT}' in reply.body
     assert "application/problem+json" in reply.head
@@ -344,7 +368,7 @@ def test_slow_clients_hold_up_nobody(service: Service) -> None:
             start = time.monotonic()
             answer = requests.post(f"{service.url}/enqueue/echo?wait=20", json=1, timeout=30)
             assert (answer.status_code, answer.json()["result"]) == (200, 1)
-            assert time.monotonic() - start < 3
+            assert time.monotonic() - start < 15  # those who are silent have twice as long
 
 
 def test_enqueue_of_a_burst_is_taken_whole(service: Service) -> None:
@@ -355,7 +379,7 @@ def test_enqueue_of_a_burst_is_taken_whole(service: Service) -> None:
 
 
 def test_a_refused_body_that_comes_fast_holds_up_nobody(service: Service) -> None:
-    def pump() -> bool:
+    def pump() -> str:
         with connect(service) as connection:
             connection.sendall(
                 f"POST /enqueue/echo HTTP/1.1\r\nHost: x\r\n{JSON}\r\nContent-Length: {10**12}\r\n\r\n".encode()
@@ -365,60 +389,37 @@ def test_a_refused_body_that_comes_fast_holds_up_nobody(service: Service) -> Non
                 while time.monotonic() < deadline:
                     connection.sendall(b"a" * 2**16)
             except OSError:
-                return True  # the server hung up
-        return False
+                return "the server hung up"
+        return "the server read on"
 
-    answers = 0
-    with ThreadPoolExecutor(1) as pool:
-        pumping = pool.submit(pump)
-        while not pumping.done():
-            assert requests.get(f"{service.url}/healthz", timeout=10).status_code == 200
-            answers += 1
-    assert pumping.result()
-    assert answers > 5
+    assert attack_while_others_ask(service, pump, 1) == {"the server hung up"}
 
 
 def test_large_bodies_that_come_together_hold_up_nobody(service: Service) -> None:
-    def enqueue(number: int) -> int:
-        payload = {f"{number}-{key}": key for key in range(10_000)}
-        assert LARGE < len(json.dumps(payload)) < LIMIT
-        return requests.post(f"{service.url}/enqueue/echo", json=payload, timeout=60).status_code
+    body = json.dumps({f"a-key-{key}": key for key in range(9_000)}).encode()
+    assert LARGE < len(body) < LIMIT
+    headers = {"Content-Type": "application/json"}
 
-    answers = 0
-    with ThreadPoolExecutor(40) as pool:
-        enqueuing = [pool.submit(enqueue, number) for number in range(40)]
-        while not all(each.done() for each in enqueuing):
-            assert requests.get(f"{service.url}/healthz", timeout=10).status_code == 200
-            answers += 1
-    assert {each.result() for each in enqueuing} == {202}
-    assert answers > 5
+    def enqueue() -> int:
+        return requests.post(f"{service.url}/enqueue/echo", body, headers=headers, timeout=60).status_code
+
+    assert attack_while_others_ask(service, enqueue, 40) == {202}
 
 
 @pytest.mark.parametrize("content_type", ["application/json", "text/plain"])
 def test_tiny_chunks_hold_up_nobody_and_are_refused(service: Service, content_type: str) -> None:
     """Gunicorn takes 10 µs for each, and gives way to nobody meanwhile."""
-    end = time.monotonic() + 1.5
+    head = f"POST /enqueue/echo HTTP/1.1\r\nHost: x\r\nContent-Type: {content_type}\r\n"
 
-    def pump(_: int) -> set[int]:
-        head = f"POST /enqueue/echo HTTP/1.1\r\nHost: x\r\nContent-Type: {content_type}\r\n"
-        statuses = set()
-        while time.monotonic() < end:
-            with connect(service, timeout=30) as connection:
-                connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
-                with contextlib.suppress(OSError):  # the server hung up
-                    for _ in range(200):
-                        connection.sendall(b"1\r\n1\r\n" * 1000)
-                statuses.add(read_reply(connection).status)
-        return statuses
+    def pump() -> int:
+        with connect(service, timeout=30) as connection:
+            connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
+            with contextlib.suppress(OSError):  # the server hung up
+                for _ in range(200):
+                    connection.sendall(b"1\r\n1\r\n" * 1000)
+            return read_reply(connection).status
 
-    answers = 0
-    with ThreadPoolExecutor(10) as pool:
-        pumping = [pool.submit(pump, number) for number in range(10)]
-        while not all(each.done() for each in pumping):
-            assert requests.get(f"{service.url}/healthz", timeout=10).status_code == 200
-            answers += 1
-    assert set().union(*(each.result() for each in pumping)) <= {0, 400, 415}
-    assert answers > 5
+    assert attack_while_others_ask(service, pump, 10) <= {0, 400, 415}
 
 
 def test_small_chunks_are_a_body_if_they_are_not_too_many(service: Service) -> None:

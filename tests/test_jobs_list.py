@@ -320,10 +320,14 @@ def test_sweep_looks_at_a_bounded_number_of_jobs_at_a_time(redis: "Redis") -> No
 
 def test_sweep_is_done_once_a_second_whoever_asks(client: FlaskClient, redis: "Redis") -> None:
     redis.delete(f"rq:job:{enqueue_echo(client)}")
-    assert (transitions.sweep(redis), transitions.sweep(redis)) == (1, 0)
+    assert transitions.sweep(redis) == 1
+    left = redis.pttl("rq:api:swept")
+    assert left == -2 or 0 < left <= 1000  # it runs out by itself, and may have done so
+    redis.set("rq:api:swept", 1, ex=60)  # the same second, however long it takes here
     redis.delete(f"rq:job:{enqueue_echo(client)}")
     assert transitions.sweep(redis) == 0
-    assert 0 < redis.pttl("rq:api:swept") <= 1000
+    redis.delete("rq:api:swept")
+    assert transitions.sweep(redis) == 1
 
 
 @pytest.mark.parametrize("number", [99, 100, 101, 250])
