@@ -236,8 +236,8 @@ def run_all(settings: Settings, redis: Redis, workers: int, demo: bool) -> int:
             elif demo:
                 run_demo(url)
             else:
-                show_welcome(url, redis.url, workers)
                 supervisor.restarts = True
+                show_welcome(url, redis.url, workers)
         except (OSError, KeyError, ValueError, HTTPException) as error:
             failure = f"The demo failed: {error!r}."
         if demo or failure:
