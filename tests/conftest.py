@@ -28,7 +28,7 @@ from app.config import Settings
 from app.jobs import Jobs
 from app.main import create_app
 from app.waiting import Waiting
-from tests.processes import environment, valkey_server, wait_until, web, worker
+from tests.processes import environment, patient_url, valkey_server, wait_until, web, worker
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def real_redis(valkey: ValkeyServer) -> Iterator["Redis"]:
 
 @pytest.fixture
 def redis_url(real_redis: "Redis", valkey: ValkeyServer) -> str:
-    return f"redis://127.0.0.1:{valkey.port}/0"
+    return patient_url(valkey.port)
 
 
 class Service(NamedTuple):
@@ -107,7 +107,7 @@ class Service(NamedTuple):
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("service")
     with valkey_server(folder / "valkey") as server:
-        redis_url = f"redis://127.0.0.1:{server.port}/0"
+        redis_url = patient_url(server.port)
         env = environment(redis_url, MAX_PAYLOAD_BYTES=200_000, MAX_RESULT_BYTES=100_000)
         with (
             web(env, folder / "web.log") as url,

