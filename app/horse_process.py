@@ -19,6 +19,9 @@ FAMILY_EVERY = 0.2
 START_WITHIN = 300.0
 #: Seconds of it after which its worker looks after other things, each time.
 LOOK_AWAY_EVERY = 1.0
+#: Seconds that the fork server has to tell of a death, which takes it a millisecond unless the machine is busy. After
+#: them it is not known how the process ended.
+TOLD_WITHIN = 5.0
 
 
 def describe_exit(code: int) -> str:
@@ -127,7 +130,7 @@ class WorkHorse:
     def bury(self) -> str:
         """Make sure that the process and all that it started are gone, and tell how it ended."""
         self.channel.close()  # it ends itself on that
-        code = self._server.wait(self.pid, 1)
+        code = self._server.wait(self.pid, TOLD_WITHIN)
         self.kill()
         if code is None:
             self._server.wait(self.pid, 60)  # seconds: a kernel may take a while to give much memory back

@@ -21,6 +21,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 10.0
 STEADY = 60.0
 #: Seconds between two looks at the processes.
 LOOK_EVERY = 0.1
+#: Seconds that the last lines of a process have once it is gone: one that left its group may hold the pipe for longer.
+LAST_LINES_WITHIN = 1.0
 
 
 def _look_at_nothing() -> None:
@@ -162,7 +164,7 @@ class Supervisor:
             popen.wait()
         for child in self._children:
             if child.log:
-                child.log.join(1)  # the last lines; a process that left the group may hold the pipe for longer
+                child.log.join(LAST_LINES_WITHIN)
 
 
 def python(*arguments: str) -> list[str]:

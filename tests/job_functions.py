@@ -108,7 +108,7 @@ _leaked: list[bytes] = []
 @job_function()
 def eat_memory(payload: dict[str, Any]) -> None:
     """Use so much memory for a while, in this process or in one that it starts."""
-    code = f"import time; eaten = b'x' * {payload['bytes']}; time.sleep({2 if payload['bytes'] > 2**24 else 0})"
+    code = f"import time; eaten = b'x' * {payload['bytes']}; time.sleep({30 if payload['bytes'] > 2**24 else 0})"
     if payload["where"] == "child":
         subprocess.run([sys.executable, "-c", code], check=True)
     else:
@@ -166,9 +166,11 @@ def return_bytes_of(size: int) -> str:
 
 @job_function()
 def report(payload: dict[str, Any]) -> str:
-    """Report the progress that the payload says, then wait a while."""
+    """Report the progress that the payload says, then wait a while, or for a file."""
     report_progress(payload["done"], payload["total"], payload.get("message", ""))
     time.sleep(payload.get("seconds", 0))
+    if "until" in payload:
+        wait_for_file(payload["until"])
     return "reported"
 
 
@@ -340,3 +342,10 @@ def log_something(text: str) -> None:
     thread.start()
     thread.join()
     print("printed")
+
+
+@job_function()
+def write_pid_and_wait(payload: dict[str, str]) -> None:
+    """Write the number of the process to a file, and wait until there is another file."""
+    append_line({"path": payload["path"], "line": str(os.getpid())})
+    wait_for_file(payload["until"])

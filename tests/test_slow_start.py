@@ -41,6 +41,7 @@ def gate(tmp_path: Path) -> Path:
 def gated_worker(own: Bench, gate: Path) -> Iterator[Process]:
     """A worker whose first work-horse has run a job, and for which no other one becomes ready."""
     settings: dict[str, Any] = {"WORKER_LEASE": LEASE, "MAX_CRASHES": 0, "PYTHONPATH": f"{ROOT}:{gate.parent}"}
+    settings["WORKER_SHUTDOWN_SECONDS"] = 600  # so that an end within seconds is no time-out
     settings["FUNCTION_MODULES"] = "tests.job_functions,gated"
     with worker(environment(own.url, **settings), gate.parent / "worker.log") as process:
         assert own.result_of(own.enqueue("echo", 1)) == 1
@@ -67,7 +68,7 @@ def test_job_whose_work_horse_loads_for_long_keeps_its_lease(own: Bench, gate: P
         job_id = own.enqueue("use_fresh_process")
         own.wait_for(job_id, "started")
         first = lease_of(own, job_id)
-        wait_until(lambda: lease_of(own, job_id) > first + LEASE, 15, "a lease that was renewed more than once")
+        wait_until(lambda: lease_of(own, job_id) > first + LEASE, what="a lease that was renewed more than once")
         gate.unlink()
         own.result_of(job_id)
     assert "crashes" not in own.read(job_id)
@@ -83,7 +84,7 @@ def test_worker_that_waits_for_its_work_horse_keeps_its_heartbeat(own: Bench, ga
             beats.add(own.redis.hget(name, "last_heartbeat"))
             return len(beats) > 3
 
-        wait_until(goes_on, 15, "more heartbeats")
+        wait_until(goes_on, what="more heartbeats")
         gate.unlink()
         assert own.result_of(own.enqueue("echo", 2)) == 2
 
@@ -97,7 +98,7 @@ def test_sigterm_ends_a_worker_that_waits_for_its_work_horse(own: Bench, gate: P
         else:
             wait_for_horse(process)
             job_id = own.enqueue("echo", 2)
-        assert process.stop(10) == 0
+        assert process.stop() == 0
     job = own.read(job_id)
     assert (job["status"], job.get("crashes")) == ("queued", None)
     assert own.redis.lrange("rq:queue:default", 0, -1) == [job_id.encode()]
@@ -114,4 +115,4 @@ def test_stop_command_ends_a_job_whose_work_horse_loads(own: Bench, gate: Path) 
             send_stop_job_command(own.redis, job_id, serializer=JSONSerializer)
             return bool(own.read(job_id)["status"] == "stopped")
 
-        wait_until(is_stopped, 10)
+        wait_until(is_stopped)

@@ -37,6 +37,12 @@ def handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """3000 lines take their time on a busy machine that measures coverage."""
+    monkeypatch.setattr("app.supervisor.LAST_LINES_WITHIN", 20)
+
+
 def run(
     supervisor: Supervisor, output: io.StringIO | io.TextIOWrapper, code: str, until: str, look: object = None
 ) -> str:
@@ -63,7 +69,7 @@ def run(
 
 def test_supervisor_loses_no_line_that_is_printed_at_the_end() -> None:
     output = io.StringIO()
-    log = run(Supervisor(output, kill_after=10), output, TALKATIVE, "ready")
+    log = run(Supervisor(output, kill_after=30), output, TALKATIVE, "ready")
     assert log.count("| line ") == 3000
     assert log.endswith("| the last\n")
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from rq import get_current_job
@@ -83,7 +83,7 @@ def test_channel_tells_when_the_other_end_is_closed(ends: tuple[Channel, Channel
 
 
 @given(json_values)
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 def test_dump_result_keeps_any_json_as_it_is(value: Any) -> None:
     assert json.loads(dump_result(value, 10**9)) == value
 
