@@ -3,8 +3,10 @@
 import os
 import re
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +26,40 @@ MODULES = "app.functions,tests.job_functions,tests.faults.job_functions"
 FRAGILE = "fragile"
 #: The users as which workers log in to Redis: those of the fragile queue, and the others.
 USERS = FRAGILE_USER, WORKER_USER = "fragile", "worker"
+#: The type of the problem that is told while Redis is away, or slow.
+OUTAGE = "/problems/redis-unavailable"
+
+
+class Stalls:
+    """How long the machine kept a thread waiting that had nothing to do but to wake up: the longest time.
+
+    A limit to what a service's answer may take holds but for that much, for which nobody's code is to blame.
+    """
+
+    STEP = 0.02
+
+    def __init__(self) -> None:
+        self.longest = 0.0
+
+    def watch(self, is_over: threading.Event) -> None:
+        """Sleep again and again until then."""
+        while not is_over.is_set():
+            begin = time.monotonic()
+            time.sleep(self.STEP)
+            self.longest = max(self.longest, time.monotonic() - begin - self.STEP)
+
+
+@contextmanager
+def watch_stalls() -> Iterator[Stalls]:
+    """The stalls of the machine while the block lasts."""
+    stalls, is_over = Stalls(), threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        watching = pool.submit(stalls.watch, is_over)
+        try:
+            yield stalls
+        finally:
+            is_over.set()
+        watching.result()
 
 
 class Staff:
@@ -96,7 +132,10 @@ class Site:
 
     @contextmanager
     def fragile_staff(self, count: int, *more_queues: str, **settings: Any) -> Iterator[Staff]:
-        """Workers to be killed, whose jobs are given to others after three seconds. The others have to survive."""
+        """Workers to be killed, whose jobs are given to others after three seconds. The others have to survive.
+
+        Where no worker dies, or runs are counted, the lease has to be longer than a busy machine may stall.
+        """
         env = self.environment(FRAGILE_USER, **{"WORKER_LEASE": 3} | settings)
         staff = Staff(env, self._folder, FRAGILE, *more_queues, stock=self._stock)
         try:
@@ -159,6 +198,15 @@ class Service(Protocol):
     redis: Any
 
 
+def ask_until_answered(ask: Callable[[], requests.Response]) -> requests.Response:
+    """Ask as often as Redis is said to be unavailable: on a busy machine a write to its disk may take a second."""
+    deadline = time.monotonic() + 60
+    while (answer := ask()).status_code == 503 and answer.json()["type"] == OUTAGE:
+        assert time.monotonic() < deadline, answer.text
+        time.sleep(0.1)
+    return answer
+
+
 class Clients:
     """Clients of the API. What they are told to be enqueued goes into the ledger."""
 
@@ -171,6 +219,8 @@ class Clients:
         self.sent_again = 0
         #: Seconds from the first of them to the answer, at most.
         self.slowest_recovery = 0.0
+        #: The jobs whose cancel was answered with an outage, and sent again; it may have been done the first time.
+        self.canceled_again: set[str] = set()
 
     def enqueue(
         self,
@@ -204,8 +254,9 @@ class Clients:
         return answer
 
     def enqueue_one(self, **options: Any) -> str:
-        """The id of a new job."""
-        answer = self.enqueue(**options)
+        """The id of a new job. It has a key, so that it is one job though Redis may be slow to say so."""
+        key = os.urandom(8).hex()
+        answer = ask_until_answered(lambda: self.enqueue(key=key, **options))
         assert answer.status_code == 202, answer.text
         job_id: str = answer.json()["job_id"]
         return job_id
@@ -229,8 +280,23 @@ class Clients:
 
     def cancel(self, job_id: str) -> requests.Response:
         """Ask for the job's cancellation."""
-        headers = {"Connection": "close"}
-        return requests.post(f"{self.site.url}/cancel", params={"job_id": job_id}, headers=headers, timeout=30)
+
+        def ask() -> requests.Response:
+            headers = {"Connection": "close"}
+            answer = requests.post(f"{self.site.url}/cancel", params={"job_id": job_id}, headers=headers, timeout=30)
+            if answer.status_code == 503:
+                self.canceled_again.add(job_id)
+            return answer
+
+        return ask_until_answered(ask)
+
+    def stop(self, job_id: str) -> None:
+        """Cancel a job that runs, which has yet to be stopped then; unless it was, by a cancel that had no answer."""
+        answer = self.cancel(job_id)
+        if answer.status_code == 200 and job_id in self.canceled_again:
+            assert answer.json()["job_status"] == "stopped", answer.text
+        else:
+            assert answer.status_code == 202, answer.text
 
     def status_of(self, job_id: str) -> str:
         """The job's status."""

@@ -12,12 +12,13 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import pytest
 import requests
 
 from tests.faults.conftest import Row
 from tests.faults.ledger import RUNS_KEY
-from tests.faults.site import Clients, Service, Site, port_of
+from tests.faults.site import Clients, Service, Site, port_of, watch_stalls
 from tests.processes import wait_until
 from tests.test_http_attacks import JSON, Reply, read_reply
 
@@ -90,6 +91,20 @@ def send_without_end(site: Service) -> Reply:
         return read_reply(connection)
 
 
+def send_to_each(site: Site, pids: list[int]) -> None:
+    """A body without an end to each web process, while the others are stopped: one might take all of them else."""
+    for pid in pids:
+        others = [psutil.Process(other) for other in pids if other != pid]
+        try:
+            for other in others:
+                other.suspend()
+            wait_until(lambda others=others: all(each.status() == psutil.STATUS_STOPPED for each in others))  # type: ignore[misc]
+            assert send_without_end(site).status in (413, 0)
+        finally:
+            for other in others:
+                other.resume()
+
+
 def send_all(clients: Clients) -> None:
     """Each bad body, then a good one."""
     for name, bad in BAD.items():
@@ -115,6 +130,7 @@ def test_bad_bodies_are_answered_as_the_contract_says_and_cost_no_memory(
     before = dict.fromkeys(pids, 0)
     for _ in range(10 + count // 10):  # so that all that is kept once is there, in both web processes
         send_all(clients)
+        send_to_each(site, pids)
         # The most of it: after a body of 16 MB the allocator keeps as much, or gives it back.
         before = {pid: max(before[pid], size) for pid, size in memory_of(pids).items()}
     for _ in range(count):
@@ -229,21 +245,24 @@ def test_slow_clients_hold_up_nobody_and_are_answered_in_the_end(
         for number in range(count):
             slow.append(SlowClient(site, is_slow_from_the_head=number % 2 == 0))
             stack.callback(slow[-1].close)
-        with slow_clients(slow), ThreadPoolExecutor(4) as pool:
+        with watch_stalls() as stalls, slow_clients(slow), ThreadPoolExecutor(4) as pool:
             end = time.monotonic() + seconds
-            asked = [pool.submit(ask_on, clients, 25, end) for _ in range(4)]
+            # So many that those four which wait for the disk together, once, are less than a hundredth.
+            asked = [pool.submit(ask_on, clients, 125, end) for _ in range(4)]
             took = [each for asking in asked for each in asking.result()]
         p99 = statistics.quantiles(took, n=100)[-1]
-        for client in slow[1::2]:
-            reply = client.send_rest()
+        # Together: a body has a minute in all, of which half is over.
+        with ThreadPoolExecutor(20) as pool:
+            replies = list(pool.map(SlowClient.send_rest, slow[1::2]))
+        for client, reply in zip(slow[1::2], replies, strict=True):
             assert (reply.status, client.cut) == (202, 0), reply
             clients.ledger.acknowledge(json.loads(reply.body)["job_id"])
     cut = sum(client.cut for client in slow)
     row.close(
         clients.ledger.settle(), note=f"{count}, {cut} times cut, p99 {p99 * 1000:.0f} ms of {len(took)} requests"
     )
-    assert len(took) >= 100
-    assert p99 < 1
+    assert len(took) >= 500
+    assert p99 < 1 + stalls.longest
 
 
 @pytest.mark.fault("17b", "a body that comes a byte a second, for ever", timeout=300)

@@ -5,7 +5,7 @@ import random
 import signal
 import time
 from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import cycle, islice
 from typing import NamedTuple
@@ -72,10 +72,12 @@ def cancel_after(seconds: float, clients: Clients, job_id: str) -> requests.Resp
     return clients.cancel(job_id)
 
 
-def outcome_of(race: Race, job: Job) -> str:
+def outcome_of(race: Race, job: Job, *, was_asked_again: bool) -> str:
     """What came of the race, once it is known that the answer was true."""
     body = race.answer.json()
     match race.answer.status_code:
+        case 200 if was_asked_again and body["job_status"] == "stopped":  # the first time it ran yet
+            assert job.status == "stopped", job
         case 200:
             assert body["job_status"] == "canceled", body
             assert (job.status, job.runs) == ("canceled", []), job
@@ -102,7 +104,10 @@ def test_answer_to_a_cancel_is_true_whenever_it_comes(clients: Clients, row: Row
         ]
         races = [each.result() for each in asked]
     tally = clients.ledger.settle()
-    outcomes = Counter(outcome_of(race, tally.jobs[race.job_id]) for race in races)
+    outcomes = Counter(
+        outcome_of(race, tally.jobs[race.job_id], was_asked_again=race.job_id in clients.canceled_again)
+        for race in races
+    )
     for race in races:
         for neighbour in race.neighbours:
             job = tally.jobs[neighbour]
@@ -129,22 +134,23 @@ def await_stopped(clients: Clients, job_id: str, since: float, seconds: float) -
 @pytest.mark.fault("19b", "cancel of a running job while worker and work-horse are killed", timeout=600)
 def test_canceled_job_whose_worker_is_killed_ends_stopped(clients: Clients, row: Row, site: Site, long: bool) -> None:
     slowest = 0.0
-    with site.fragile_staff(2) as staff, ThreadPoolExecutor(1) as pool:
+    # A cancel that comes when the lease has run out, as on a busy machine, ends the job at once, and says so.
+    with site.fragile_staff(2, WORKER_LEASE=10) as staff, ThreadPoolExecutor(1) as pool:
         for number in range(20 if long else 1):
             job_id, run = start_long_job(clients, queue=FRAGILE)
             name = clients.redis.hget(f"rq:job:{job_id}", "worker_name").decode()
             if number % 2 == 0:  # so that the worker cannot do what it hears
                 staff.workers[name].signal(signal.SIGSTOP)
-            asked: Future[requests.Response] = pool.submit(clients.cancel, job_id)
+            asked = pool.submit(clients.stop, job_id)
             time.sleep(random.uniform(0, 0.02))
             # The worker first: it would put the job back if it saw the work-horse die.
             staff.kill(name)
             with suppress(ProcessLookupError):
                 os.kill(run.pid, signal.SIGKILL)
-            assert asked.result().status_code == 202
+            asked.result()
             start = time.monotonic()
             staff.hire()
-            slowest = max(slowest, await_stopped(clients, job_id, start, 30))
+            slowest = max(slowest, await_stopped(clients, job_id, start, 60))
             staff.await_start()
         tally = clients.ledger.settle()
     row.close(tally, slowest)
@@ -170,7 +176,7 @@ def test_canceled_job_whose_worker_missed_the_message_ends_stopped(
             for _ in range(20 if long else 1):
                 job_id, _run = start_long_job(clients, queue=FRAGILE)
                 assert listeners() == 0
-                assert clients.cancel(job_id).status_code == 202
+                clients.stop(job_id)
                 slowest = max(slowest, await_stopped(clients, job_id, time.monotonic(), 10))
                 assert listeners() == 0
         finally:

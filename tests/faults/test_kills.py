@@ -66,13 +66,17 @@ def kill_run(clients: Clients, job_id: str, number: int) -> float:
 
 
 @pytest.mark.fault("1", "SIGKILL of the work-horse in the middle of a job", timeout=300)
-def test_job_whose_work_horse_is_killed_is_run_again_at_once(clients: Clients, row: Row, long: bool) -> None:
+def test_job_whose_work_horse_is_killed_is_run_again_at_once(
+    clients: Clients, row: Row, long: bool, tmp_path: Path
+) -> None:
     slowest, unlucky = 0.0, []
-    for _ in range(15 if long else 1):
-        once, always = clients.enqueue_one(seconds=0.3), clients.enqueue_one(seconds=60)
+    for number in range(15 if long else 1):
+        end = tmp_path / f"end-{number}"  # not before the kill, however late it comes
+        once, always = clients.enqueue_one(until=end), clients.enqueue_one(seconds=60)
         unlucky.append(always)
         kill_run(clients, once, 1)
-        slowest = max(slowest, *(kill_run(clients, always, number) for number in range(1, 5)))
+        end.touch()
+        slowest = max(slowest, *(kill_run(clients, always, run) for run in range(1, 5)))
     tally = clients.ledger.settle()
     for job_id, job in tally.jobs.items():
         assert (job.status, job.crashes) == (("failed", 4) if job_id in unlucky else ("finished", 1)), job
@@ -185,7 +189,7 @@ def test_worker_that_is_told_to_end_loses_and_doubles_nothing(
     if not long:
         pytest.skip("tests/test_worker.py has it quick")
     times = 100
-    with site.fragile_staff(3) as staff:
+    with site.fragile_staff(3, WORKER_LEASE=30) as staff:
         with load(clients, FRAGILE, jobs=30, seconds=0.05):
             for _ in range(times):
                 name = random.choice(sorted(staff.workers))

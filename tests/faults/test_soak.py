@@ -13,7 +13,7 @@ import requests
 
 from tests.faults.conftest import Row
 from tests.faults.ledger import RUNS_KEY, Job, Tally
-from tests.faults.site import Clients, Site
+from tests.faults.site import Clients, Site, ask_until_answered
 from tests.processes import wait_until
 
 JOBS = 200_000
@@ -105,16 +105,6 @@ def only_child_of(pid: int) -> int:
     return int(child)
 
 
-def ask_until_answered(url: str, **options: Any) -> requests.Response:
-    """POST it as often as Redis is said to be unavailable, as on a machine that has too much to do."""
-    deadline = time.monotonic() + 60
-    headers = {"Connection": "close"} | options.pop("headers", {})
-    while (answer := requests.post(url, headers=headers, timeout=30, **options)).status_code == 503:
-        assert time.monotonic() < deadline, answer.text
-        time.sleep(0.1)
-    return answer
-
-
 class Crowd:
     """Clients that enqueue waves of jobs of all kinds. What is enqueued has a key, so that it can be sent again."""
 
@@ -127,11 +117,15 @@ class Crowd:
         return f"soak-{self._requests}"
 
     def _enqueue_many(self, clients: Clients, count: int, *, fails: bool = False, **options: Any) -> list[str]:
+        headers = {"Connection": "close", "Idempotency-Key": self._next_key()}
         answer = ask_until_answered(
-            f"{self._site.url}/enqueue_many/leave_trace",
-            params=options,
-            json=[{"trace_to": RUNS_KEY, "fails": fails}] * count,
-            headers={"Idempotency-Key": self._next_key()},
+            lambda: requests.post(
+                f"{self._site.url}/enqueue_many/leave_trace",
+                params=options,
+                json=[{"trace_to": RUNS_KEY, "fails": fails}] * count,
+                headers=headers,
+                timeout=30,
+            )
         )
         assert answer.status_code == 202, answer.text
         job_ids: list[str] = answer.json()["job_ids"]
@@ -152,7 +146,7 @@ class Crowd:
         while left:
             left -= len(self._enqueue_many(clients, min(left, BATCH)))
         for job_id in canceled:
-            answer = ask_until_answered(f"{self._site.url}/cancel", params={"job_id": job_id})
+            answer = clients.cancel(job_id)
             assert answer.status_code == 200, answer.text
         return clients
 
