@@ -158,7 +158,7 @@ class Site:
 
     def start_redis(self) -> None:
         """Start it again with what is on its disk, and wait until it answers."""
-        self.server.start()
+        self.server.start(timeout=60)  # it reads all that is on the disk first
 
     def web_processes(self) -> list[int]:
         """The web processes that live, by gunicorn's log."""

@@ -23,19 +23,19 @@ def only_long(long: bool) -> None:
         pytest.skip("with --long only: the suite has it in small")
 
 
-@pytest.mark.fault("25", "a rolling restart under load, five times", timeout=300)
+@pytest.mark.fault("25", "a rolling restart under load, five times", timeout=600)
 def test_rolling_restarts(real_redis: Redis, redis_url: str, tmp_path: Path, row: Row) -> None:
     jobs = roll(real_redis, redis_url, tmp_path, 5)
     row.note(f"{jobs} jobs, each once; no request failed")
 
 
-@pytest.mark.fault("26", "the master of a Sentinel stalls, and is back later as a replica", timeout=300)
+@pytest.mark.fault("26", "the master of a Sentinel stalls, and is back later as a replica", timeout=600)
 def test_failover_from_a_master_that_stalls(cluster: Cluster, tmp_path: Path, row: Row) -> None:
     fail_over(cluster, tmp_path, signal.SIGSTOP)
     row.note("web and worker went on with the new one")
 
 
-@pytest.mark.fault("27", f"{LISTENERS} listeners in one web process, who then vanish", timeout=300)
+@pytest.mark.fault("27", f"{LISTENERS} listeners in one web process, who then vanish", timeout=600)
 def test_listeners(redis_url: str, real_redis: Redis, tmp_path: Path, row: Row) -> None:
     with watch_stalls() as stalls:
         size, told = listen_in_a_crowd(redis_url, real_redis, tmp_path, LISTENERS)

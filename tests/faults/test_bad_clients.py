@@ -121,7 +121,7 @@ def memory_of(pids: list[int]) -> dict[int, int]:
     return {pid: int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * page for pid in pids}
 
 
-@pytest.mark.fault("16", "bad bodies", timeout=300)
+@pytest.mark.fault("16", "bad bodies", timeout=600)
 def test_bad_bodies_are_answered_as_the_contract_says_and_cost_no_memory(
     clients: Clients, row: Row, site: Site, long: bool
 ) -> None:
@@ -143,7 +143,7 @@ def test_bad_bodies_are_answered_as_the_contract_says_and_cost_no_memory(
     assert growth < 20 * 2**20
 
 
-@pytest.mark.fault("16b", "bodies that stop before their end, their connections open", timeout=300)
+@pytest.mark.fault("16b", "bodies that stop before their end, their connections open", timeout=600)
 def test_connection_whose_client_falls_silent_in_a_body_is_ended(
     clients: Clients, row: Row, site: Site, long: bool
 ) -> None:
@@ -235,7 +235,7 @@ def ask_on(clients: Clients, count: int, end: float) -> list[float]:
     return took
 
 
-@pytest.mark.fault("17", "clients that send a byte a second", timeout=300)
+@pytest.mark.fault("17", "clients that send a byte a second", timeout=600)
 def test_slow_clients_hold_up_nobody_and_are_answered_in_the_end(
     clients: Clients, row: Row, site: Site, long: bool
 ) -> None:
@@ -265,7 +265,7 @@ def test_slow_clients_hold_up_nobody_and_are_answered_in_the_end(
     assert p99 < 1 + stalls.longest
 
 
-@pytest.mark.fault("17b", "a body that comes a byte a second, for ever", timeout=300)
+@pytest.mark.fault("17b", "a body that comes a byte a second, for ever", timeout=600)
 def test_connection_whose_client_takes_too_long_for_a_body_is_ended(
     clients: Clients, row: Row, site: Site, long: bool
 ) -> None:
@@ -280,7 +280,7 @@ def test_connection_whose_client_takes_too_long_for_a_body_is_ended(
     row.close(clients.ledger.settle(), time.monotonic() - start)
 
 
-@pytest.mark.fault("17c", "a large answer that is read at 100 kB/s", timeout=300)
+@pytest.mark.fault("17c", "a large answer that is read at 100 kB/s", timeout=600)
 def test_large_answer_is_read_whole_by_a_client_that_is_slow(
     clients: Clients, row: Row, site: Site, long: bool
 ) -> None:

@@ -64,7 +64,7 @@ def patient_url(site: Site, tmp_path: Path) -> Iterator[str]:
         yield url
 
 
-@pytest.mark.fault("18", "identical enqueues at once with one key", timeout=300)
+@pytest.mark.fault("18", "identical enqueues at once with one key", timeout=600)
 def test_identical_enqueues_at_once_with_one_key_make_one_job(
     clients: Clients, row: Row, long: bool, key: str, patient_url: str
 ) -> None:
@@ -76,7 +76,7 @@ def test_identical_enqueues_at_once_with_one_key_make_one_job(
     row.close(clients.ledger.settle(), note=f"{count} requests")
 
 
-@pytest.mark.fault("18", "enqueues at once with different keys", timeout=300)
+@pytest.mark.fault("18", "enqueues at once with different keys", timeout=600)
 def test_enqueues_at_once_with_different_keys_make_a_job_each(
     clients: Clients, row: Row, long: bool, key: str, patient_url: str
 ) -> None:
@@ -99,7 +99,7 @@ def proxy_to(port: int) -> Iterator[Proxy]:
         proxy.close()
 
 
-@pytest.mark.fault("9", "connection of the client reset after the enqueue, sent again", timeout=300)
+@pytest.mark.fault("9", "connection of the client reset after the enqueue, sent again", timeout=600)
 def test_enqueue_whose_answer_is_lost_finds_its_job_when_sent_again(
     clients: Clients, row: Row, site: Site, long: bool, key: str
 ) -> None:
@@ -121,7 +121,7 @@ def test_enqueue_whose_answer_is_lost_finds_its_job_when_sent_again(
     row.close(tally, slowest)
 
 
-@pytest.mark.fault("9", "connection to Redis reset after the enqueue", timeout=300)
+@pytest.mark.fault("9", "connection to Redis reset after the enqueue", timeout=600)
 def test_enqueue_whose_answer_from_redis_is_lost_enqueues_once(
     clients: Clients, row: Row, site: Site, long: bool, key: str, tmp_path: Path
 ) -> None:
@@ -189,7 +189,7 @@ def kill_behind_an_enqueue(site: Site) -> bool:
     return True
 
 
-@pytest.mark.fault("22", "web process killed between accepting and answering", timeout=600)
+@pytest.mark.fault("22", "web process killed between accepting and answering", timeout=1200)
 def test_enqueue_whose_web_process_is_killed_finds_its_job_when_sent_again(
     clients: Clients, row: Row, site: Site, long: bool, key: str
 ) -> None:

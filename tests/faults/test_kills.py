@@ -65,7 +65,7 @@ def kill_run(clients: Clients, job_id: str, number: int) -> float:
     return runs[-1].at - runs[-2].at if number > 1 else 0.0
 
 
-@pytest.mark.fault("1", "SIGKILL of the work-horse in the middle of a job", timeout=300)
+@pytest.mark.fault("1", "SIGKILL of the work-horse in the middle of a job", timeout=600)
 def test_job_whose_work_horse_is_killed_is_run_again_at_once(
     clients: Clients, row: Row, long: bool, tmp_path: Path
 ) -> None:
@@ -87,7 +87,7 @@ def test_job_whose_work_horse_is_killed_is_run_again_at_once(
     assert slowest < 10
 
 
-@pytest.mark.fault("2", "SIGKILL of worker and work-horse in the middle of a job, another one idle", timeout=300)
+@pytest.mark.fault("2", "SIGKILL of worker and work-horse in the middle of a job, another one idle", timeout=600)
 def test_job_whose_worker_is_killed_is_run_again_by_another(
     clients: Clients, row: Row, site: Site, long: bool, tmp_path: Path
 ) -> None:
@@ -134,7 +134,7 @@ def kill_at_random(staff: Staff, site: Site, times: int) -> float:
 
 
 @pytest.mark.parametrize("queues", [(FRAGILE,), (FRAGILE, "second", "third")], ids=["one queue", "three queues"])
-@pytest.mark.fault("3", "SIGKILL of workers at random moments", timeout=900)
+@pytest.mark.fault("3", "SIGKILL of workers at random moments", timeout=1800)
 def test_no_job_is_lost_though_workers_are_killed(
     clients: Clients, row: Row, site: Site, long: bool, queues: tuple[str, ...]
 ) -> None:
@@ -152,7 +152,7 @@ def test_no_job_is_lost_though_workers_are_killed(
     assert (1 if long else 0) <= sum(crashes_of(tally).values()) <= 2 * times
 
 
-@pytest.mark.fault("4", "SIGKILL of worker and work-horse after the take, before the run", timeout=300)
+@pytest.mark.fault("4", "SIGKILL of worker and work-horse after the take, before the run", timeout=600)
 def test_job_that_was_taken_and_never_begun_is_run(
     clients: Clients, row: Row, site: Site, long: bool, tmp_path: Path
 ) -> None:
@@ -182,7 +182,7 @@ def test_job_that_was_taken_and_never_begun_is_run(
     row.close(tally, recovery)
 
 
-@pytest.mark.fault("5", "SIGTERM under load", timeout=600)
+@pytest.mark.fault("5", "SIGTERM under load", timeout=1200)
 def test_worker_that_is_told_to_end_loses_and_doubles_nothing(
     clients: Clients, row: Row, site: Site, long: bool
 ) -> None:
@@ -204,7 +204,7 @@ def test_worker_that_is_told_to_end_loses_and_doubles_nothing(
     assert {(job.status, job.crashes) for job in tally.jobs.values()} == {("finished", 0)}
 
 
-@pytest.mark.fault("1b", "SIGKILL the work-horse at any moment of the fork server's loop", timeout=900)
+@pytest.mark.fault("1b", "SIGKILL the work-horse at any moment of the fork server's loop", timeout=1800)
 def test_no_death_of_a_work_horse_is_missed(row: Row, long: bool) -> None:
     """Of 17 937 deaths 4 were, and the worker waited a minute each time, before a signal woke the server by itself."""
     deaths = 20_000 if long else 1000

@@ -402,7 +402,7 @@ BUDGETS = [
 
 
 @pytest.mark.parametrize(("is_quick", "budget"), [row[1:] for row in BUDGETS], ids=[row[0] for row in BUDGETS])
-@pytest.mark.fault("3m", "every interleaving of two workers, a client and faults between any two scripts", timeout=1500)
+@pytest.mark.fault("3m", "every interleaving of two workers, a client and faults between any two scripts", timeout=3000)
 def test_no_interleaving_loses_doubles_or_strands_the_job(
     real_redis: "Redis", row: Row, long: bool, is_quick: bool, budget: dict[str, int]
 ) -> None:

@@ -28,7 +28,7 @@ KEYS = BATCHES + SINGLE
 ENDS = {"finished": WAVE - FAILING - RETRIED - CANCELED, "failed": FAILING + RETRIED, "canceled": CANCELED}
 
 #: Seconds that jobs are kept after their end: several times as long as a wave takes, so that all of it is counted.
-TTL = 60
+TTL = 120
 #: Seconds between two looks of a worker at its registries (`rq worker --maintenance-interval`; RQ's default is 600).
 MAINTENANCE = 30
 
@@ -185,7 +185,7 @@ def replace_worker(site: Site, elder: str) -> None:
     site.staff.hire(1, "--maintenance-interval", str(MAINTENANCE))
 
 
-@pytest.mark.fault("24", "short jobs with workers recycled, then idle", timeout=900)
+@pytest.mark.fault("24", "short jobs with workers recycled, then idle", timeout=1800)
 def test_very_many_jobs_leave_nothing_behind(own_site: Site, row: Row) -> None:
     site, crowd = own_site, Crowd(own_site)
     for name in list(site.staff.workers):
