@@ -7,9 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -37,6 +39,38 @@ def wait_until(condition: Callable[[], T], seconds: float = 30, what: str = "") 
         assert time.monotonic() < deadline, f"waited {seconds} s in vain{what and ' for '}{what}"
         time.sleep(0.02)
     return value
+
+
+class Stalls:
+    """How long the machine kept a thread waiting that had nothing to do but to wake up: the longest time.
+
+    A limit to what a service's answer may take holds but for that much, for which nobody's code is to blame.
+    """
+
+    STEP = 0.02
+
+    def __init__(self) -> None:
+        self.longest = 0.0
+
+    def watch(self, is_over: threading.Event) -> None:
+        """Sleep again and again until then."""
+        while not is_over.is_set():
+            begin = time.monotonic()
+            time.sleep(self.STEP)
+            self.longest = max(self.longest, time.monotonic() - begin - self.STEP)
+
+
+@contextmanager
+def watch_stalls() -> Iterator[Stalls]:
+    """The stalls of the machine while the block lasts."""
+    stalls, is_over = Stalls(), threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        watching = pool.submit(stalls.watch, is_over)
+        try:
+            yield stalls
+        finally:
+            is_over.set()
+        watching.result()
 
 
 def free_port() -> int:

@@ -77,7 +77,7 @@ class Client(threading.Thread):
     """Enqueues and polls on connections that are kept open; notes what was acknowledged and what went wrong."""
 
     def __init__(self, balancer: Balancer, path: Path) -> None:
-        super().__init__()
+        super().__init__(daemon=True)
         self.balancer, self.path = balancer, path
         self.acknowledged: list[str] = []
         self.failures: list[str] = []
@@ -104,7 +104,7 @@ class Client(threading.Thread):
 
 @contextmanager
 def load(balancer: Balancer, path: Path, clients: int) -> Iterator[list[Client]]:
-    prober = threading.Thread(target=balancer.look)
+    prober = threading.Thread(target=balancer.look, daemon=True)
     prober.start()
     wait_until(lambda: balancer.ready)
     running = [Client(balancer, path) for _ in range(clients)]
@@ -114,10 +114,12 @@ def load(balancer: Balancer, path: Path, clients: int) -> Iterator[list[Client]]
         yield running
     finally:
         balancer.is_over = True
-        for client in running:
-            client.join()
-        balancer.is_closed = True
-        prober.join()
+        try:
+            for client in running:
+                client.join()
+        finally:
+            balancer.is_closed = True
+            prober.join()
 
 
 def check(redis: "Redis", clients: list[Client], path: Path) -> int:

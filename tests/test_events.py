@@ -135,7 +135,7 @@ def test_events_reader_survives_an_outage_and_misses_nothing(
 ) -> None:
     with log.listen("a") as bell:
         with patch.object(Redis, "xread", side_effect=error) as xread:
-            wait_until(lambda: xread.call_count >= 2, 5, "a second try")
+            wait_until(lambda: xread.call_count >= 2, what="a second try")
             tell(real_redis, "a", "started")
             assert not bell.is_set()
         assert heard(bell) == "started"

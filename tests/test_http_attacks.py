@@ -1,7 +1,6 @@
 import contextlib
 import json
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -66,24 +65,22 @@ def jobs_waiting_or_run(service: Service) -> set[bytes]:
 
 
 def attack_while_others_ask(service: Service, attack: Callable[[], Answer], attackers: int) -> set[Answer]:
-    """What comes of an attack that goes on, again and again, for as long as others are answered a few times."""
-    enough = threading.Event()
+    """What comes of an attack during which others are answered again and again.
 
-    def go_on() -> list[Answer]:
-        answers = [attack()]
-        while not enough.is_set():
-            answers.append(attack())
-        return answers
-
-    with ThreadPoolExecutor(attackers) as pool:
-        attacking = [pool.submit(go_on) for _ in range(attackers)]
-        try:
-            for _ in range(6):
+    It has some tries: the machine may have kept those others, or the server, from going on until one was over.
+    """
+    outcomes: set[Answer] = set()
+    for _ in range(5):
+        answers = 0
+        with ThreadPoolExecutor(attackers) as pool:
+            attacking = [pool.submit(attack) for _ in range(attackers)]
+            while not all(each.done() for each in attacking):
                 assert requests.get(f"{service.url}/healthz", timeout=10).status_code == 200
-            assert not any(each.done() for each in attacking)
-        finally:
-            enough.set()
-    return {answer for each in attacking for answer in each.result()}
+                answers += 1
+        outcomes |= {each.result() for each in attacking}
+        if answers > 5:
+            return outcomes
+    pytest.fail("the others were held up")
 
 
 @pytest.fixture(autouse=True)

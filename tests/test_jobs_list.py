@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -320,9 +321,10 @@ def test_sweep_looks_at_a_bounded_number_of_jobs_at_a_time(redis: "Redis") -> No
 
 def test_sweep_is_done_once_a_second_whoever_asks(client: FlaskClient, redis: "Redis") -> None:
     redis.delete(f"rq:job:{enqueue_echo(client)}")
+    start = time.monotonic()
     assert transitions.sweep(redis) == 1
     left = redis.pttl("rq:api:swept")
-    assert left == -2 or 0 < left <= 1000  # it runs out by itself, and may have done so
+    assert 0 < left <= 1000 or (left == -2 and time.monotonic() - start >= 1)  # on a busy machine it may be over
     redis.set("rq:api:swept", 1, ex=60)  # the same second, however long it takes here
     redis.delete(f"rq:job:{enqueue_echo(client)}")
     assert transitions.sweep(redis) == 0

@@ -197,9 +197,10 @@ def test_one_key_leaves_connections_to_the_others(guarded: Guarded) -> None:
 
 
 def test_a_key_with_many_large_bodies_lets_another_ones_go_first(guarded: Guarded) -> None:
+    body = json.dumps({f"{number:09}": number for number in range(9_000)})
+    assert LARGE < len(body) < 200_000
+
     def enqueue(key: str) -> int:
-        body = json.dumps({f"{number:09}": number for number in range(9_000)})
-        assert LARGE < len(body) < 200_000
         head = f"POST /enqueue/count_words HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
         return guarded.send(f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}").status
 
@@ -208,7 +209,7 @@ def test_a_key_with_many_large_bodies_lets_another_ones_go_first(guarded: Guarde
             before = [pool.submit(enqueue, ALICE) for _ in range(60)]
             wait_until(lambda: any(each.done() for each in before))
             assert enqueue(BOB) == 422
-            are_left = not all(each.done() for each in before)
+            are_left = sum(not each.done() for each in before) > 10
         assert {each.result() for each in before} == {422}
         return are_left
 

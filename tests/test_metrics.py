@@ -199,8 +199,10 @@ def test_metrics_tells_of_all_web_processes(two_processes: tuple[str, Process], 
     with ThreadPoolExecutor(4) as pool:
         real_redis.set("rq:suspended", 1)  # as `rq suspend` does
         answers = [pool.submit(requests.post, f"{url}/enqueue/echo?wait=60", json=3, timeout=90) for _ in range(4)]
-        wait_until(lambda: value(scrape(), "http_waiting_requests") == 4)
-        real_redis.delete("rq:suspended")
+        try:
+            wait_until(lambda: value(scrape(), "http_waiting_requests") == 4)
+        finally:
+            real_redis.delete("rq:suspended")
         assert {answer.result().status_code for answer in answers} <= {200}
     assert value(scrape(), "http_waiting_requests") == 0
     waited = {"method": "POST", "route": "/enqueue/<function>", "status": "200", "waits": "yes"}

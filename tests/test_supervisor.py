@@ -57,8 +57,10 @@ def run(
         return output.buffer.getvalue().decode("latin-1")
 
     def end() -> None:
-        wait_until(lambda: until in text(), 20, until)
-        supervisor.end()
+        try:
+            wait_until(lambda: until in text(), 20, until)
+        finally:
+            supervisor.end()
 
     ender = threading.Thread(target=end)
     ender.start()

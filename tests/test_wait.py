@@ -100,13 +100,14 @@ def test_wait_on_enqueue_answers_a_failure(service: Service) -> None:
 
 def test_wait_on_enqueue_that_is_too_short_answers_202(service: Service, tmp_path: Path) -> None:
     go_on = tmp_path / "go-on"
-    answer = requests.post(f"{service.url}/enqueue/wait_for_file?wait=0.3", json=str(go_on), timeout=30)
-    assert answer.status_code == 202
-    assert answer.headers["Retry-After"] == "1"
-    assert "result" not in answer.json()
-    job_id = answer.json()["job_id"]
-
-    go_on.touch()
+    try:
+        answer = requests.post(f"{service.url}/enqueue/wait_for_file?wait=0.3", json=str(go_on), timeout=30)
+        assert answer.status_code == 202
+        assert answer.headers["Retry-After"] == "1"
+        assert "result" not in answer.json()
+        job_id = answer.json()["job_id"]
+    finally:  # others want the worker, too
+        go_on.touch()
     found = requests.get(f"{service.url}/get_result", params={"job_id": job_id, "wait": "20"}, timeout=30)
     assert (found.status_code, found.json()) == (200, None)
 

@@ -3,10 +3,8 @@
 import os
 import re
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,38 +26,6 @@ FRAGILE = "fragile"
 USERS = FRAGILE_USER, WORKER_USER = "fragile", "worker"
 #: The type of the problem that is told while Redis is away, or slow.
 OUTAGE = "/problems/redis-unavailable"
-
-
-class Stalls:
-    """How long the machine kept a thread waiting that had nothing to do but to wake up: the longest time.
-
-    A limit to what a service's answer may take holds but for that much, for which nobody's code is to blame.
-    """
-
-    STEP = 0.02
-
-    def __init__(self) -> None:
-        self.longest = 0.0
-
-    def watch(self, is_over: threading.Event) -> None:
-        """Sleep again and again until then."""
-        while not is_over.is_set():
-            begin = time.monotonic()
-            time.sleep(self.STEP)
-            self.longest = max(self.longest, time.monotonic() - begin - self.STEP)
-
-
-@contextmanager
-def watch_stalls() -> Iterator[Stalls]:
-    """The stalls of the machine while the block lasts."""
-    stalls, is_over = Stalls(), threading.Event()
-    with ThreadPoolExecutor(1) as pool:
-        watching = pool.submit(stalls.watch, is_over)
-        try:
-            yield stalls
-        finally:
-            is_over.set()
-        watching.result()
 
 
 class Staff:

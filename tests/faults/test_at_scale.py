@@ -7,7 +7,7 @@ import pytest
 from redis import Redis
 
 from tests.faults.conftest import Row
-from tests.faults.site import watch_stalls
+from tests.processes import watch_stalls
 from tests.test_deploy import roll
 from tests.test_event_stream import listen_in_a_crowd
 from tests.test_sentinel import Cluster, cluster, fail_over

@@ -18,8 +18,8 @@ import requests
 
 from tests.faults.conftest import Row
 from tests.faults.ledger import RUNS_KEY
-from tests.faults.site import Clients, Service, Site, port_of, watch_stalls
-from tests.processes import wait_until
+from tests.faults.site import Clients, Service, Site, port_of
+from tests.processes import wait_until, watch_stalls
 from tests.test_http_attacks import JSON, Reply, read_reply
 
 CHUNKED = "Transfer-Encoding: chunked"

@@ -11,8 +11,8 @@ import pytest
 
 from tests.faults.conftest import Row
 from tests.faults.ledger import Tally
-from tests.faults.site import FRAGILE, Clients, Site, Staff, watch_stalls
-from tests.processes import wait_until
+from tests.faults.site import FRAGILE, Clients, Site, Staff
+from tests.processes import wait_until, watch_stalls
 
 #: RQ counts the time of a retry in whole seconds, and so do we (finish.lua): it may be early by a part of one.
 RETRY_IS_EARLY = 1.0

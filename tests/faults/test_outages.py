@@ -16,12 +16,14 @@ import requests
 from app.transitions import TERMINAL
 from tests.faults.conftest import Row
 from tests.faults.ledger import Tally
-from tests.faults.site import FRAGILE, OUTAGE, Clients, Site, ask_until_answered, watch_stalls
+from tests.faults.site import FRAGILE, OUTAGE, Clients, Site, ask_until_answered
 from tests.faults.test_keys import Answers, Load, firsts_of, ids_of
-from tests.processes import free_port, problem_of, wait_until
+from tests.processes import free_port, problem_of, wait_until, watch_stalls
 
 #: Seconds within which an outage is answered.
 ANSWER_LIMIT = 3
+#: Seconds after Redis' return within which the API takes a job.
+WEB_RETURN_LIMIT = 5
 #: Seconds after Redis' return within which each worker that is free takes a job.
 RETURN_LIMIT = 40
 
@@ -116,6 +118,9 @@ def await_workers(clients: Clients, names: set[str], jobs: tuple[str, ...] = ())
     Some may have taken one of these jobs, whose runs the outage cut, for another run.
     """
     start = time.monotonic()
+    with watch_stalls() as stalls:
+        clients.enqueue_one(seconds=0.05, at_front=True)
+    assert time.monotonic() - start < WEB_RETURN_LIMIT + stalls.longest
     taken_by: set[str] = set()
     while not taken_by >= names:
         new = [clients.enqueue_one(seconds=0.05, at_front=True) for _ in range(2 * len(names))]
