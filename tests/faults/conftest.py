@@ -1,8 +1,12 @@
 """The fault suite's option, its processes, and the table that it prints."""
 
+import os
+import random
 import re
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from enum import Enum
 from typing import Any
 
 import pytest
@@ -10,29 +14,88 @@ import pytest
 from tests.faults.ledger import Tally
 from tests.faults.site import Clients, Site
 
-COLUMNS = ("#", "fault", "acknowledged", "terminal", "lost", "run twice", "s to recover")
+COLUMNS = ("#", "fault", "acknowledged", "terminal", "lost", "run twice", "s to recover", "s in all")
+
+#: The seconds that a row may take in the form with a budget.
+SECONDS = pytest.StashKey[float]()
 
 
-def _is_long(config: pytest.Config) -> bool:
-    # Known only where this folder stands on the command line.
-    return bool(config.getoption("--long", default=False))
+class Form(Enum):
+    """How much of the suite runs: each fault once; all but what takes very long; or all, as often as the table says."""
+
+    SHORT = "short"
+    BUDGET = "budget"
+    LONG = "long"
+
+
+def form_of(config: pytest.Config) -> Form:
+    """The form that the command line asks for."""
+    if config.getoption("--long"):
+        return Form.LONG
+    return Form.SHORT if config.getoption("--budget") is None else Form.BUDGET
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--long", action="store_true", help="the fault suite as often as its table says, with a report")
+    parser.addoption(
+        "--long", action="store_true", help="each fault as often as the table says; takes more than an hour"
+    )
+    parser.addoption(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help="the faults that are repeated share so many seconds; the others are as with --long",
+    )
+    parser.addoption("--seed", default=os.urandom(4).hex(), help="a text that the random moments are made of")
     parser.addoption("--stock", action="store_true", help="with RQ's own workers, to see what they lose")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
-        "markers", "fault(number, text, timeout): a row of the fault table, and the seconds that its long form may take"
+        "markers",
+        "fault(number, text, timeout, share=0, takes=10, long_only=False): a row of the fault table. timeout: the "
+        "seconds after which its long form hangs. share: its part of --budget, for a fault that is repeated. takes: "
+        "the seconds of its long form, about, for one that is not. long_only: it runs with --long only",
     )
 
 
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"faults: {form_of(config).value} form; the same moments again with --seed {config.getoption('--seed')}"
+
+
+def seconds_of(marks: list[pytest.Mark], budget: float) -> list[float]:
+    """The seconds that each of these rows may take, about, where the repeated ones share a budget."""
+    shares = sum(mark.kwargs.get("share", 0) for mark in marks)
+    return [
+        budget * mark.kwargs["share"] / shares if mark.kwargs.get("share") else mark.kwargs.get("takes", 10)
+        for mark in marks
+    ]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    form = form_of(config)
     for item in items:
-        if _is_long(config) and (fault := item.get_closest_marker("fault")):
+        if (fault := item.get_closest_marker("fault")) and form is not Form.SHORT:
             item.add_marker(pytest.mark.timeout(fault.kwargs["timeout"]))
+    if form is not Form.BUDGET:
+        return
+    rows = {item: fault for item in items if (fault := item.get_closest_marker("fault"))}
+    left_out = [item for item, fault in rows.items() if fault.kwargs.get("long_only")]
+    config.hook.pytest_deselected(items=left_out)
+    for item in left_out:
+        del rows[item]
+    for item, seconds in zip(rows, seconds_of(list(rows.values()), config.getoption("--budget")), strict=True):
+        item.stash[SECONDS] = seconds
+    items[:] = sorted((item for item in items if item not in left_out), key=seconds_planned, reverse=True)
+    sites = min(int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")), len(items) // 2)
+    # Those that take longest begin first, so that all sites end together. pytest-xdist hands each process two tests at
+    # once: behind a long one it is a short one.
+    pairs = zip(items[:sites], items[len(items) - sites :], strict=True)
+    items[:] = [item for pair in pairs for item in pair] + items[sites : len(items) - sites]
+
+
+def seconds_planned(item: pytest.Item) -> float:
+    """The seconds that a row may take; 0 for a test that is none."""
+    return item.stash.get(SECONDS, 0.0)
 
 
 def _print_row(cells: list[str]) -> str:
@@ -41,17 +104,15 @@ def _print_row(cells: list[str]) -> str:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    if not _is_long(config):
-        return
     rows = [
-        value
+        [*value, f"{report.duration:.0f}"]
         for reports in terminalreporter.stats.values()
         for report in reports
         if getattr(report, "when", "") == "call"
         for name, value in report.user_properties
         if name == "fault"
     ]
-    terminalreporter.section("faults")
+    terminalreporter.section(f"faults, {form_of(config).value} form, seed {config.getoption('--seed')}")
     terminalreporter.write_line(_print_row(list(COLUMNS)))
     for cells in sorted(rows, key=lambda cells: (int(re.findall(r"\d+", cells[0])[0]), cells)):
         terminalreporter.write_line(_print_row(cells))
@@ -89,9 +150,46 @@ def row(request: pytest.FixtureRequest) -> Row:
 
 
 @pytest.fixture(scope="session")
-def long(request: pytest.FixtureRequest) -> bool:
-    """Whether the faults are to be as many as the table says, or only a few."""
-    return _is_long(request.config)
+def form(request: pytest.FixtureRequest) -> Form:
+    """How much of the suite runs."""
+    return form_of(request.config)
+
+
+@pytest.fixture(scope="session")
+def long(form: Form) -> bool:
+    """Whether a fault that is not repeated is to be as long, and as large, as the table says."""
+    return form is not Form.SHORT
+
+
+class Rounds:
+    """How often a fault is repeated: as the form says, and with a budget until the row's share of it is spent."""
+
+    def __init__(self, form: Form, seconds: float) -> None:
+        self._form, self._seconds = form, seconds
+        #: How many have begun.
+        self.begun = 0
+
+    def __call__(self, long: int, short: int = 1) -> Iterator[int]:
+        """The number of each round: so many as the table says, so many in the short form and at the least."""
+        end = time.monotonic() + self._seconds
+        for number in range(long):
+            is_enough = self._form is Form.SHORT or (self._form is Form.BUDGET and time.monotonic() > end)
+            if number >= short and is_enough:
+                return
+            self.begun += 1
+            yield number
+
+
+@pytest.fixture
+def rounds(request: pytest.FixtureRequest, form: Form) -> Rounds:
+    """The rounds of a fault that is repeated."""
+    return Rounds(form, seconds_planned(request.node))
+
+
+@pytest.fixture(autouse=True)
+def seeded(request: pytest.FixtureRequest) -> None:
+    """The random moments of a test are those of its name and the seed, in whichever process it runs."""
+    random.seed(f"{request.config.getoption('--seed')} {request.node.nodeid}")
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import requests
 
-from tests.faults.conftest import Row
+from tests.faults.conftest import Rounds, Row
 from tests.faults.ledger import RUNS_KEY
 from tests.faults.site import Clients, Service, Site, port_of
 from tests.processes import wait_until, watch_stalls
@@ -121,29 +121,28 @@ def memory_of(pids: list[int]) -> dict[int, int]:
     return {pid: int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * page for pid in pids}
 
 
-@pytest.mark.fault("16", "bad bodies", timeout=600)
+@pytest.mark.fault("16", "bad bodies", timeout=600, share=1)
 def test_bad_bodies_are_answered_as_the_contract_says_and_cost_no_memory(
-    clients: Clients, row: Row, site: Site, long: bool
+    clients: Clients, row: Row, site: Site, long: bool, rounds: Rounds
 ) -> None:
-    count = 300 if long else 5
     pids = site.web_processes()
     before = dict.fromkeys(pids, 0)
-    for _ in range(10 + count // 10):  # so that all that is kept once is there, in both web processes
+    for _ in range(40 if long else 10):  # so that all that is kept once is there, in both web processes
         send_all(clients)
         send_to_each(site, pids)
         # The most of it: after a body of 16 MB the allocator keeps as much, or gives it back.
         before = {pid: max(before[pid], size) for pid, size in memory_of(pids).items()}
-    for _ in range(count):
+    for _ in rounds(300, 5):
         send_all(clients)
     assert site.web_processes() == pids
     after = memory_of(pids)
     growth = max(after[pid] - before[pid] for pid in pids)
-    note = f"{count} times {len(BAD) + 1}, {growth / 2**20:+.1f} MiB"
+    note = f"{rounds.begun} times {len(BAD) + 1}, {growth / 2**20:+.1f} MiB"
     row.close(clients.ledger.settle(), note=note)
     assert growth < 20 * 2**20
 
 
-@pytest.mark.fault("16b", "bodies that stop before their end, their connections open", timeout=600)
+@pytest.mark.fault("16b", "bodies that stop before their end, their connections open", timeout=600, takes=60)
 def test_connection_whose_client_falls_silent_in_a_body_is_ended(
     clients: Clients, row: Row, site: Site, long: bool
 ) -> None:
@@ -235,7 +234,7 @@ def ask_on(clients: Clients, count: int, end: float) -> list[float]:
     return took
 
 
-@pytest.mark.fault("17", "clients that send a byte a second", timeout=600)
+@pytest.mark.fault("17", "clients that send a byte a second", timeout=600, takes=60)
 def test_slow_clients_hold_up_nobody_and_are_answered_in_the_end(
     clients: Clients, row: Row, site: Site, long: bool
 ) -> None:
@@ -265,7 +264,7 @@ def test_slow_clients_hold_up_nobody_and_are_answered_in_the_end(
     assert p99 < 1 + stalls.longest
 
 
-@pytest.mark.fault("17b", "a body that comes a byte a second, for ever", timeout=600)
+@pytest.mark.fault("17b", "a body that comes a byte a second, for ever", timeout=600, takes=75)
 def test_connection_whose_client_takes_too_long_for_a_body_is_ended(
     clients: Clients, row: Row, site: Site, long: bool
 ) -> None:
@@ -280,7 +279,7 @@ def test_connection_whose_client_takes_too_long_for_a_body_is_ended(
     row.close(clients.ledger.settle(), time.monotonic() - start)
 
 
-@pytest.mark.fault("17c", "a large answer that is read at 100 kB/s", timeout=600)
+@pytest.mark.fault("17c", "a large answer that is read at 100 kB/s", timeout=600, takes=80)
 def test_large_answer_is_read_whole_by_a_client_that_is_slow(
     clients: Clients, row: Row, site: Site, long: bool
 ) -> None:

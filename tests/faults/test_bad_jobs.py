@@ -16,7 +16,7 @@ import pytest
 import requests
 
 from app.transitions import EVENTS_KEY, TERMINAL
-from tests.faults.conftest import Row
+from tests.faults.conftest import Rounds, Row
 from tests.faults.ledger import Job, Run, Tally
 from tests.faults.site import FRAGILE, Clients, Site, Staff
 from tests.processes import problem_of, wait_until
@@ -57,7 +57,7 @@ def enqueue_misdeed(clients: Clients, how: str, queue: str = FRAGILE, **options:
     return clients.enqueue_one(function="misbehave", payload={"how": how}, seconds=60, queue=queue, **options)
 
 
-@pytest.mark.fault("12", "jobs that eat memory until WORKER_MAX_MEMORY, at each try", timeout=600)
+@pytest.mark.fault("12", "jobs that eat memory until WORKER_MAX_MEMORY, at each try", timeout=600, takes=30)
 def test_job_that_eats_all_memory_fails_after_the_crash_limit_and_its_neighbours_finish(
     clients: Clients, row: Row, site: Site, long: bool, max_crashes: int
 ) -> None:
@@ -92,7 +92,7 @@ def enqueue_surely(clients: Clients, **options: Any) -> str:
     return job_id
 
 
-@pytest.mark.fault("12b", "jobs that eat memory until RLIMIT_AS, at each try", timeout=600)
+@pytest.mark.fault("12b", "jobs that eat memory until RLIMIT_AS, at each try", timeout=600, takes=30)
 def test_job_that_is_given_no_more_memory_fails_and_its_neighbours_finish(
     clients: Clients, row: Row, site: Site, long: bool, max_crashes: int
 ) -> None:
@@ -122,7 +122,7 @@ def test_job_that_is_given_no_more_memory_fails_and_its_neighbours_finish(
 DEATHS = {"exit": "exit code 0", "segfault": "signal 11 (SIGSEGV)", "kill": "signal 9 (SIGKILL)"}
 
 
-@pytest.mark.fault("13", "jobs that end their process, or swallow their timeout", timeout=600)
+@pytest.mark.fault("13", "jobs that end their process, or swallow their timeout", timeout=600, takes=40)
 def test_job_that_ends_its_process_or_swallows_its_timeout_fails_with_a_true_message(
     clients: Clients, row: Row, site: Site, long: bool, max_crashes: int
 ) -> None:
@@ -162,10 +162,10 @@ def ignores_sigterm(pid: int) -> bool:
     return bool(int(ignored, 16) & 1 << signal.SIGTERM - 1)
 
 
-@pytest.mark.fault("13b", "jobs that ignore SIGTERM, canceled", timeout=600)
-def test_job_that_ignores_sigterm_is_stopped_by_a_cancel(clients: Clients, row: Row, long: bool) -> None:
+@pytest.mark.fault("13b", "jobs that ignore SIGTERM, canceled", timeout=600, share=1)
+def test_job_that_ignores_sigterm_is_stopped_by_a_cancel(clients: Clients, row: Row, rounds: Rounds) -> None:
     slowest = 0.0
-    for _ in range(20 if long else 1):
+    for _ in rounds(20):
         job_id, run = start_deaf_job(clients, "default")
         os.kill(run.pid, signal.SIGTERM)
         start = time.monotonic()
@@ -178,13 +178,13 @@ def test_job_that_ignores_sigterm_is_stopped_by_a_cancel(clients: Clients, row: 
     assert {(job.status, len(job.runs)) for job in tally.jobs.values()} == {("stopped", 1)}
 
 
-@pytest.mark.fault("13c", "jobs that ignore SIGTERM, their workers told to end", timeout=600)
+@pytest.mark.fault("13c", "jobs that ignore SIGTERM, their workers told to end", timeout=600, share=1)
 def test_job_that_ignores_sigterm_is_put_back_by_a_worker_that_has_to_end(
-    clients: Clients, row: Row, site: Site, long: bool
+    clients: Clients, row: Row, site: Site, long: bool, rounds: Rounds
 ) -> None:
     slowest = 0.0
     with site.fragile_staff(2, WORKER_LEASE=30, WORKER_SHUTDOWN_SECONDS=1 if long else 0) as staff:
-        for number in range(5 if long else 1):
+        for number in rounds(5):
             if number:
                 staff.hire()
                 staff.await_start()

@@ -7,14 +7,13 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import cycle, islice
 from typing import NamedTuple
 
 import pytest
 import requests
 
 from app.transitions import TERMINAL
-from tests.faults.conftest import Row
+from tests.faults.conftest import Rounds, Row
 from tests.faults.ledger import Job, Run
 from tests.faults.site import FRAGILE, FRAGILE_USER, Clients, Site
 from tests.processes import wait_until
@@ -93,16 +92,17 @@ def outcome_of(race: Race, job: Job, *, was_asked_again: bool) -> str:
     return str(job.status)
 
 
-@pytest.mark.fault("19", "cancel against start", timeout=1800)
-def test_answer_to_a_cancel_is_true_whenever_it_comes(clients: Clients, row: Row, long: bool) -> None:
-    count = 1000 if long else len(STARTS) * 3
+@pytest.mark.fault("19", "cancel against start", timeout=1800, share=3)
+def test_answer_to_a_cancel_is_true_whenever_it_comes(clients: Clients, row: Row, rounds: Rounds) -> None:
+    races = []
     # As many as there are workers, or the queue would decide most races; those that are delayed wait beside them.
     with ThreadPoolExecutor(2) as racers, ThreadPoolExecutor(8) as patient, ThreadPoolExecutor(10) as cancelers:
-        asked = [
-            (patient if start == "delayed" else racers).submit(run_race, clients, cancelers, start)
-            for start in islice(cycle(STARTS), count)
-        ]
-        races = [each.result() for each in asked]
+        for _ in rounds(44, 3):
+            asked = [
+                (patient if start == "delayed" else racers).submit(run_race, clients, cancelers, start)
+                for start in STARTS
+            ]
+            races += [each.result() for each in asked]
     tally = clients.ledger.settle()
     outcomes = Counter(
         outcome_of(race, tally.jobs[race.job_id], was_asked_again=race.job_id in clients.canceled_again)
@@ -131,12 +131,14 @@ def await_stopped(clients: Clients, job_id: str, since: float, seconds: float) -
     return time.monotonic() - since
 
 
-@pytest.mark.fault("19b", "cancel of a running job while worker and work-horse are killed", timeout=1200)
-def test_canceled_job_whose_worker_is_killed_ends_stopped(clients: Clients, row: Row, site: Site, long: bool) -> None:
+@pytest.mark.fault("19b", "cancel of a running job while worker and work-horse are killed", timeout=1200, share=2)
+def test_canceled_job_whose_worker_is_killed_ends_stopped(
+    clients: Clients, row: Row, site: Site, rounds: Rounds
+) -> None:
     slowest = 0.0
     # A cancel that comes when the lease has run out, as on a busy machine, ends the job at once, and says so.
     with site.fragile_staff(2, WORKER_LEASE=10) as staff, ThreadPoolExecutor(1) as pool:
-        for number in range(20 if long else 1):
+        for number in rounds(20):
             job_id, run = start_long_job(clients, queue=FRAGILE)
             name = clients.redis.hget(f"rq:job:{job_id}", "worker_name").decode()
             if number % 2 == 0:  # so that the worker cannot do what it hears
@@ -157,9 +159,9 @@ def test_canceled_job_whose_worker_is_killed_ends_stopped(clients: Clients, row:
     assert {len(job.runs) for job in tally.jobs.values()} == {1}
 
 
-@pytest.mark.fault("19c", "cancel of a running job whose worker cannot hear it", timeout=600)
+@pytest.mark.fault("19c", "cancel of a running job whose worker cannot hear it", timeout=600, share=1)
 def test_canceled_job_whose_worker_missed_the_message_ends_stopped(
-    clients: Clients, row: Row, site: Site, long: bool
+    clients: Clients, row: Row, site: Site, rounds: Rounds
 ) -> None:
     slowest = 0.0
     with site.fragile_staff(1) as staff:
@@ -173,7 +175,7 @@ def test_canceled_job_whose_worker_missed_the_message_ends_stopped(
         # Without a right to any channel its user is disconnected, and can subscribe to none.
         clients.redis.execute_command("ACL", "SETUSER", FRAGILE_USER, "resetchannels")
         try:
-            for _ in range(20 if long else 1):
+            for _ in rounds(20):
                 job_id, _run = start_long_job(clients, queue=FRAGILE)
                 assert listeners() == 0
                 clients.stop(job_id)

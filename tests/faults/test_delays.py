@@ -47,7 +47,7 @@ def kill_all_but_one(staff: Staff) -> int:
     return len(names)
 
 
-@pytest.mark.fault("21", "all workers but one killed while delayed jobs and retries fall due", timeout=1200)
+@pytest.mark.fault("21", "all workers but one killed while delayed jobs and retries fall due", timeout=1200, takes=60)
 def test_delayed_jobs_and_retries_run_once_and_in_time_though_workers_are_killed(
     clients: Clients, row: Row, site: Site, long: bool
 ) -> None:

@@ -76,7 +76,7 @@ def clock_of(site: Site, staff: Staff) -> float:
 
 
 @pytest.mark.fault(
-    "20", "workers whose clocks are 2 min ahead and behind run jobs longer than their lease", timeout=600
+    "20", "workers whose clocks are 2 min ahead and behind run jobs longer than their lease", timeout=600, takes=80
 )
 def test_jobs_of_workers_with_wrong_clocks_run_once_and_in_time(
     clients: Clients, row: Row, site: Site, long: bool, libfaketime: str
@@ -258,7 +258,9 @@ def hosts(tmp_path_factory: pytest.TempPathFactory, long: bool) -> Iterator[Host
         yield Hosts(stack, tmp_path_factory.mktemp("hosts"))
 
 
-@pytest.mark.fault("23", "worker's host cut off from Redis' for 2 min while it runs a job of 45 s", timeout=600)
+@pytest.mark.fault(
+    "23", "worker's host cut off from Redis' for 2 min while it runs a job of 45 s", timeout=600, takes=140
+)
 def test_job_of_a_worker_that_is_cut_off_ends_once(hosts: Hosts, row: Row) -> None:
     clients, network = Clients(hosts), hosts.network
     with network.inside("web"):
@@ -307,7 +309,7 @@ def test_job_of_a_worker_that_is_cut_off_ends_once(hosts: Hosts, row: Row) -> No
     row.close(tally, seconds, note=note, may_run_again={job_id: 1})
 
 
-@pytest.mark.fault("23", "web's host cut off from Redis' for 20 s", timeout=240)
+@pytest.mark.fault("23", "web's host cut off from Redis' for 20 s", timeout=240, takes=30)
 def test_web_host_that_is_cut_off_says_so_in_time_and_is_back_by_itself(hosts: Hosts, row: Row) -> None:
     clients, network = Clients(hosts), hosts.network
     keys, slowest = [], 0.0

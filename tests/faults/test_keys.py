@@ -16,7 +16,7 @@ from typing import Any, Self
 import pytest
 import requests
 
-from tests.faults.conftest import Row
+from tests.faults.conftest import Rounds, Row
 from tests.faults.site import Clients, Site, ask_until_answered, port_of
 from tests.processes import wait_until, web
 from tests.test_stalled_redis import Proxy
@@ -99,15 +99,14 @@ def proxy_to(port: int) -> Iterator[Proxy]:
         proxy.close()
 
 
-@pytest.mark.fault("9", "connection of the client reset after the enqueue, sent again", timeout=600)
+@pytest.mark.fault("9", "connection of the client reset after the enqueue, sent again", timeout=600, share=1)
 def test_enqueue_whose_answer_is_lost_finds_its_job_when_sent_again(
-    clients: Clients, row: Row, site: Site, long: bool, key: str
+    clients: Clients, row: Row, site: Site, rounds: Rounds, key: str
 ) -> None:
-    count = 200 if long else 5
     slowest = 0.0
     with proxy_to(port_of(site.url)) as proxy:
         url = f"http://127.0.0.1:{proxy.port}"
-        for number in range(count):
+        for number in rounds(200, 5):
             own = f"{key}-{number}"
             proxy.lose_answer_to = own.encode()
             with pytest.raises(requests.ConnectionError):
@@ -115,21 +114,20 @@ def test_enqueue_whose_answer_is_lost_finds_its_job_when_sent_again(
             start = time.monotonic()
             assert firsts_of([ask_until_answered(lambda own=own: clients.enqueue(key=own))]) == []  # type: ignore[misc]
             slowest = max(slowest, time.monotonic() - start)
-        assert proxy.lost == count
+        assert proxy.lost == rounds.begun
     tally = clients.ledger.settle()
-    assert len(tally.jobs) == count
+    assert len(tally.jobs) == rounds.begun
     row.close(tally, slowest)
 
 
-@pytest.mark.fault("9", "connection to Redis reset after the enqueue", timeout=600)
+@pytest.mark.fault("9", "connection to Redis reset after the enqueue", timeout=600, share=1)
 def test_enqueue_whose_answer_from_redis_is_lost_enqueues_once(
-    clients: Clients, row: Row, site: Site, long: bool, key: str, tmp_path: Path
+    clients: Clients, row: Row, site: Site, rounds: Rounds, key: str, tmp_path: Path
 ) -> None:
-    count = 200 if long else 5
     with proxy_to(site.server.port) as proxy:
         with web(patient_environment(site, proxy.port), tmp_path / "web.log") as url:
             slowest = 0.0
-            for number in range(count):
+            for number in rounds(200, 5):
                 start = time.monotonic()
                 own = f"{key}-{number}"
                 proxy.lose_answer_to = b"EVALSHA"
@@ -137,9 +135,9 @@ def test_enqueue_whose_answer_from_redis_is_lost_enqueues_once(
                 assert [answer.status_code for answer in answers] == [202, 202]
                 assert len(ids_of(answers)) == 1
                 slowest = max(slowest, time.monotonic() - start)
-        assert proxy.lost == count
+        assert proxy.lost == rounds.begun
     tally = clients.ledger.settle()
-    assert len(tally.jobs) == count
+    assert len(tally.jobs) == rounds.begun
     row.close(tally, slowest)
 
 
@@ -189,17 +187,15 @@ def kill_behind_an_enqueue(site: Site) -> bool:
     return True
 
 
-@pytest.mark.fault("22", "web process killed between accepting and answering", timeout=1200)
+@pytest.mark.fault("22", "web process killed between accepting and answering", timeout=1200, share=3)
 def test_enqueue_whose_web_process_is_killed_finds_its_job_when_sent_again(
-    clients: Clients, row: Row, site: Site, long: bool, key: str
+    clients: Clients, row: Row, site: Site, rounds: Rounds, key: str
 ) -> None:
-    kills = 15 if long else 1
     clients.enqueue_one()  # Redis has the script then, so that one command is the whole enqueue
     with Load(clients, key) as load:
-        for _ in range(kills):
+        for _ in rounds(15):
             wait_until(lambda: len(site.web_processes()) == 2, what="gunicorn's new processes")
             wait_until(lambda: kill_behind_an_enqueue(site), what="an enqueue that is cut")
-        for _ in range(kills):
             wait_until(lambda: len(site.web_processes()) == 2, what="gunicorn's new processes")
             time.sleep(random.uniform(0, 0.3))
             kill([random.choice(site.web_processes())])
@@ -208,6 +204,6 @@ def test_enqueue_whose_web_process_is_killed_finds_its_job_when_sent_again(
     assert len(ids_of(load.answers)) == len(load.answers)
     # The enqueue was done, and its process did not live to say so.
     replayed = len(load.answers) - len(firsts_of(load.answers))
-    assert replayed >= kills
+    assert replayed >= rounds.begun
     note = f"{clients.sent_again} sent again, {replayed} were done"
     row.close(clients.ledger.settle(), clients.slowest_recovery, note=note)

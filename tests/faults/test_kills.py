@@ -13,13 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import Row
+from tests.faults.conftest import Rounds, Row
 from tests.faults.ledger import Tally
 from tests.faults.site import FRAGILE, Clients, Site, Staff
 from tests.processes import ROOT, wait_until
 
 #: Seconds within which the work of a dead worker is done again, with the shipped settings.
 RECOVERED_WITHIN = 60
+#: Of so many kills at random moments one at the least meets a worker with a job in its hands.
+ENOUGH_TO_HIT_A_JOB = 20
 #: Seconds of a lease: a short one where the test is short.
 LEASES = {True: 30, False: 3}
 
@@ -65,12 +67,12 @@ def kill_run(clients: Clients, job_id: str, number: int) -> float:
     return runs[-1].at - runs[-2].at if number > 1 else 0.0
 
 
-@pytest.mark.fault("1", "SIGKILL of the work-horse in the middle of a job", timeout=600)
+@pytest.mark.fault("1", "SIGKILL of the work-horse in the middle of a job", timeout=600, share=1)
 def test_job_whose_work_horse_is_killed_is_run_again_at_once(
-    clients: Clients, row: Row, long: bool, tmp_path: Path
+    clients: Clients, row: Row, rounds: Rounds, tmp_path: Path
 ) -> None:
     slowest, unlucky = 0.0, []
-    for number in range(15 if long else 1):
+    for number in rounds(15):
         end = tmp_path / f"end-{number}"  # not before the kill, however late it comes
         once, always = clients.enqueue_one(until=end), clients.enqueue_one(seconds=60)
         unlucky.append(always)
@@ -87,7 +89,9 @@ def test_job_whose_work_horse_is_killed_is_run_again_at_once(
     assert slowest < 10
 
 
-@pytest.mark.fault("2", "SIGKILL of worker and work-horse in the middle of a job, another one idle", timeout=600)
+@pytest.mark.fault(
+    "2", "SIGKILL of worker and work-horse in the middle of a job, another one idle", timeout=600, takes=60
+)
 def test_job_whose_worker_is_killed_is_run_again_by_another(
     clients: Clients, row: Row, site: Site, long: bool, tmp_path: Path
 ) -> None:
@@ -121,9 +125,9 @@ def await_work(site: Site, staff: Staff, name: str) -> None:
     wait_until(lambda: site.redis.hget(key, "state") in (b"busy", b"idle"), what=staff.workers[name].log)
 
 
-def kill_at_random(staff: Staff, site: Site, times: int) -> float:
-    """SIGKILL workers, at random moments of their work, and start new ones; seconds until the last one works."""
-    for _ in range(times):
+def kill_at_random(staff: Staff, site: Site, rounds: Iterator[int]) -> float:
+    """SIGKILL workers, one a round, at random moments of their work, and start new ones; when that was done."""
+    for _ in rounds:
         name = random.choice(sorted(staff.workers))
         await_work(site, staff, name)
         # Most of a job's time is its way through the worker here: it is taken, sent, run and ended in milliseconds.
@@ -134,25 +138,22 @@ def kill_at_random(staff: Staff, site: Site, times: int) -> float:
 
 
 @pytest.mark.parametrize("queues", [(FRAGILE,), (FRAGILE, "second", "third")], ids=["one queue", "three queues"])
-@pytest.mark.fault("3", "SIGKILL of workers at random moments", timeout=1800)
+@pytest.mark.fault("3", "SIGKILL of workers at random moments", timeout=1800, share=5)
 def test_no_job_is_lost_though_workers_are_killed(
-    clients: Clients, row: Row, site: Site, long: bool, queues: tuple[str, ...]
+    clients: Clients, row: Row, site: Site, long: bool, rounds: Rounds, queues: tuple[str, ...]
 ) -> None:
-    if not long and len(queues) == 1:
-        pytest.skip("as with three")
-    times = 200 if long else 2
     with site.fragile_staff(3 if long else 2, *queues[1:], WORKER_LEASE=LEASES[long]) as staff:
         with load(clients, *queues, jobs=30):
-            last = kill_at_random(staff, site, times)
+            last = kill_at_random(staff, site, rounds(200, 2))
         staff.await_start()
         tally = clients.ledger.settle(RECOVERED_WITHIN)
         recovery = time.monotonic() - last
-    row.close(tally, recovery, note=f"{times} times, {len(queues)} queues", may_run_again=crashes_of(tally))
+    row.close(tally, recovery, note=f"{rounds.begun} times, {len(queues)} queues", may_run_again=crashes_of(tally))
     # A worker has two jobs in its hands for an instant: it takes the next one, and then tells the end of the last.
-    assert (1 if long else 0) <= sum(crashes_of(tally).values()) <= 2 * times
+    assert (rounds.begun >= ENOUGH_TO_HIT_A_JOB) <= sum(crashes_of(tally).values()) <= 2 * rounds.begun
 
 
-@pytest.mark.fault("4", "SIGKILL of worker and work-horse after the take, before the run", timeout=600)
+@pytest.mark.fault("4", "SIGKILL of worker and work-horse after the take, before the run", timeout=600, takes=60)
 def test_job_that_was_taken_and_never_begun_is_run(
     clients: Clients, row: Row, site: Site, long: bool, tmp_path: Path
 ) -> None:
@@ -182,16 +183,13 @@ def test_job_that_was_taken_and_never_begun_is_run(
     row.close(tally, recovery)
 
 
-@pytest.mark.fault("5", "SIGTERM under load", timeout=1200)
+@pytest.mark.fault("5", "SIGTERM under load", timeout=1200, share=4)
 def test_worker_that_is_told_to_end_loses_and_doubles_nothing(
-    clients: Clients, row: Row, site: Site, long: bool
+    clients: Clients, row: Row, site: Site, rounds: Rounds
 ) -> None:
-    if not long:
-        pytest.skip("tests/test_worker.py has it quick")
-    times = 100
     with site.fragile_staff(3, WORKER_LEASE=30) as staff:
         with load(clients, FRAGILE, jobs=30, seconds=0.05):
-            for _ in range(times):
+            for _ in rounds(100, 2):
                 name = random.choice(sorted(staff.workers))
                 await_work(site, staff, name)
                 time.sleep(random.uniform(0, 0.1))
@@ -200,15 +198,19 @@ def test_worker_that_is_told_to_end_loses_and_doubles_nothing(
                 staff.hire()
             staff.await_start()
         tally = clients.ledger.settle()
-    row.close(tally, note=f"{times} times")
+    row.close(tally, note=f"{rounds.begun} times")
     assert {(job.status, job.crashes) for job in tally.jobs.values()} == {("finished", 0)}
 
 
-@pytest.mark.fault("1b", "SIGKILL the work-horse at any moment of the fork server's loop", timeout=1800)
-def test_no_death_of_a_work_horse_is_missed(row: Row, long: bool) -> None:
+#: Deaths of a work-horse in a round.
+DEATHS = 1000
+
+
+@pytest.mark.fault("1b", "SIGKILL the work-horse at any moment of the fork server's loop", timeout=1800, share=1)
+def test_no_death_of_a_work_horse_is_missed(row: Row, rounds: Rounds) -> None:
     """Of 17 937 deaths 4 were, and the worker waited a minute each time, before a signal woke the server by itself."""
-    deaths = 20_000 if long else 1000
-    run = [sys.executable, "-m", "tests.faults.fork_race", str(deaths)]
-    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.stdout.strip(), done.returncode) == ("0", 0), done.stderr
-    row.note(f"{deaths} deaths, all of them told")
+    run = [sys.executable, "-m", "tests.faults.fork_race", str(DEATHS)]
+    for _ in rounds(20):
+        done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert (done.stdout.strip(), done.returncode) == ("0", 0), done.stderr
+    row.note(f"{rounds.begun * DEATHS} deaths, all of them told")

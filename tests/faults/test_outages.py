@@ -14,7 +14,7 @@ import pytest
 import requests
 
 from app.transitions import TERMINAL
-from tests.faults.conftest import Row
+from tests.faults.conftest import Rounds, Row
 from tests.faults.ledger import Tally
 from tests.faults.site import FRAGILE, OUTAGE, Clients, Site, ask_until_answered
 from tests.faults.test_keys import Answers, Load, firsts_of, ids_of
@@ -177,14 +177,13 @@ class MixedLoad(Load):
             self._clients.ledger.acknowledge(job_id)
 
 
-@pytest.mark.fault("6", "SIGKILL of Redis under load", timeout=600)
+@pytest.mark.fault("6", "SIGKILL of Redis under load", timeout=600, share=2)
 def test_acknowledged_jobs_survive_a_redis_that_is_killed(
-    clients: Clients, row: Row, site: Site, long: bool, key: str
+    clients: Clients, row: Row, site: Site, long: bool, rounds: Rounds, key: str
 ) -> None:
-    kills = 5 if long else 1
     slowest = 0.0
     with MixedLoad(clients, key) as load:
-        for _ in range(kills):
+        for _ in rounds(5):
             enough = len(load.answers) + 50
             wait_until(lambda enough=enough: len(load.answers) > enough, what="answers")  # type: ignore[misc]
             outages = clients.answers.count(OUTAGE)
@@ -196,7 +195,7 @@ def test_acknowledged_jobs_survive_a_redis_that_is_killed(
     assert len(ids_of(load.answers)) == len(load.answers)
     load.acknowledge_unanswered()
     tally = clients.ledger.settle()
-    note = f"{kills} kills, {clients.answers.count(OUTAGE)} outages told"
+    note = f"{rounds.begun} kills, {clients.answers.count(OUTAGE)} outages told"
     row.close(tally, slowest, note, crashes_of(tally))
 
 
@@ -216,7 +215,7 @@ class OnceLoad(Load):
             time.sleep(0.01)
 
 
-@pytest.mark.fault("7", "Redis stalls during enqueues", timeout=600)
+@pytest.mark.fault("7", "Redis stalls during enqueues", timeout=600, takes=20)
 def test_enqueues_to_a_stalled_redis_are_answered_in_time_and_done_once(
     clients: Clients, row: Row, site: Site, long: bool, key: str
 ) -> None:
@@ -249,7 +248,7 @@ def test_enqueues_to_a_stalled_redis_are_answered_in_time_and_done_once(
     row.close(tally, slowest, note=f"{len(unanswered)} outages told, {done} were done")
 
 
-@pytest.mark.fault("8", "Redis away, workers busy and idle", timeout=600)
+@pytest.mark.fault("8", "Redis away, workers busy and idle", timeout=600, takes=120)
 def test_workers_live_through_a_long_outage_and_keep_their_jobs(
     clients: Clients, row: Row, site: Site, long: bool
 ) -> None:
@@ -312,7 +311,7 @@ def outlive_refused_writes(
         return status, seconds, clients.ledger.settle()
 
 
-@pytest.mark.fault("10", "Redis at maxmemory", timeout=600)
+@pytest.mark.fault("10", "Redis at maxmemory", timeout=600, takes=30)
 def test_full_memory_is_told_and_outlived(
     clients: Clients, row: Row, site: Site, long: bool, key: str, tmp_path: Path
 ) -> None:
@@ -321,7 +320,7 @@ def test_full_memory_is_told_and_outlived(
     assert status == "finished"  # Redis lets a script pass that frees memory first
 
 
-@pytest.mark.fault("11", "Redis' disk full (MISCONF)", timeout=600)
+@pytest.mark.fault("11", "Redis' disk full (MISCONF)", timeout=600, takes=30)
 def test_full_disk_is_told_and_outlived(
     clients: Clients, row: Row, site: Site, long: bool, key: str, tmp_path: Path
 ) -> None:
@@ -330,7 +329,7 @@ def test_full_disk_is_told_and_outlived(
     assert status == "started"
 
 
-@pytest.mark.fault("11b", "Redis a replica that takes no writes (READONLY)", timeout=600)
+@pytest.mark.fault("11b", "Redis a replica that takes no writes (READONLY)", timeout=600, takes=30)
 def test_replica_is_told_and_outlived(
     clients: Clients, row: Row, site: Site, long: bool, key: str, tmp_path: Path
 ) -> None:

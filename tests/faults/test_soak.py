@@ -171,7 +171,7 @@ class Crowd:
 @pytest.fixture
 def own_site(tmp_path: Path, long: bool, stock: bool) -> Iterator[Site]:
     if not long:
-        pytest.skip("takes ten minutes, so only with --long")
+        pytest.skip("takes ten minutes")
     with ExitStack() as stack:
         site = Site(stack, tmp_path, stock=stock, RESULT_TTL=TTL, FAILURE_TTL=TTL)
         site.redis.config_set("appendfsync", "everysec")  # as it ships
@@ -185,7 +185,7 @@ def replace_worker(site: Site, elder: str) -> None:
     site.staff.hire(1, "--maintenance-interval", str(MAINTENANCE))
 
 
-@pytest.mark.fault("24", "short jobs with workers recycled, then idle", timeout=1800)
+@pytest.mark.fault("24", "short jobs with workers recycled, then idle", timeout=1800, long_only=True)
 def test_very_many_jobs_leave_nothing_behind(own_site: Site, row: Row) -> None:
     site, crowd = own_site, Crowd(own_site)
     for name in list(site.staff.workers):

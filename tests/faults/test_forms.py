@@ -1,0 +1,31 @@
+"""The forms of the suite: how often a fault is repeated, and how the rows share a budget."""
+
+import time
+
+import pytest
+
+from tests.faults.conftest import Form, Rounds, seconds_of
+
+
+def fault(**kwargs: float) -> pytest.Mark:
+    return pytest.mark.fault("0", "a fault", **kwargs).mark
+
+
+def test_budget_is_shared_by_the_rows_that_are_repeated() -> None:
+    marks = [fault(share=1), fault(takes=120), fault(share=3), fault()]
+    assert seconds_of(marks, 100) == [25, 120, 75, 10]
+
+
+@pytest.mark.parametrize(("form", "rounds"), [(Form.LONG, 7), (Form.SHORT, 2), (Form.BUDGET, 2)])
+def test_rounds_are_as_many_as_the_form_says(form: Form, rounds: int) -> None:
+    spent = Rounds(form, seconds=-1)
+    assert (list(spent(7, 2)), spent.begun) == (list(range(rounds)), rounds)
+
+
+def test_rounds_end_when_the_budget_is_spent_and_never_go_beyond_the_table() -> None:
+    rich = Rounds(Form.BUDGET, seconds=1e9)
+    assert (list(rich(7, 2)), rich.begun) == (list(range(7)), 7)
+    poor = Rounds(Form.BUDGET, seconds=0.2)
+    for _ in poor(1000):
+        time.sleep(0.1)
+    assert 0 < poor.begun < 1000
