@@ -12,7 +12,7 @@ os.environ["SOME_LONG_FUNCTION_SECONDS"] = "0.3"
 for _name in ("REDIS_URL", "RQ_REDIS_URL", "REDIS_HOST", "REDIS_PORT", "QUEUES"):
     os.environ.pop(_name, None)
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,21 +31,68 @@ from app.waiting import Waiting
 from tests.processes import environment, patient_url, valkey_server, wait_until, web, worker
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """More processes than processors: what starts or kills real ones mostly waits."""
+    return min(2 * (os.cpu_count() or 1), 12)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Fail what would be skipped, where `REQUIRE_ALL=1` says that nothing may be missing: in CI."""
+    report = yield
+    if report.skipped and os.environ.get("REQUIRE_ALL") == "1":
+        report.outcome = "failed"
+        report.longrepr = f"REQUIRE_ALL=1, and {item.nodeid} would be skipped: {report.longrepr}"
+    return report
+
+
 @pytest.fixture
 def settings() -> Settings:
     """Tests that want other settings override this fixture, or build their own app."""
     return Settings()
 
 
-@pytest.fixture
-def redis() -> "Redis":
-    """A fake Redis in this process, new for each test."""
+@pytest.fixture(scope="session")
+def fake_redis() -> "Redis":
+    """A fake Redis in this process. Tests take `redis`."""
     return fakeredis.FakeRedis(server=fakeredis.FakeServer())
 
 
 @pytest.fixture
-def app(settings: Settings, redis: "Redis") -> APIFlask:
-    return create_app(settings, redis)
+def redis(fake_redis: "Redis") -> "Redis":
+    """A fake Redis in this process, empty."""
+    fake_redis.flushall()
+    return fake_redis
+
+
+class Apps:
+    """An app on the fake Redis for each of the settings that tests want: to make one takes longer than most tests."""
+
+    def __init__(self, fake_redis: "Redis") -> None:
+        self._fake_redis = fake_redis
+        self._made: list[tuple[Settings, APIFlask]] = []
+
+    def get(self, settings: Settings, redis: "Redis") -> APIFlask:
+        """The app with these settings, as it was made for the first test that wanted them; new on another Redis."""
+        if redis is not self._fake_redis:
+            return create_app(settings, redis)
+        for known, app in self._made:
+            if known == settings:
+                return app
+        app = create_app(settings, redis)
+        self._made.append((settings, app))
+        return app
+
+
+@pytest.fixture(scope="session")
+def apps(fake_redis: "Redis") -> Apps:
+    return Apps(fake_redis)
+
+
+@pytest.fixture
+def app(apps: Apps, settings: Settings, redis: "Redis") -> APIFlask:
+    """The app, which earlier tests may have used: a test that changes more than its jobs' settings makes its own."""
+    return apps.get(settings, redis)
 
 
 @pytest.fixture
@@ -54,9 +101,12 @@ def client(app: APIFlask) -> FlaskClient:
 
 
 @pytest.fixture
-def jobs(app: APIFlask) -> Jobs:
+def jobs(app: APIFlask) -> Iterator[Jobs]:
+    """The app's jobs, whose settings a test may replace until its end."""
     found: Jobs = app.extensions["jobs"]
-    return found
+    settings = found.settings
+    yield found
+    found.settings = settings
 
 
 @pytest.fixture

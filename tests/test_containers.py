@@ -139,6 +139,7 @@ def _shell(text: str) -> str:
     return text.replace("$$", "$")
 
 
+@pytest.mark.slow
 def test_containers_commands_run_as_written(tmp_path: Path) -> None:
     """In a clean folder with what the image has, each of the services' commands, its secrets and its health check."""
     service, secrets, data = tmp_path / "service", tmp_path / "secrets", tmp_path / "data"

@@ -6,7 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -25,7 +25,14 @@ from tests.test_auth import ALICE, KEYS, OPS
 STATIC = ROOT / "app/static"
 expect.set_options(timeout=20_000)  # ms; the page of a busy machine is a slow one
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-in_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here (Debian: apt-get install chromium)")
+
+
+def in_browser(test: Callable[..., None]) -> Callable[..., None]:
+    """A test that wants Chromium."""
+    skip = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here (Debian: apt-get install chromium)")
+    marked: Callable[..., None] = pytest.mark.slow(skip(test))
+    return marked
+
 
 # The files
 

@@ -15,6 +15,8 @@ from redis import Redis
 
 from tests.processes import Process, environment, gunicorn, problem_of, wait_until, worker
 
+pytestmark = pytest.mark.slow
+
 
 def status_of(url: str, timeout: float = 10) -> int:
     return requests.get(url, timeout=timeout).status_code

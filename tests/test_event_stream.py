@@ -256,6 +256,7 @@ def listen_in_a_crowd(redis_url: str, real_redis: "Redis", tmp_path: Path, liste
     return taken / listeners, told
 
 
+@pytest.mark.slow
 def test_listeners_share_a_connection_and_those_who_vanish_are_dropped(
     redis_url: str, real_redis: "Redis", tmp_path: Path
 ) -> None:

@@ -80,6 +80,7 @@ def test_job_that_lets_no_thread_run_ends_with_its_worker(own: Bench, tmp_path: 
         wait_until(lambda: not is_running(pid))
 
 
+@pytest.mark.slow
 def test_worker_whose_fork_server_died_puts_its_job_back_and_ends(own: Bench, tmp_path: Path) -> None:
     with worker(environment(own.url), tmp_path / "worker.log") as process:
         _, server, horse = family(process)

@@ -375,6 +375,7 @@ def test_enqueue_of_a_burst_is_taken_whole(service: Service) -> None:
     assert len({answer.json()["job_id"] for answer in answers}) == 300
 
 
+@pytest.mark.slow
 def test_a_refused_body_that_comes_fast_holds_up_nobody(service: Service) -> None:
     def pump() -> str:
         with connect(service) as connection:

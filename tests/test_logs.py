@@ -228,6 +228,7 @@ def test_json_logs_are_an_object_a_line_whatever_happens(logged: Logged) -> None
     assert {line["level"] for line in logged.about(logger="gunicorn.error")} == {"info"}
 
 
+@pytest.mark.slow
 def test_no_payload_result_key_or_query_is_logged(redis_url: str, tmp_path: Path) -> None:
     keys = json.dumps([{"name": "alice", "key": f"the key {CANARY}"}])
     env = environment(redis_url, LOG_LEVEL="debug", ACCESS_LOG="true", API_KEYS=keys)
@@ -250,6 +251,7 @@ def test_no_payload_result_key_or_query_is_logged(redis_url: str, tmp_path: Path
         assert CANARY not in worker_process.log
 
 
+@pytest.mark.slow
 def test_log_level_is_the_least_that_is_logged(redis_url: str, tmp_path: Path) -> None:
     env = environment(redis_url, LOG_LEVEL="warning")
     with (

@@ -184,6 +184,7 @@ def two_processes(redis_url: str, tmp_path: Path) -> Iterator[tuple[str, Process
         yield url, process
 
 
+@pytest.mark.slow
 def test_metrics_tells_of_all_web_processes(two_processes: tuple[str, Process], real_redis: "Redis") -> None:
     url, _ = two_processes
     session = requests.Session()
@@ -211,6 +212,7 @@ def test_metrics_tells_of_all_web_processes(two_processes: tuple[str, Process], 
     assert value(scrape(), "workers", state="idle") + value(scrape(), "workers", state="busy") == 1
 
 
+@pytest.mark.slow
 def test_metrics_forgets_who_waited_in_a_process_that_died_but_not_its_requests(
     two_processes: tuple[str, Process],
 ) -> None:
@@ -232,6 +234,7 @@ def test_metrics_forgets_who_waited_in_a_process_that_died_but_not_its_requests(
         wait_until(is_forgotten, 60)
 
 
+@pytest.mark.slow
 def test_gunicorn_leaves_no_measurements_behind(redis_url: str, tmp_path: Path) -> None:
     folder = tmp_path / "tmp"
     folder.mkdir()

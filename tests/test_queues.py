@@ -16,18 +16,12 @@ from tests.test_health import sign_on
 
 
 @pytest.fixture(params=["fake", "real"])
-def redis(request: pytest.FixtureRequest) -> Any:
+def redis(request: pytest.FixtureRequest, fake_redis: "Redis") -> Any:
     """Both: the script is run by a Lua of another make in each."""
     if request.param == "real":
         return request.getfixturevalue("real_redis")
-    return request.getfixturevalue("fake_redis")
-
-
-@pytest.fixture
-def fake_redis() -> Any:
-    import fakeredis
-
-    return fakeredis.FakeRedis(server=fakeredis.FakeServer())
+    fake_redis.flushall()
+    return fake_redis
 
 
 def queue_of(client: FlaskClient) -> dict[str, Any]:

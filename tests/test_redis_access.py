@@ -53,14 +53,14 @@ def _start(folder: Path, acl: str) -> tuple[int, list[str]]:
     return port, [str(get_binary_path()), str(folder / "redis.conf")]
 
 
-@pytest.fixture
-def guarded(tmp_path: Path) -> Iterator[Guarded]:
-    acl = ACL
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+    folder, acl = tmp_path_factory.mktemp("guarded"), ACL
     for name in ("WEB", "WORKER"):
         digest = hashlib.sha256(f"{name}-PASSWORD".encode()).hexdigest()
         acl = acl.replace(f"#{name}-PASSWORD-SHA256", f"#{digest}")
-    port, command = _start(tmp_path, acl)
-    with running(command, dict(os.environ), tmp_path / "redis.log") as server:
+    port, command = _start(folder, acl)
+    with running(command, dict(os.environ), folder / "redis.log") as server:
         server.wait_for_log("Ready to accept connections")
         with Redis(port=port, username="admin", password="admin") as admin:
             yield Guarded(port, admin)
@@ -78,8 +78,10 @@ def _denied(admin: Redis) -> list[tuple[Any, ...]]:
     return [(entry["username"], entry["reason"], entry["object"]) for entry in admin.acl_log()]
 
 
+@pytest.mark.slow
 def test_acl_gives_web_and_worker_what_they_need_and_no_more(guarded: Guarded, tmp_path: Path) -> None:
     admin = guarded.admin
+    admin.acl_log_reset()  # what other tests were refused
 
     def login(name: str, **settings: Any) -> dict[str, str]:
         url = f"redis://{name}:{name.upper()}-PASSWORD@127.0.0.1:{guarded.port}/0"
@@ -196,10 +198,19 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def openssl(*arguments: str) -> None:
         subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
 
+    # With the extensions of RFC 5280: since CPython 3.13 certificates are checked strictly (VERIFY_X509_STRICT).
     for name in ("ca", "other"):
         openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={name}",
+                "-addext", "keyUsage=critical,keyCertSign,cRLSign",
                 "-keyout", f"{name}.key", "-out", f"{name}.pem")  # fmt: skip
-    (folder / "extensions").write_text("subjectAltName=DNS:localhost\n")
+    extensions = (
+        "subjectAltName=DNS:localhost",
+        "basicConstraints=CA:FALSE",
+        "keyUsage=critical,digitalSignature,keyEncipherment",
+        "subjectKeyIdentifier=hash",
+        "authorityKeyIdentifier=keyid",
+    )
+    (folder / "extensions").write_text("\n".join(extensions) + "\n")
     for name in ("redis", "client"):
         openssl("req", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={name}", "-keyout", f"{name}.key",
                 "-out", f"{name}.csr")  # fmt: skip
@@ -263,6 +274,7 @@ def _url(host: str, port: int, certificates: Path, ca: str = "ca.pem", client: s
     return f"rediss://{host}:{port}/0?ssl_ca_certs={certificates}/{ca}{own}"
 
 
+@pytest.mark.slow
 def test_web_worker_and_command_speak_tls(tls_port: int, certificates: Path, tmp_path: Path) -> None:
     env = environment(_url("localhost", tls_port, certificates))
     with (
@@ -280,6 +292,7 @@ def test_web_worker_and_command_speak_tls(tls_port: int, certificates: Path, tmp
         assert "1 workers" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("host", "ca", "client", "said"),
     [
@@ -308,6 +321,7 @@ def test_who_does_not_prove_who_it_is_gets_nothing(
         assert str(certificates) not in ended.stderr
 
 
+@pytest.mark.slow
 def test_tls_goes_for_sentinels_too(
     real_redis: Redis, valkey: ValkeyServer, certificates: Path, tmp_path: Path
 ) -> None:

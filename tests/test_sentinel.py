@@ -123,12 +123,14 @@ def fail_over(cluster: Cluster, tmp_path: Path, fault: signal.Signals) -> None:
             assert [run(value) for value in range(5)] == [True] * 5
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_web_and_worker_follow_a_failover(cluster: Cluster, tmp_path: Path) -> None:
     """From a master that is gone; from one that stalls, with `pipenv run faults`."""
     fail_over(cluster, tmp_path, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_no_sentinel_is_forgotten_when_two_connections_find_redis_at_once(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +149,7 @@ def test_no_sentinel_is_forgotten_when_two_connections_find_redis_at_once(
     assert [each.get_connection_kwargs()["port"] for each in sentinels] == [cluster.sentinel, gone]
 
 
+@pytest.mark.slow
 def test_sentinels_that_stall_are_not_awaited_for_long() -> None:
     with ExitStack() as stack:
         ports = [
@@ -165,6 +168,7 @@ def test_sentinels_that_stall_are_not_awaited_for_long() -> None:
     )
 
 
+@pytest.mark.slow
 def test_start_tells_what_the_sentinels_said(cluster: Cluster) -> None:
     sentinels = f"127.0.0.1:{cluster.sentinel}"
     env = environment("", REDIS_SENTINELS=sentinels, REDIS_SENTINEL_SERVICE="other", PORT=free_port())

@@ -63,6 +63,7 @@ def lease_of(own: Bench, job_id: str) -> float:
     return float(own.redis.hget(key, "lease_until"))
 
 
+@pytest.mark.slow
 def test_job_whose_work_horse_loads_for_long_keeps_its_lease(own: Bench, gate: Path) -> None:
     with gated_worker(own, gate):
         job_id = own.enqueue("use_fresh_process")
@@ -74,6 +75,7 @@ def test_job_whose_work_horse_loads_for_long_keeps_its_lease(own: Bench, gate: P
     assert "crashes" not in own.read(job_id)
 
 
+@pytest.mark.slow
 def test_worker_that_waits_for_its_work_horse_keeps_its_heartbeat(own: Bench, gate: Path) -> None:
     with gated_worker(own, gate) as process:
         wait_for_horse(process)

@@ -48,7 +48,7 @@ def _started(env: dict[str, str], log: Path, *args: str) -> Iterator[tuple[Proce
         yield process, f"http://127.0.0.1:{env['PORT']}"
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_start_ends_all_in_order_and_the_running_job_ends_first(
     env: dict[str, str], tmp_path: Path, stop: signal.Signals
 ) -> None:
@@ -85,6 +85,7 @@ def _run_echo(url: str, payload: object) -> bool:
     return answer.status_code == 200 and bool(answer.json()["result"] == payload)
 
 
+@pytest.mark.slow
 def test_start_starts_again_what_ends_by_itself(tmp_path: Path) -> None:
     env = environment("", PORT=free_port(), WORKER_SHUTDOWN_SECONDS=10, MAX_CRASHES=0)
     del env["REDIS_URL"]
@@ -159,6 +160,7 @@ def test_start_wants_at_least_one_worker(env: dict[str, str]) -> None:
     assert "--workers must be at least 1" in _fails_with(env, "--workers", "0")
 
 
+@pytest.mark.slow
 def test_demo_prints_a_result(env: dict[str, str], tmp_path: Path) -> None:
     with running(python("app.start", "--demo"), env, tmp_path / "demo.log") as process:
         assert process.popen.wait(60) == 0, process.log

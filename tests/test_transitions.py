@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import fakeredis
 import pytest
-from redis.exceptions import NoScriptError, OutOfMemoryError, ResponseError
+from redis.exceptions import NoScriptError, ResponseError
 from rq.registry import StartedJobRegistry
 from rq.serializers import JSONSerializer
 
@@ -774,20 +774,6 @@ def test_take_pops_nothing_where_it_could_not_note_the_run(redis: Any) -> None:
     assert redis.lrange("rq:queue:default", 0, -1) == [b"j"]
     redis.delete("rq:wip:default")
     assert isinstance(transitions.take(redis, "w", "e", 30, ["default"]), transitions.Taken)
-
-
-def test_renew_and_finish_need_no_free_memory(redis: Any, server: str) -> None:
-    if server.startswith("fake"):
-        pytest.skip("its memory has no limit")
-    run = start(redis)
-    redis.config_set("maxmemory", 1)
-    try:
-        with pytest.raises(OutOfMemoryError):
-            redis.set("x", "y")
-        assert transitions.renew(redis, run, 30) == "held"
-        assert finish(redis, run) == "finished"
-    finally:
-        redis.config_set("maxmemory", 0)
 
 
 # recover

@@ -268,6 +268,7 @@ def test_nobody_there_and_a_receiver_that_says_nothing(
             webhooks._post(f"http://127.0.0.1:{silent.getsockname()[1]}/", b"", {}, allow_private=True)
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_in_a_delivery_costs_no_message(
     real_redis: "Redis", redis_url: str, tmp_path: Path, receiver: Receiver
 ) -> None:

@@ -436,6 +436,7 @@ def test_job_that_must_not_run_twice_is_failed_at_the_first_crash(
     assert job["error"]["message"] == ("The job's process died, and the job may not be run again: signal 9 (SIGKILL).")
 
 
+@pytest.mark.slow
 def test_job_that_must_not_run_twice_is_failed_by_a_worker_that_never_ran_it(own: Bench, tmp_path: Path) -> None:
     path = tmp_path / "lines"
     env = environment(own.url, WORKER_LEASE=3)
@@ -642,6 +643,7 @@ def test_job_that_uses_too_much_memory_is_ended_with_that_reason(own: Bench, tmp
     assert process.popen.returncode == 0
 
 
+@pytest.mark.slow
 def test_memory_that_jobs_leave_behind_ends_the_work_horse_and_no_job(own: Bench, tmp_path: Path) -> None:
     # The jobs that leak may themselves be caught at it, on a slow machine.
     env = environment(own.url, WORKER_MAX_MEMORY="150MiB", MAX_CRASHES=100)
@@ -685,6 +687,7 @@ def test_timeout_is_raised_inside_the_function(bench: Bench) -> None:
     assert job["error"] == {"type": "JobTimeoutException", "message": "The job ran longer than its limit of 1 s."}
 
 
+@pytest.mark.slow
 def test_function_that_swallows_its_timeout_is_killed(bench: Bench) -> None:
     job = bench.end_of(bench.enqueue("swallow_timeout", 60, job_timeout=1), "failed", 40)
     message = "The job ran longer than its limit of 1 s, and its process was killed."
@@ -1001,6 +1004,7 @@ def hears_commands(own: Bench) -> None:
     wait_until(stop, what="the command to be heard")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
 def test_worker_survives_the_death_of_redis(tmp_path: Path, busy: bool) -> None:
     with valkey_server(tmp_path / "valkey", appendonly="yes", appendfsync="always") as server:
@@ -1030,6 +1034,7 @@ def test_worker_survives_the_death_of_redis(tmp_path: Path, busy: bool) -> None:
                 assert process.stop() == 0
 
 
+@pytest.mark.slow
 def test_worker_hears_commands_after_redis_stalled(own: Bench, tmp_path: Path) -> None:
     """RQ's subscription ends for good on a timeout; only a lost connection is renewed (worker/base.py)."""
     with worker(environment(own.url), tmp_path / "worker.log"):
@@ -1144,6 +1149,7 @@ def test_worker_is_not_ended_by_an_id_that_is_not_utf8(bench: Bench, key: str) -
     assert bench.result_of(bench.enqueue("echo", "next")) == "next"
 
 
+@pytest.mark.slow
 def test_worker_lives_on_while_redis_is_full(own: Bench, tmp_path: Path) -> None:
     with worker(environment(own.url), tmp_path / "worker.log") as process:
         jobs = [own.enqueue("sleep_for", 0.5) for _ in range(4)]
@@ -1165,6 +1171,7 @@ def test_worker_starts_no_scheduler_of_rq(own: Bench, tmp_path: Path) -> None:
         assert not own.redis.keys("rq:scheduler*")
 
 
+@pytest.mark.slow
 def test_work_horse_that_does_not_read_is_replaced(own: Bench, tmp_path: Path) -> None:
     path = tmp_path / "pid"
     with worker(environment(own.url), tmp_path / "worker.log"):
