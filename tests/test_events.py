@@ -31,7 +31,7 @@ def short_blocks(real_redis: "Redis", monkeypatch: pytest.MonkeyPatch) -> Iterat
 @pytest.fixture
 def log(real_redis: "Redis", valkey: ValkeyServer) -> EventLog:
     # As in the service, the reader has a client of its own, and closes it.
-    return EventLog(Redis(port=valkey.port), lambda: Redis(port=valkey.port, socket_timeout=5))
+    return EventLog(Redis(port=valkey.port), lambda: Redis(port=valkey.port, socket_timeout=30))
 
 
 def tell(redis: "Redis", job_id: str, status: str) -> None:

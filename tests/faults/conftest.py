@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from enum import Enum
+from enum import IntEnum
 from typing import Any
 
 import pytest
@@ -20,12 +20,15 @@ COLUMNS = ("#", "fault", "acknowledged", "terminal", "lost", "run twice", "s to 
 SECONDS = pytest.StashKey[float]()
 
 
-class Form(Enum):
-    """How much of the suite runs: each fault once; all but what takes very long; or all, as often as the table says."""
+class Form(IntEnum):
+    """How much of the suite runs; a row says from which form on it does."""
 
-    SHORT = "short"
-    BUDGET = "budget"
-    LONG = "long"
+    #: Each fault once, but for those that take a minute.
+    SHORT = 1
+    #: All but the two that take ten minutes. What is repeated shares a budget of seconds.
+    BUDGET = 2
+    #: All, as often as the table says.
+    LONG = 3
 
 
 def form_of(config: pytest.Config) -> Form:
@@ -43,23 +46,37 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--budget",
         type=float,
         metavar="SECONDS",
-        help="the faults that are repeated share so many seconds; the others are as with --long",
+        help="divide so many seconds among the faults that are repeated; run the others at full length",
     )
-    parser.addoption("--seed", default=os.urandom(4).hex(), help="a text that the random moments are made of")
+    parser.addoption("--seed", help="a text from which the random delays are made")
     parser.addoption("--stock", action="store_true", help="with RQ's own workers, to see what they lose")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
-        "fault(number, text, timeout, share=0, takes=10, long_only=False): a row of the fault table. timeout: the "
+        "fault(number, text, timeout, share=0, takes=10, form=Form.SHORT): a row of the fault table. timeout: the "
         "seconds after which its long form hangs. share: its part of --budget, for a fault that is repeated. takes: "
-        "the seconds of its long form, about, for one that is not. long_only: it runs with --long only",
+        "the seconds of its long form, about, for one that is not. form: the shortest form that has it",
     )
+    if config.option.seed is None:
+        config.option.seed = getattr(config, "workerinput", {}).get("seed") or os.urandom(4).hex()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Give the processes of pytest-xdist the seed that is printed."""
+    node.workerinput["seed"] = node.config.option.seed
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return f"faults: {form_of(config).value} form; the same moments again with --seed {config.getoption('--seed')}"
+    return f"faults: {name_of(config)}"
+
+
+def name_of(config: pytest.Config) -> str:
+    """What a run of the suite is called."""
+    form, seed = form_of(config).name.lower(), config.getoption("--seed")
+    return f"{form} form; --seed {seed} gives the same delays again (but threads and processes have their own order)"
 
 
 def seconds_of(marks: list[pytest.Mark], budget: float) -> list[float]:
@@ -71,24 +88,27 @@ def seconds_of(marks: list[pytest.Mark], budget: float) -> list[float]:
     ]
 
 
+@pytest.hookimpl(trylast=True)  # after `-k` and the like
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     form = form_of(config)
-    for item in items:
-        if (fault := item.get_closest_marker("fault")) and form is not Form.SHORT:
-            item.add_marker(pytest.mark.timeout(fault.kwargs["timeout"]))
-    if form is not Form.BUDGET:
-        return
     rows = {item: fault for item in items if (fault := item.get_closest_marker("fault"))}
-    left_out = [item for item, fault in rows.items() if fault.kwargs.get("long_only")]
+    left_out = [item for item, fault in rows.items() if fault.kwargs.get("form", Form.SHORT) > form]
     config.hook.pytest_deselected(items=left_out)
     for item in left_out:
+        items.remove(item)
         del rows[item]
+    if form is Form.SHORT:
+        return
+    for item, fault in rows.items():
+        item.add_marker(pytest.mark.timeout(fault.kwargs["timeout"]))
+    if form is Form.LONG:
+        return
     for item, seconds in zip(rows, seconds_of(list(rows.values()), config.getoption("--budget")), strict=True):
         item.stash[SECONDS] = seconds
-    items[:] = sorted((item for item in items if item not in left_out), key=seconds_planned, reverse=True)
+    items.sort(key=seconds_planned, reverse=True)
     sites = min(int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")), len(items) // 2)
-    # Those that take longest begin first, so that all sites end together. pytest-xdist hands each process two tests at
-    # once: behind a long one it is a short one.
+    # Start the longest rows first, so that all sites end together. pytest-xdist gives each process two tests at the
+    # start: pair a long one with a short one.
     pairs = zip(items[:sites], items[len(items) - sites :], strict=True)
     items[:] = [item for pair in pairs for item in pair] + items[sites : len(items) - sites]
 
@@ -112,7 +132,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         for name, value in report.user_properties
         if name == "fault"
     ]
-    terminalreporter.section(f"faults, {form_of(config).value} form, seed {config.getoption('--seed')}")
+    terminalreporter.section("faults")
+    terminalreporter.write_line(name_of(config))
     terminalreporter.write_line(_print_row(list(COLUMNS)))
     for cells in sorted(rows, key=lambda cells: (int(re.findall(r"\d+", cells[0])[0]), cells)):
         terminalreporter.write_line(_print_row(cells))
@@ -170,7 +191,7 @@ class Rounds:
         self.begun = 0
 
     def __call__(self, long: int, short: int = 1) -> Iterator[int]:
-        """The number of each round: so many as the table says, so many in the short form and at the least."""
+        """The number of each round: `long` of them as the table says; in the other forms at least `short`."""
         end = time.monotonic() + self._seconds
         for number in range(long):
             is_enough = self._form is Form.SHORT or (self._form is Form.BUDGET and time.monotonic() > end)
@@ -188,7 +209,7 @@ def rounds(request: pytest.FixtureRequest, form: Form) -> Rounds:
 
 @pytest.fixture(autouse=True)
 def seeded(request: pytest.FixtureRequest) -> None:
-    """The random moments of a test are those of its name and the seed, in whichever process it runs."""
+    """A test's random delays are those of its name and the seed, in whichever process it runs."""
     random.seed(f"{request.config.getoption('--seed')} {request.node.nodeid}")
 
 

@@ -37,7 +37,8 @@ def kill_after(seconds: float, pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-def main(deaths: int) -> None:
+def main(deaths: int, seed: str) -> None:
+    random.seed(seed)
     server = ForkServer(wait_for_end)
     pid, channel = start(server)
     untold = 0
@@ -56,4 +57,4 @@ def main(deaths: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), sys.argv[2])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from tests.faults.conftest import Row
+from tests.faults.conftest import Form, Row
 from tests.processes import watch_stalls
 from tests.test_deploy import roll
 from tests.test_event_stream import listen_in_a_crowd
@@ -17,25 +17,23 @@ __all__ = ["cluster"]  # a fixture
 LISTENERS = 1000
 
 
-@pytest.fixture(autouse=True)
-def only_long(long: bool) -> None:
-    if not long:
-        pytest.skip("the suite has it in small")
-
-
-@pytest.mark.fault("5b", "a rolling restart under load, five times", timeout=600, long_only=True)
+@pytest.mark.fault("5b", "a rolling restart under load, five times", timeout=600, form=Form.LONG)
 def test_rolling_restarts(real_redis: Redis, redis_url: str, tmp_path: Path, row: Row) -> None:
     jobs = roll(real_redis, redis_url, tmp_path, 5)
     row.note(f"{jobs} jobs, each once; no request failed")
 
 
-@pytest.mark.fault("8b", "the master of a Sentinel stalls, and is back later as a replica", timeout=600, takes=40)
+@pytest.mark.fault(
+    "8b", "the master of a Sentinel stalls, and is back later as a replica", timeout=600, takes=40, form=Form.BUDGET
+)
 def test_failover_from_a_master_that_stalls(cluster: Cluster, tmp_path: Path, row: Row) -> None:
     fail_over(cluster, tmp_path, signal.SIGSTOP)
     row.note("web and worker went on with the new one")
 
 
-@pytest.mark.fault("17d", f"{LISTENERS} listeners in one web process, who then vanish", timeout=600, takes=30)
+@pytest.mark.fault(
+    "17d", f"{LISTENERS} listeners in one web process, who then vanish", timeout=600, takes=30, form=Form.BUDGET
+)
 def test_listeners(redis_url: str, real_redis: Redis, tmp_path: Path, row: Row) -> None:
     with watch_stalls() as stalls:
         size, told = listen_in_a_crowd(redis_url, real_redis, tmp_path, LISTENERS)

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import requests
 
-from tests.faults.conftest import Rounds, Row
+from tests.faults.conftest import Form, Rounds, Row
 from tests.faults.ledger import RUNS_KEY
 from tests.faults.site import Clients, Service, Site, port_of
 from tests.processes import wait_until, watch_stalls
@@ -142,12 +142,10 @@ def test_bad_bodies_are_answered_as_the_contract_says_and_cost_no_memory(
     assert growth < 20 * 2**20
 
 
-@pytest.mark.fault("16b", "bodies that stop before their end, their connections open", timeout=600, takes=60)
-def test_connection_whose_client_falls_silent_in_a_body_is_ended(
-    clients: Clients, row: Row, site: Site, long: bool
-) -> None:
-    if not long:
-        pytest.skip("it takes as long as the service waits for the rest")
+@pytest.mark.fault(
+    "16b", "bodies that stop before their end, their connections open", timeout=600, takes=60, form=Form.BUDGET
+)
+def test_connection_whose_client_falls_silent_in_a_body_is_ended(clients: Clients, row: Row, site: Site) -> None:
     with ExitStack() as stack:
         start = time.monotonic()
         silent = []
@@ -264,12 +262,8 @@ def test_slow_clients_hold_up_nobody_and_are_answered_in_the_end(
     assert p99 < 1 + stalls.longest
 
 
-@pytest.mark.fault("17b", "a body that comes a byte a second, for ever", timeout=600, takes=75)
-def test_connection_whose_client_takes_too_long_for_a_body_is_ended(
-    clients: Clients, row: Row, site: Site, long: bool
-) -> None:
-    if not long:
-        pytest.skip("it takes as long as the service waits for a body")
+@pytest.mark.fault("17b", "a body that comes a byte a second, for ever", timeout=600, takes=75, form=Form.BUDGET)
+def test_connection_whose_client_takes_too_long_for_a_body_is_ended(clients: Clients, row: Row, site: Site) -> None:
     slow = SlowClient(site, is_slow_from_the_head=False)
     start = time.monotonic()
     with slow_clients([slow]):
@@ -279,12 +273,8 @@ def test_connection_whose_client_takes_too_long_for_a_body_is_ended(
     row.close(clients.ledger.settle(), time.monotonic() - start)
 
 
-@pytest.mark.fault("17c", "a large answer that is read at 100 kB/s", timeout=600, takes=80)
-def test_large_answer_is_read_whole_by_a_client_that_is_slow(
-    clients: Clients, row: Row, site: Site, long: bool
-) -> None:
-    if not long:
-        pytest.skip("it is about an answer that takes longer than a part of it may")
+@pytest.mark.fault("17c", "a large answer that is read at 100 kB/s", timeout=600, takes=80, form=Form.BUDGET)
+def test_large_answer_is_read_whole_by_a_client_that_is_slow(clients: Clients, row: Row, site: Site) -> None:
     size, rate = 8_000_000, 100_000
     job_id = clients.enqueue_one(payload={"padding": "x" * size})
     start, received = time.monotonic(), 0

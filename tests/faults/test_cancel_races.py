@@ -5,7 +5,7 @@ import random
 import signal
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -94,15 +94,16 @@ def outcome_of(race: Race, job: Job, *, was_asked_again: bool) -> str:
 
 @pytest.mark.fault("19", "cancel against start", timeout=1800, share=3)
 def test_answer_to_a_cancel_is_true_whenever_it_comes(clients: Clients, row: Row, rounds: Rounds) -> None:
-    races = []
     # As many as there are workers, or the queue would decide most races; those that are delayed wait beside them.
     with ThreadPoolExecutor(2) as racers, ThreadPoolExecutor(8) as patient, ThreadPoolExecutor(10) as cancelers:
+        asked: list[Future[Race]] = []
         for _ in rounds(44, 3):
-            asked = [
+            asked += [
                 (patient if start == "delayed" else racers).submit(run_race, clients, cancelers, start)
                 for start in STARTS
             ]
-            races += [each.result() for each in asked]
+            wait(asked[: -len(STARTS)])  # the round before: its delayed races fall due beside those of this one
+        races = [each.result() for each in asked]
     tally = clients.ledger.settle()
     outcomes = Counter(
         outcome_of(race, tally.jobs[race.job_id], was_asked_again=race.job_id in clients.canceled_again)

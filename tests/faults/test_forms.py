@@ -1,17 +1,21 @@
 """The forms of the suite: how often a fault is repeated, and how the rows share a budget."""
 
+import re
+import subprocess
 import time
 
 import pytest
 
 from tests.faults.conftest import Form, Rounds, seconds_of
+from tests.processes import ROOT, python
 
 
 def fault(**kwargs: float) -> pytest.Mark:
     return pytest.mark.fault("0", "a fault", **kwargs).mark
 
 
-def test_budget_is_shared_by_the_rows_that_are_repeated() -> None:
+def test_budget_is_shared_by_the_rows_that_are_repeated(request: pytest.FixtureRequest) -> None:
+    print(f"this process has the seed {request.config.getoption('--seed')}")
     marks = [fault(share=1), fault(takes=120), fault(share=3), fault()]
     assert seconds_of(marks, 100) == [25, 120, 75, 10]
 
@@ -29,3 +33,11 @@ def test_rounds_end_when_the_budget_is_spent_and_never_go_beyond_the_table() -> 
     for _ in poor(1000):
         time.sleep(0.1)
     assert 0 < poor.begun < 1000
+
+
+def test_processes_of_one_run_have_the_seed_that_is_printed() -> None:
+    """pytest-xdist hands them the words of the command line, and here none of them is a seed."""
+    command = python("pytest", "tests/faults/test_forms.py", "-n", "2", "-k", "share", "-rP")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    (printed,) = set(re.findall(r"--seed (\w+)", done.stdout))
+    assert re.findall(r"this process has the seed (\w+)", done.stdout) == [printed]

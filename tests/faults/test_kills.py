@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import Rounds, Row
+from tests.faults.conftest import Form, Rounds, Row
 from tests.faults.ledger import Tally
 from tests.faults.site import FRAGILE, Clients, Site, Staff
 from tests.processes import ROOT, wait_until
 
 #: Seconds within which the work of a dead worker is done again, with the shipped settings.
 RECOVERED_WITHIN = 60
-#: Of so many kills at random moments one at the least meets a worker with a job in its hands.
+#: After this many random kills, at least one has hit a worker that held a job.
 ENOUGH_TO_HIT_A_JOB = 20
 #: Seconds of a lease: a short one where the test is short.
 LEASES = {True: 30, False: 3}
@@ -202,15 +202,16 @@ def test_worker_that_is_told_to_end_loses_and_doubles_nothing(
     assert {(job.status, job.crashes) for job in tally.jobs.values()} == {("finished", 0)}
 
 
-#: Deaths of a work-horse in a round.
-DEATHS = 1000
+#: Deaths of a work-horse in a round; and in all, below one fork server, in the long form.
+DEATHS, ALL_DEATHS = 1000, 20_000
 
 
 @pytest.mark.fault("1b", "SIGKILL the work-horse at any moment of the fork server's loop", timeout=1800, share=1)
-def test_no_death_of_a_work_horse_is_missed(row: Row, rounds: Rounds) -> None:
+def test_no_death_of_a_work_horse_is_missed(row: Row, form: Form, rounds: Rounds) -> None:
     """Of 17 937 deaths 4 were, and the worker waited a minute each time, before a signal woke the server by itself."""
-    run = [sys.executable, "-m", "tests.faults.fork_race", str(DEATHS)]
-    for _ in rounds(20):
+    deaths = ALL_DEATHS if form is Form.LONG else DEATHS
+    for _ in rounds(ALL_DEATHS // deaths):
+        run = [sys.executable, "-m", "tests.faults.fork_race", str(deaths), str(random.random())]
         done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=False)
         assert (done.stdout.strip(), done.returncode) == ("0", 0), done.stderr
-    row.note(f"{rounds.begun * DEATHS} deaths, all of them told")
+    row.note(f"{rounds.begun * deaths} deaths, all of them told")

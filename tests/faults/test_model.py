@@ -24,7 +24,7 @@ from redis.exceptions import ResponseError
 
 from app import transitions
 from app.transitions import TERMINAL, Abandoned, Ending, Failure, Run, describe_failure
-from tests.faults.conftest import Row
+from tests.faults.conftest import Form, Row
 from tests.processes import valkey_server
 
 JOB, QUEUE, LEASE, MOST_CRASHES = "j", "default", 1000, 1
@@ -104,13 +104,15 @@ class Wire:
         """The answer to a command."""
         commands, self._before = [*self._before, command], []
         self._socket.sendall(b"".join(map(hiredis.pack_command, commands)))
-        return [self._read_answer() for _ in commands][-1]
+        answers = [self._read_answer() for _ in commands]
+        for answer in answers:
+            if isinstance(answer, ResponseError):
+                raise answer
+        return answers[-1]
 
     def _read_answer(self) -> Any:
         while (answer := self._reader.gets()) is False:
             self._reader.feed(self._socket.recv(2**16))
-        if isinstance(answer, ResponseError):
-            raise answer
         return answer
 
     def close(self) -> None:
@@ -448,7 +450,8 @@ def explore(world: World, start: State) -> tuple[int, int]:
 def check(name: str, takes: int, **budget: int) -> Any:
     """A check for some of what may happen, by how often each may; it takes so many seconds."""
     text = "every interleaving of two workers, a client and faults between any two scripts"
-    return pytest.param(takes <= 5, budget, id=name, marks=pytest.mark.fault("3m", text, timeout=3000, takes=takes))
+    form = Form.SHORT if takes <= 5 else Form.BUDGET
+    return pytest.param(budget, id=name, marks=pytest.mark.fault("3m", text, timeout=3000, takes=takes, form=form))
 
 
 CHECKS = [
@@ -470,12 +473,8 @@ def wire(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wire]:
         yield connection
 
 
-@pytest.mark.parametrize(("is_quick", "budget"), CHECKS)
-def test_no_interleaving_loses_doubles_or_strands_the_job(
-    wire: Wire, row: Row, long: bool, is_quick: bool, budget: dict[str, int]
-) -> None:
-    if not (is_quick or long):
-        pytest.skip("takes long")
+@pytest.mark.parametrize("budget", CHECKS)
+def test_no_interleaving_loses_doubles_or_strands_the_job(wire: Wire, row: Row, budget: dict[str, int]) -> None:
     states, steps = explore(World(wire), State(budget=tuple(budget.items())))
     row.note(f"{', '.join(f'{times} {what}' for what, times in budget.items())}: {states} states, {steps} steps")
     assert states > 100

@@ -14,7 +14,7 @@ import pytest
 import requests
 
 from app.transitions import TERMINAL
-from tests.faults.conftest import Rounds, Row
+from tests.faults.conftest import Form, Rounds, Row
 from tests.faults.ledger import Tally
 from tests.faults.site import FRAGILE, OUTAGE, Clients, Site, ask_until_answered
 from tests.faults.test_keys import Answers, Load, firsts_of, ids_of
@@ -329,12 +329,10 @@ def test_full_disk_is_told_and_outlived(
     assert status == "started"
 
 
-@pytest.mark.fault("11b", "Redis a replica that takes no writes (READONLY)", timeout=600, takes=30)
+@pytest.mark.fault("11b", "Redis a replica that takes no writes (READONLY)", timeout=600, takes=30, form=Form.BUDGET)
 def test_replica_is_told_and_outlived(
     clients: Clients, row: Row, site: Site, long: bool, key: str, tmp_path: Path
 ) -> None:
-    if not long:
-        pytest.skip("as a full disk")
     status, seconds, tally = outlive_refused_writes(clients, site, read_only, tmp_path / key, long=long)
     row.close(tally, seconds, may_run_again=crashes_of(tally))
     assert status == "started"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import requests
 
-from tests.faults.conftest import Row
+from tests.faults.conftest import Form, Row
 from tests.faults.ledger import RUNS_KEY, Job, Tally
 from tests.faults.site import Clients, Site, ask_until_answered
 from tests.processes import wait_until
@@ -169,9 +169,7 @@ class Crowd:
 
 
 @pytest.fixture
-def own_site(tmp_path: Path, long: bool, stock: bool) -> Iterator[Site]:
-    if not long:
-        pytest.skip("takes ten minutes")
+def own_site(tmp_path: Path, stock: bool) -> Iterator[Site]:
     with ExitStack() as stack:
         site = Site(stack, tmp_path, stock=stock, RESULT_TTL=TTL, FAILURE_TTL=TTL)
         site.redis.config_set("appendfsync", "everysec")  # as it ships
@@ -185,7 +183,7 @@ def replace_worker(site: Site, elder: str) -> None:
     site.staff.hire(1, "--maintenance-interval", str(MAINTENANCE))
 
 
-@pytest.mark.fault("24", "short jobs with workers recycled, then idle", timeout=1800, long_only=True)
+@pytest.mark.fault("24", "short jobs with workers recycled, then idle", timeout=1800, form=Form.LONG)
 def test_very_many_jobs_leave_nothing_behind(own_site: Site, row: Row) -> None:
     site, crowd = own_site, Crowd(own_site)
     for name in list(site.staff.workers):
