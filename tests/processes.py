@@ -41,29 +41,50 @@ def wait_until(condition: Callable[[], T], seconds: float = 30, what: str = "") 
     return value
 
 
+def read_pressure() -> float:
+    """The seconds, since the machine was started, in which somebody waited for a processor or the disk.
+
+    It is the kernel's own count (proc_pressure(5)), and 0 where it keeps none.
+    """
+    total = 0
+    for resource in ("cpu", "io"):
+        with suppress(OSError):
+            some = Path(f"/proc/pressure/{resource}").read_text().partition("\n")[0]
+            total += int(some.rpartition("total=")[2])
+    return total / 1e6
+
+
 class Stalls:
-    """How long the machine kept a thread waiting that had nothing to do but to wake up.
+    """How much time the machine took from those who run on it.
 
     A limit to what a service's answer may take holds but for that much, for which nobody's code is to blame.
     """
 
-    #: Seconds of a sleep; and those by which it may be late without being a stall.
-    STEP, LATE = 0.02, 0.1
+    STEP = 0.02
 
     def __init__(self) -> None:
-        #: Seconds of the longest one.
-        self.longest = 0.0
-        #: Seconds of all together.
-        self.total = 0.0
+        #: By time, the seconds lost until then.
+        self._lost = [(time.monotonic(), 0.0)]
 
     def watch(self, is_over: threading.Event) -> None:
-        """Sleep again and again until then."""
+        """Look again and again until then."""
+        pressure = read_pressure()
         while not is_over.is_set():
-            begin = time.monotonic()
             time.sleep(self.STEP)
-            stall = time.monotonic() - begin - self.STEP
-            self.longest = max(self.longest, stall)
-            self.total += stall if stall > self.LATE else 0
+            (before, lost), now = self._lost[-1], time.monotonic()
+            pressure_before, pressure = pressure, read_pressure()
+            # Nobody waits where all stands still, as in a virtual machine that is not run: then this thread is late.
+            lost += max(pressure - pressure_before, now - before - 2 * self.STEP)
+            self._lost.append((now, lost))
+
+    def within(self, seconds: float) -> float:
+        """The most that was lost in any span of so many seconds."""
+        most, first = 0.0, 0
+        for now, lost in self._lost:
+            while self._lost[first][0] < now - seconds - self.STEP:
+                first += 1
+            most = max(most, lost - self._lost[first][1])
+        return most
 
 
 @contextmanager

@@ -120,7 +120,8 @@ def await_workers(clients: Clients, names: set[str], jobs: tuple[str, ...] = ())
     start = time.monotonic()
     with watch_stalls() as stalls:
         clients.enqueue_one(seconds=0.05, at_front=True)
-    assert time.monotonic() - start < WEB_RETURN_LIMIT + stalls.longest
+    taken = time.monotonic() - start
+    assert taken < WEB_RETURN_LIMIT + stalls.within(taken)
     taken_by: set[str] = set()
     while not taken_by >= names:
         new = [clients.enqueue_one(seconds=0.05, at_front=True) for _ in range(2 * len(names))]
@@ -227,7 +228,8 @@ def test_enqueues_to_a_stalled_redis_are_answered_in_time_and_done_once(
     assert unanswered
     for answer in unanswered:
         problem_of(answer, 503, "redis-unavailable")
-        assert answer.elapsed.total_seconds() < ANSWER_LIMIT + stalls.longest
+    taken = max(answer.elapsed.total_seconds() for answer in unanswered)
+    assert taken < ANSWER_LIMIT + stalls.within(taken)
     assert set(clients.answers) == {"202", OUTAGE}
 
     keys = list(load.by_key)
@@ -245,7 +247,7 @@ def test_enqueues_to_a_stalled_redis_are_answered_in_time_and_done_once(
     assert len(waiting) == len(keys)
     with site.fragile_staff(1, WORKER_LEASE=30):
         tally = clients.ledger.settle()
-    row.close(tally, slowest, note=f"{len(unanswered)} outages told, {done} were done")
+    row.close(tally, slowest, note=f"{len(unanswered)} outages told, each in {taken:.1f} s; {done} were done")
 
 
 @pytest.mark.fault("8", "Redis away, workers busy and idle", timeout=600, takes=120)
