@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,12 @@ def test_ci_runs_the_line_that_the_readme_tells() -> None:
     lines = [line for line in README.splitlines() if line.startswith("pip install pipenv && ")]
     assert len(lines) == 2
     assert lines[1] in map(str.strip, (ROOT / ".ci/run").read_text().splitlines())
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"^pipenv run ([\w-]+)", README, flags=re.MULTILINE))))
+def test_readme_names_commands_that_there_are(command: str) -> None:
+    scripts = tomllib.loads((ROOT / "Pipfile").read_text())["scripts"]
+    assert command in scripts or (Path(sys.executable).parent / command).is_file()
 
 
 def test_no_tracked_file_names_a_package_registry() -> None:
