@@ -46,7 +46,7 @@ beside() {
 finish() {
   local job
   for job in $(jobs -p); do
-    kill -- -"$job" 2>/dev/null
+    kill -- -"$job" 2>/dev/null || true # it has just ended
   done
   rm -rf "$folder"
   printf '\n=== Time\n'

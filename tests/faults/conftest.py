@@ -25,7 +25,7 @@ class Form(IntEnum):
 
     #: Each fault once, but for those that take a minute.
     SHORT = 1
-    #: All but the two that take ten minutes. What is repeated shares a budget of seconds.
+    #: All but the two that take longest. What is repeated shares a budget of seconds.
     BUDGET = 2
     #: All, as often as the table says.
     LONG = 3
@@ -39,9 +39,7 @@ def form_of(config: pytest.Config) -> Form:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--long", action="store_true", help="each fault as often as the table says; takes more than an hour"
-    )
+    parser.addoption("--long", action="store_true", help="each fault as often as the table says")
     parser.addoption(
         "--budget",
         type=float,
