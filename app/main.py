@@ -11,25 +11,26 @@ from flask import Response, request, send_from_directory
 from pydantic import ValidationError
 from redis import Redis
 
-from app import openapi, problems
-from app.answers import answer_errors, ask_again, json_answer, make_etag, text_answer
-from app.auth import check_function, current_key, limit_rate, want_keys
 from app.config import MAX_RETRIES, MAX_SECONDS, Settings, get_settings
-from app.control import make_control
-from app.dashboard import dashboard
-from app.events import BLOCK, EventLog
-from app.fairness import large_answer, limit_sending, share_out
+from app.core.transitions import TERMINAL
+from app.dashboard.page import dashboard
 from app.job_function import load_functions
-from app.jobs import Jobs
-from app.new_jobs import MOST_ERRORS
-from app.ops import ops
-from app.pipelining import PipelinedRedis
+from app.jobs import problems
+from app.jobs.enqueue import MOST_ERRORS
+from app.jobs.events import BLOCK, EventLog
+from app.jobs.jobs import Jobs
+from app.jobs.waiting import Waiting
 from app.redis_resc import connect, redis_conn
-from app.request_ids import follow_requests
-from app.request_parts import add_header, origin, reader, received_body, wait_seconds
-from app.schemas import JobQuery, WaitQuery, enqueue_query, job_options
-from app.transitions import TERMINAL
-from app.waiting import Waiting
+from app.web import openapi
+from app.web.auth import check_function, current_key, limit_rate, want_keys
+from app.web.limits import large_answer, limit_sending, share_out
+from app.web.request_ids import follow_requests
+from app.web.requests import add_header, origin, reader, received_body, wait_seconds
+from app.web.responses import answer_errors, ask_again, json_answer, make_etag, text_answer
+from app.web.routes.control import make_control
+from app.web.routes.ops import ops
+from app.web.schemas import JobQuery, WaitQuery, enqueue_query, job_options
+from app.web.shared_round_trips import PipelinedRedis
 
 #: What `POST /enqueue` without a name runs.
 DEFAULT_FUNCTION = "some_long_function"

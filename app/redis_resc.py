@@ -14,10 +14,10 @@ from rq.exceptions import DuplicateJobError
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from app import transitions
 from app.config import Settings, get_settings
-from app.job_ids import JobIds
-from app.sentinel import following_connection, sentinel_addresses, sentinel_options
+from app.core import transitions
+from app.core.connections import following_connection, sentinel_addresses, sentinel_options
+from app.core.job_ids import JobIds
 
 #: Seconds that one command may take. With the one reconnection below, a request on a stalled Redis is answered in 3 s.
 SOCKET_TIMEOUT = 1.25

@@ -22,7 +22,7 @@ from redis import Redis
 from app.config import Settings
 from app.functions import count_words
 from app.job_function import FUNCTIONS
-from app.jobs import Jobs
+from app.jobs.jobs import Jobs
 from app.main import create_app
 from benchmarks.load import CONNECTIONS, find_wrk, send_load
 from benchmarks.measure import on_core, ratios, spread, take_turns

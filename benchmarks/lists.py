@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 from redis import Redis
 
-from app import transitions
 from app.config import Settings
+from app.core import transitions
 from app.functions import count_words
 from app.job_function import FUNCTIONS
-from app.jobs import Jobs
+from app.jobs.enqueue import Origin
+from app.jobs.jobs import Jobs
 from app.main import create_app
-from app.new_jobs import Origin
 from benchmarks.measure import spread
 from benchmarks.report import Section
 from tests.processes import valkey_server

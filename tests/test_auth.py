@@ -9,9 +9,9 @@ import pytest
 from flask.testing import FlaskClient
 from pydantic import ValidationError
 
-from app.auth import PUBLIC, PUBLIC_BELOW
 from app.config import Settings
 from app.main import create_app
+from app.web.auth import PUBLIC, PUBLIC_BELOW
 from tests.processes import json_of, problem_of
 
 ALICE, BOB, OPS = ("alice's long key", "bob's own long key", "the operator's key")

@@ -5,7 +5,7 @@ import pytest
 from flask.testing import FlaskClient
 from rq.job import JobStatus
 
-from app.jobs import Jobs
+from app.jobs.jobs import Jobs
 from tests.processes import (
     STATES,
     end_run,

@@ -22,7 +22,7 @@ from tests.conftest import Service
 from tests.processes import ROOT, environment, gunicorn, problem_of, valkey_server, wait_until, web, worker
 from tests.test_auth import ALICE, KEYS, OPS
 
-STATIC = ROOT / "app/static"
+STATIC = ROOT / "app/dashboard/static"
 expect.set_options(timeout=20_000)  # ms; the page of a busy machine is a slow one
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

@@ -8,10 +8,10 @@ import pytest
 from flask.testing import FlaskClient
 from redis import Redis
 
-from app import transitions
 from app.config import Settings
+from app.core import transitions
 from app.job_function import FUNCTIONS, JobFunction
-from app.jobs import Jobs
+from app.jobs.jobs import Jobs
 from app.main import create_app
 from tests.processes import enqueue_echo, json_of, just_set, problem_of, take_job
 

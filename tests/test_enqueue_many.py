@@ -8,9 +8,9 @@ from rq.group import Group
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from app import transitions
 from app.config import Settings
-from app.jobs import GROUP_TTL, Jobs
+from app.core import transitions
+from app.jobs.jobs import GROUP_TTL, Jobs
 from app.main import create_app
 from tests.processes import end_run, json_of, just_set, problem_of, take_job
 

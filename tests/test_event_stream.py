@@ -17,10 +17,10 @@ import requests
 from flask.testing import FlaskClient
 from redis import Redis
 
-import app.events
-import app.waiting
-from app import transitions
+import app.jobs.events
+import app.jobs.waiting
 from app.config import Settings
+from app.core import transitions
 from app.main import create_app
 from tests.conftest import Service
 from tests.processes import (
@@ -143,8 +143,8 @@ def test_events_where_no_place_is_left_are_the_present_status(redis: "Redis") ->
 
 
 def test_events_have_a_sign_of_life(client: FlaskClient, redis: "Redis", monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app.waiting, "SIGN_OF_LIFE", 0.1)
-    monkeypatch.setattr(app.waiting, "LONGEST_LOOK", 0.1)
+    monkeypatch.setattr(app.jobs.waiting, "SIGN_OF_LIFE", 0.1)
+    monkeypatch.setattr(app.jobs.waiting, "LONGEST_LOOK", 0.1)
     chunks = iter(client.get("/events", query_string={"job_id": enqueue_echo(client)}, buffered=False).response)
     seen = [next(chunks) for _ in range(4)]
     assert str(seen[-1]).count("still here") == 1
@@ -155,7 +155,7 @@ def test_events_have_a_sign_of_life(client: FlaskClient, redis: "Redis", monkeyp
 def test_events_of_a_job_that_vanishes_end(
     client: FlaskClient, redis: "Redis", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app.waiting, "LONGEST_LOOK", 0.1)
+    monkeypatch.setattr(app.jobs.waiting, "LONGEST_LOOK", 0.1)
     job_id = enqueue_echo(client)
     chunks = iter(client.get("/events", query_string={"job_id": job_id}, buffered=False).response)
     assert "event: status" in str(next(chunks)) + str(next(chunks))

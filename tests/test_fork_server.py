@@ -12,10 +12,10 @@ import pytest
 from redis import Redis
 
 from app.config import get_settings
-from app.fork_server import ForkServerDied
-from app.horse_process import WorkHorse
-from app.stable import Stable
-from app.worker import Worker
+from app.worker.fork_server import ForkServerDied
+from app.worker.horse_process import WorkHorse
+from app.worker.horses import Stable
+from app.worker.worker import Worker
 from tests.processes import ROOT, Process, environment, wait_until, worker
 from tests.test_worker import Bench, is_running, lines_of
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from redis.exceptions import OutOfMemoryError
 
-from app import transitions
+from app.core import transitions
 from tests.test_transitions import finish, start
 
 

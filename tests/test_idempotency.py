@@ -8,8 +8,8 @@ import pytest
 from flask.testing import FlaskClient
 
 from app.config import Settings
-from app.job_ids import JobIds
-from app.jobs import KEY_TTL, Jobs
+from app.core.job_ids import JobIds
+from app.jobs.jobs import KEY_TTL, Jobs
 from app.main import create_app
 from tests.processes import STATES, end_run, json_of, just_set, problem_of, take_job
 

@@ -4,8 +4,8 @@ import fakeredis
 import pytest
 from redis import Redis
 
-from app.job_ids import JobIds
-from app.transitions import SECRET_KEY
+from app.core.job_ids import JobIds
+from app.core.transitions import SECRET_KEY
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ from rq.job import Job
 from rq.scheduler import RQScheduler
 from rq.serializers import JSONSerializer
 
-from app import transitions
 from app.config import Settings
-from app.jobs import Jobs
+from app.core import transitions
+from app.jobs.enqueue import Origin
+from app.jobs.jobs import Jobs
 from app.main import create_app
-from app.new_jobs import Origin
 from tests.processes import STATES, end_run, enqueue_echo, job_in_state, json_of, problem_of, run_stock_worker, take_job
 
 

@@ -16,11 +16,11 @@ from flask.testing import FlaskClient
 from redis import Redis
 
 from app.config import Settings
-from app.jobs import Jobs
+from app.core.transitions import Run
+from app.jobs.jobs import Jobs
 from app.logs import JsonLines, TextLines, process_members
 from app.main import create_app
-from app.supervisor import Supervisor
-from app.transitions import Run
+from app.start.supervisor import Supervisor
 from tests.processes import (
     ROOT,
     Process,
@@ -149,7 +149,7 @@ def test_bug_is_told_with_the_id_that_the_log_has(
     monkeypatch.setattr(jobs, "read_status", raise_bug)
     problem = problem_of(client.get("/check_status?job_id=x", headers={"X-Request-ID": "r9"}), 500, "internal-error")
     assert problem["request_id"] == "r9"
-    (logged,) = [json.loads(JsonLines().format(each)) for each in caplog.records if each.name == "app.answers"]
+    (logged,) = [json.loads(JsonLines().format(each)) for each in caplog.records if each.name == "app.web.responses"]
     assert "RuntimeError: a bug" in logged["exception"]
     assert "r9" in logged["message"]
 
@@ -157,11 +157,13 @@ def test_bug_is_told_with_the_id_that_the_log_has(
 def test_access_log_has_a_line_for_each_request_without_its_query(caplog: pytest.LogCaptureFixture) -> None:
     keys = json.dumps([{"name": "alice", "key": "alice's long key"}])
     app = create_app(Settings(access_log=True, api_keys=keys), fakeredis.FakeRedis(server=fakeredis.FakeServer()))
-    with caplog.at_level(logging.INFO, "app.request_ids"):
+    with caplog.at_level(logging.INFO, "app.web.request_ids"):
         headers = {"Authorization": "Bearer alice's long key", "X-Request-ID": "r1"}
         app.test_client().get(f"/check_status?job_id={CANARY}", headers=headers)
         app.test_client().get("/jobs")
-    first, second = [json.loads(JsonLines().format(each)) for each in caplog.records if each.name == "app.request_ids"]
+    first, second = [
+        json.loads(JsonLines().format(each)) for each in caplog.records if each.name == "app.web.request_ids"
+    ]
     assert re.fullmatch(r"GET /check_status 404 in [\d.]+ ms", first["message"])
     assert (first["key"], first["status"], first["method"], first["path"]) == ("alice", 404, "GET", "/check_status")
     assert ("key" in second, second["status"]) == (False, 401)
@@ -213,7 +215,7 @@ def test_one_id_leads_from_the_request_to_the_functions_own_lines(logged: Logged
         ("mine.too", "from its thread"),
         ("rq.worker", f"default: job {job_id} finished"),
     ]
-    assert found[0][0] == "app.request_ids"
+    assert found[0][0] == "app.web.request_ids"
 
 
 def test_json_logs_are_an_object_a_line_whatever_happens(logged: Logged) -> None:

@@ -18,8 +18,8 @@ from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from rq.utils import utcformat
 
-from app import transitions
-from app.transitions import TIME_BOUNDS, Failure
+from app.core import transitions
+from app.core.transitions import TIME_BOUNDS, Failure
 from tests.processes import (
     ROOT,
     Process,

@@ -12,8 +12,8 @@ from redis import Redis
 from redis.exceptions import NoScriptError, ResponseError
 
 from app.config import Settings
-from app.pipelining import LARGE, PipelinedRedis
 from app.redis_resc import connect
+from app.web.shared_round_trips import LARGE, PipelinedRedis
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ from gevent import monkey
 monkey.patch_all()
 import json, sys, gevent
 from app.config import Settings
-from app.pipelining import PipelinedRedis
+from app.web.shared_round_trips import PipelinedRedis
 from app.redis_resc import connect
 
 client = PipelinedRedis(connection_pool=connect(Settings(redis_url=sys.argv[1])).connection_pool)

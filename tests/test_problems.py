@@ -6,7 +6,7 @@ import pytest
 from flask.testing import FlaskClient
 from redis import Redis, exceptions
 
-from app import problems
+from app.jobs import problems
 from tests.processes import job_in_state, json_of, problem_of
 
 # The pages

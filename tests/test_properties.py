@@ -14,12 +14,12 @@ from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from redis import Redis
 
-from app import transitions
 from app.config import Settings
-from app.frames import Channel
+from app.core import transitions
 from app.job_function import FUNCTIONS
 from app.main import create_app
-from app.work_horse import run_job
+from app.worker.channel import Channel
+from app.worker.work_horse import run_job
 from tests.processes import json_of, take_job
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))

@@ -13,8 +13,8 @@ from apiflask import APIFlask
 
 from app.config import Settings
 from app.job_function import FUNCTIONS
-from app.problems import PROBLEMS
-from app.schemas import enqueue_query
+from app.jobs.problems import PROBLEMS
+from app.web.schemas import enqueue_query
 from tests.processes import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -79,8 +79,8 @@ def test_readme_lists_each_function() -> None:
 
 
 def test_readme_maps_each_room() -> None:
-    rooms = {f"app/{path.name}" for path in (ROOT / "app").glob("*.py")} - {"app/__init__.py"}
-    assert set(re.findall(r"\]\((app/\w+\.py)\)", _section("How it works"))) == rooms
+    rooms = {f"{path.relative_to(ROOT)}" for path in (ROOT / "app").rglob("*.py") if path.name != "__init__.py"}
+    assert set(re.findall(r"\]\((app/[\w/]+\.py)\)", _section("How it works"))) == rooms
 
 
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(((?!http)[^)]+)\)", README))))

@@ -176,7 +176,7 @@ def test_acl_lets_nobody_in_without_a_name(guarded: Guarded) -> None:
 
 def test_acl_allows_all_that_the_scripts_call() -> None:
     """A new command in a script fails here, not at an operator's."""
-    scripts = "".join(path.read_text() for path in (ROOT / "app/lua").glob("*.lua"))
+    scripts = "".join(path.read_text() for path in (ROOT / "app/core/lua").glob("*.lua"))
     called = {name.lower() for name in re.findall(r"(?:redis\.p?call|ask|size)\([^'(]*'([A-Z]+)'", scripts)}
     called |= {name.lower() for name in re.findall(r"'(LPUSH|RPUSH)'", scripts)}
     assert len(called) > 30

@@ -6,9 +6,9 @@ import pytest
 from flask.testing import FlaskClient
 from redis import Redis
 
-from app import transitions
-from app.jobs import Jobs
-from app.waiting import Waiting
+from app.core import transitions
+from app.jobs.jobs import Jobs
+from app.jobs.waiting import Waiting
 from tests.processes import (
     STATES,
     end_run,

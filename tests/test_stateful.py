@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from werkzeug.test import TestResponse
 
-from app import transitions
 from app.config import Settings
+from app.core import transitions
+from app.core.transitions import EVENTS_KEY, TERMINAL, Ending, Nothing, Run, TakeAnswer, Taken, describe_failure
 from app.main import create_app
-from app.transitions import EVENTS_KEY, TERMINAL, Ending, Nothing, Run, TakeAnswer, Taken, describe_failure
 from tests.processes import STATES, json_of, problem_of
 
 ADMIN = "ops"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from app.supervisor import Supervisor
+from app.start.supervisor import Supervisor
 from tests.processes import wait_until
 
 #: Prints as it is told to end.
@@ -40,7 +40,7 @@ def handlers() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """3000 lines take their time on a busy machine that measures coverage."""
-    monkeypatch.setattr("app.supervisor.LAST_LINES_WITHIN", 20)
+    monkeypatch.setattr("app.start.supervisor.LAST_LINES_WITHIN", 20)
 
 
 def run(

@@ -15,8 +15,9 @@ from redis.exceptions import NoScriptError, ResponseError
 from rq.registry import StartedJobRegistry
 from rq.serializers import JSONSerializer
 
-from app import overviews, transitions
-from app.transitions import (
+from app.core import queries as overviews
+from app.core import transitions
+from app.core.transitions import (
     DOORBELL_KEY,
     EVENTS_KEY,
     Abandoned,

@@ -17,10 +17,10 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 from werkzeug.test import TestResponse
 
-from app import transitions
 from app.config import Settings
+from app.core import transitions
+from app.jobs.waiting import Waiting
 from app.main import create_app
-from app.waiting import Waiting
 from tests.conftest import Service
 from tests.processes import (
     end_run,
@@ -254,8 +254,8 @@ def test_wait_is_ended_by_the_event_and_not_by_a_look(
     client: FlaskClient, redis: "Redis", ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Without the events, the second look would come when the wait is over.
-    monkeypatch.setattr("app.waiting.max", lambda *_: 100.0, raising=False)
-    monkeypatch.setattr("app.waiting.min", lambda first, *_: first, raising=False)
+    monkeypatch.setattr("app.jobs.waiting.max", lambda *_: 100.0, raising=False)
+    monkeypatch.setattr("app.jobs.waiting.min", lambda first, *_: first, raising=False)
     asked = ask("/check_status", enqueue_echo(client), wait=20)
     end_run(redis, take_job(redis), value=5)
     assert json_of(asked.result(15))["job_status"] == "finished"

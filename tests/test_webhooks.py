@@ -21,11 +21,12 @@ from rq import Queue
 from rq.serializers import JSONSerializer
 from standardwebhooks import Webhook, WebhookVerificationError
 
-from app import transitions, webhooks
 from app.config import Settings
+from app.core import transitions
+from app.core.transitions import WEBHOOKS
 from app.job_function import GiveUp, TryAgain
 from app.main import create_app
-from app.transitions import WEBHOOKS
+from app.webhooks import delivery as webhooks
 from tests.processes import (
     end_run,
     enqueue_echo,

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from rq import get_current_job
 
-from app.frames import Channel
 from app.functions import PiPayload, WordsPayload, count_words, estimate_pi, some_long_function
 from app.job_function import FUNCTIONS, JobFunction, job_function, load_functions, progress_goes_to, report_progress
-from app.strict_json import ResultNotJSON, ResultTooLarge, dump_result
-from app.work_horse import run_job
+from app.web.json_bodies import ResultNotJSON, ResultTooLarge, dump_result
+from app.worker.channel import Channel
+from app.worker.work_horse import run_job
 from tests import job_functions
 
 load_functions(["app.functions", "tests.job_functions"])

@@ -28,14 +28,14 @@ from rq.job import Dependency, Job
 from rq.serializers import JSONSerializer
 
 import app
-from app import transitions
 from app.config import get_settings
-from app.frames import Channel
-from app.horse_process import WorkHorse
-from app.jobs import Jobs
+from app.core import transitions
+from app.core.transitions import EVENTS_KEY, TERMINAL
+from app.jobs.jobs import Jobs
 from app.redis_resc import Queue
-from app.transitions import EVENTS_KEY, TERMINAL
-from app.worker import Unsettled, Worker
+from app.worker.channel import Channel
+from app.worker.horse_process import WorkHorse
+from app.worker.worker import Unsettled, Worker
 from tests.processes import ROOT, Process, environment, python, running, valkey_server, wait_until, worker
 
 SETTINGS: dict[str, Any] = {
@@ -1074,7 +1074,7 @@ def test_worker_that_cannot_load_the_functions_ends_with_a_sentence(
     assert own.workers() == set()
 
 
-@pytest.mark.parametrize("module", ["app.worker", "app.work_horse", "app.functions", "app.job_function"])
+@pytest.mark.parametrize("module", ["app.worker", "app.worker.work_horse", "app.functions", "app.job_function"])
 def test_no_web_framework_is_loaded_with(module: str) -> None:
     code = f"import sys, {module}; print(sorted({{'flask', 'apiflask', 'werkzeug', 'gevent'}} & set(sys.modules)))"
     # Measured for coverage, the process would have gevent.
@@ -1094,7 +1094,7 @@ print(threading.active_count())
 
 
 def test_import_of_any_module_opens_no_connection_and_starts_no_thread() -> None:
-    modules = ["app", *(f"app.{module.name}" for module in pkgutil.iter_modules(app.__path__))]
+    modules = ["app", *(module.name for module in pkgutil.walk_packages(app.__path__, "app."))]
     done = subprocess.run([sys.executable, "-c", WATCH, *modules], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "1\n"
 

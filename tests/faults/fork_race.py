@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 
-from app.fork_server import ForkServer
+from app.worker.fork_server import ForkServer
 
 #: Seconds of the longest way from an order to its answer, and a little more.
 WINDOW = 0.0025

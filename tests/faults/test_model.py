@@ -22,8 +22,8 @@ import hiredis
 import pytest
 from redis.exceptions import ResponseError
 
-from app import transitions
-from app.transitions import TERMINAL, Abandoned, Ending, Failure, Run, describe_failure
+from app.core import transitions
+from app.core.transitions import TERMINAL, Abandoned, Ending, Failure, Run, describe_failure
 from tests.faults.conftest import Form, Row
 from tests.processes import valkey_server
 

@@ -1,0 +1,1 @@
+"""The dashboard: one page, which is a client of the public API."""

