@@ -27,6 +27,8 @@ from redis import BlockingConnectionPool
 from redis.connection import parse_url
 from redis.exceptions import RedisError
 
+#: Bytes from which on a call of a function is large, or a body or an answer: it is counted how many there are of these.
+LARGE = 64 * 1024
 #: The longest any TTL or timeout may be: 30 days, in seconds.
 MAX_SECONDS = 30 * 24 * 3600
 #: The most retries that any job may have.

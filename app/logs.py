@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -12,6 +13,15 @@ from types import MappingProxyType
 from typing import Any
 
 from app.config import Settings, get_settings
+
+
+def describe_exit(code: int) -> str:
+    """How a process ended, by the return code that `subprocess` gives."""
+    if code >= 0:
+        return f"exit code {code}"
+    name = f" ({signal.Signals(-code).name})" if -code in set(signal.Signals) else ""  # not so for real-time signals
+    return f"signal {-code}{name}"
+
 
 #: What all lines of the present request have: its id.
 request_members: ContextVar[Mapping[str, Any]] = ContextVar("request_members", default=MappingProxyType({}))

@@ -22,7 +22,7 @@ from redis import Redis
 from app.config import Settings
 from app.functions import count_words
 from app.job_function import FUNCTIONS
-from app.jobs.jobs import Jobs
+from app.jobs.enqueue import Enqueuer
 from app.main import create_app
 from benchmarks.load import CONNECTIONS, find_wrk, send_load
 from benchmarks.measure import on_core, ratios, spread, take_turns
@@ -222,9 +222,9 @@ def _poll_size(redis: Redis, server: Server, size: int, is_finished: bool) -> Co
 
 def _fill(redis: Redis) -> None:
     """Let QUEUED jobs wait."""
-    jobs: Jobs = create_app(Settings(max_queue_length=10**9), redis).extensions["jobs"]
+    enqueuer: Enqueuer = create_app(Settings(max_queue_length=10**9), redis).extensions["enqueuer"]
     for _ in range(QUEUED // BATCH):
-        jobs.enqueue_many(FUNCTION, json.dumps([PAYLOAD] * BATCH).encode(), {})
+        enqueuer.enqueue_many(FUNCTION, json.dumps([PAYLOAD] * BATCH).encode(), {})
     assert redis.llen("rq:queue:default") >= QUEUED
 
 

@@ -15,10 +15,10 @@ from typing import NamedTuple
 from redis import Redis
 
 from app.config import Settings
-from app.core import transitions
+from app.core import scripts, transitions
 from app.functions import count_words
 from app.job_function import FUNCTIONS
-from app.jobs.enqueue import Origin
+from app.jobs.enqueue import Enqueuer, Origin
 from app.jobs.jobs import Jobs
 from app.main import create_app
 from benchmarks.measure import spread
@@ -42,6 +42,7 @@ class Store(NamedTuple):
     """The jobs of one server, and the cursor at which the older half of them begins."""
 
     jobs: Jobs
+    enqueuer: Enqueuer
     middle: str | None
 
     def page(self, filters: dict[str, str], from_middle: bool) -> float:
@@ -57,12 +58,12 @@ class Store(NamedTuple):
         return int(self.jobs.connection.info("memory")["used_memory"])
 
 
-def fill(jobs: Jobs, count: int) -> str | None:
+def fill(jobs: Jobs, enqueuer: Enqueuer, count: int) -> str | None:
     """Make so many jobs, a page of them failed and then one of each batch; returns the cursor at their middle."""
-    ending = transitions.Ending("failed", 9999, 9999, failure=transitions.describe_failure("ValueError", "boom"))
+    ending = transitions.Ending("failed", 9999, 9999, failure=scripts.describe_failure("ValueError", "boom"))
     middle = None
     for made in range(0, count, BATCH):
-        jobs.enqueue_many(FUNCTION, json.dumps([PAYLOAD] * BATCH).encode(), {})
+        enqueuer.enqueue_many(FUNCTION, json.dumps([PAYLOAD] * BATCH).encode(), {})
         for number in range(made, made + (20 if made == 0 else 1)):  # enough for a page, then few among many
             taken = transitions.take(jobs.connection, "bench", str(number), 60, ["default"])
             assert isinstance(taken, transitions.Taken)
@@ -95,10 +96,10 @@ def bytes_of_keys(store: Store, count: int) -> float:
     """Bytes that a job with an idempotency key takes more than one without."""
     before = store.memory()
     for _ in range(count):
-        store.jobs.enqueue(FUNCTION, json.dumps(PAYLOAD).encode(), {})
+        store.enqueuer.enqueue(FUNCTION, json.dumps(PAYLOAD).encode(), {})
     between = store.memory()
     for number in range(count):
-        store.jobs.enqueue(FUNCTION, json.dumps(PAYLOAD).encode(), {}, Origin(key=f"order-{number:08}"))
+        store.enqueuer.enqueue(FUNCTION, json.dumps(PAYLOAD).encode(), {}, Origin(key=f"order-{number:08}"))
     return (store.memory() - between - (between - before)) / count
 
 
@@ -117,8 +118,9 @@ def run() -> Section:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             server = stack.enter_context(valkey_server(folder, lazyfree_lazy_user_del="no", save=""))
             connection = stack.enter_context(Redis(port=server.port))
-            jobs: Jobs = create_app(Settings(max_queue_length=10**9), connection).extensions["jobs"]
-            stores.append(Store(jobs, fill(jobs, number)))
+            parts = create_app(Settings(max_queue_length=10**9), connection).extensions
+            jobs, enqueuer = parts["jobs"], parts["enqueuer"]
+            stores.append(Store(jobs, enqueuer, fill(jobs, enqueuer, number)))
         few, many = stores
         version = many.jobs.connection.info("server").get("valkey_version", "?")
         pages = compare_pages(few, many)

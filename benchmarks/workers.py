@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from redis import Redis
 
-from app.redis_resc import Queue
+from app.core.queue import Queue
 from benchmarks.job_functions import compute
 from benchmarks.measure import Figures, ratios, spread, take_turns
 from benchmarks.report import Section, Target

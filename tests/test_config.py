@@ -9,7 +9,7 @@ from redis import Redis
 from redis.connection import SSLConnection, UnixDomainSocketConnection
 
 from app.config import Settings, get_settings
-from app.redis_resc import connect
+from app.core.connections import connect
 from tests.processes import ROOT
 
 #: Those that the environment of the test run may have.

@@ -11,7 +11,7 @@ from redis import Redis
 from app.config import Settings
 from app.core import transitions
 from app.job_function import FUNCTIONS, JobFunction
-from app.jobs.jobs import Jobs
+from app.jobs.enqueue import Enqueuer
 from app.main import create_app
 from tests.processes import enqueue_echo, json_of, just_set, problem_of, take_job
 
@@ -127,8 +127,8 @@ def test_retries_out_of_range_are_422(client: FlaskClient, retries: str) -> None
     assert problem["errors"][0]["loc"] == ["query", "retries"]
 
 
-def test_delayed_jobs_count_against_the_limit_of_the_queue(client: FlaskClient, jobs: Jobs) -> None:
-    jobs.settings = jobs.settings.model_copy(update={"max_queue_length": 2})
+def test_delayed_jobs_count_against_the_limit_of_the_queue(client: FlaskClient, enqueuer: Enqueuer) -> None:
+    enqueuer.settings = enqueuer.settings.model_copy(update={"max_queue_length": 2})
     enqueue_echo(client, delay=100)
     enqueue_echo(client)
     problem_of(enqueue(client, delay=100), 503, "queue-full")

@@ -443,7 +443,7 @@ def allowed(answer: Any) -> set[str]:
 @pytest.mark.parametrize("name", ["nope", "Echo", "app.functions.some_long_function", "os.system", "__import__", "%00"])
 def test_enqueue_knows_only_job_functions(client: FlaskClient, redis: "Redis", app: APIFlask, name: str) -> None:
     problem = problem_of(client.post(f"/enqueue/{name}", json=1), 404, "function-not-found")
-    assert problem["known"] == sorted(app.extensions["jobs"].functions)
+    assert problem["known"] == sorted(app.extensions["enqueuer"].functions)
     assert waiting(redis) == []
 
 

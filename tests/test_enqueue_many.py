@@ -10,7 +10,7 @@ from rq.serializers import JSONSerializer
 
 from app.config import Settings
 from app.core import transitions
-from app.jobs.jobs import GROUP_TTL, Jobs
+from app.jobs.enqueue import GROUP_TTL, Enqueuer
 from app.main import create_app
 from tests.processes import end_run, json_of, just_set, problem_of, take_job
 
@@ -59,16 +59,18 @@ def test_jobs_of_a_batch_are_jobs_like_any_other(client: FlaskClient, redis: Any
     assert json_of(client.post(f"/retry?job_id={second}"))["job_status"] == "queued"
 
 
-def test_enqueue_many_is_one_round_trip(client: FlaskClient, jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_enqueue_many_is_one_round_trip(
+    client: FlaskClient, enqueuer: Enqueuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     enqueue_many(client, [0])  # the script is known, and the secret loaded
     sent: list[Any] = []
-    execute: Any = jobs.connection.execute_command
+    execute: Any = enqueuer.connection.execute_command
 
     def watch(*args: Any, **options: Any) -> Any:
         sent.append(args[0])
         return execute(*args, **options)
 
-    monkeypatch.setattr(jobs.connection, "execute_command", watch)
+    monkeypatch.setattr(enqueuer.connection, "execute_command", watch)
     assert enqueue_many(client, list(range(500))).status_code == 202
     assert sent == ["EVALSHA"]
 
@@ -131,8 +133,10 @@ def test_answer_names_a_bounded_number_of_errors(client: FlaskClient) -> None:
     assert len(problem["errors"]) == 100
 
 
-def test_batch_that_does_not_fit_into_the_queue_is_refused_whole(client: FlaskClient, redis: Any, jobs: Jobs) -> None:
-    jobs.settings = jobs.settings.model_copy(update={"max_queue_length": 5})
+def test_batch_that_does_not_fit_into_the_queue_is_refused_whole(
+    client: FlaskClient, redis: Any, enqueuer: Enqueuer
+) -> None:
+    enqueuer.settings = enqueuer.settings.model_copy(update={"max_queue_length": 5})
     assert enqueue_many(client, [1, 2, 3]).status_code == 202
     answer = enqueue_many(client, [1, 2, 3])
     assert problem_of(answer, 503, "queue-full")["queue"] == "default"

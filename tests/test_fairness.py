@@ -13,16 +13,15 @@ from flask import Response
 from flask.testing import FlaskClient
 from redis import Redis
 
-from app.config import Settings
-from app.jobs.enqueue import LARGE
+from app.config import LARGE, Settings
 from app.main import create_app
-from app.web.limits import LARGE_AT_ONCE, Shares, limit_sending
+from app.web.limits import LARGE_AT_ONCE, FairQuota, limit_send_time
 from tests.processes import end_run, json_of, problem_of, take_job, wait_until
 from tests.test_auth import ALICE, KEYS, OPS, _bearer
 
 
 def test_a_key_gets_as_much_as_it_leaves_for_the_others() -> None:
-    shares = Shares(100, of_several_keys=True)
+    shares = FairQuota(100, of_several_keys=True)
     assert [shares.take("alice", 10) for _ in range(6)] == [True] * 5 + [False]
     assert [shares.take("bob", 10) for _ in range(4)] == [True, True, False, False]
     assert shares.take("carol", 15)
@@ -31,7 +30,7 @@ def test_a_key_gets_as_much_as_it_leaves_for_the_others() -> None:
 
 
 def test_everybody_as_one_gets_all_of_it() -> None:
-    shares = Shares(100, of_several_keys=False)
+    shares = FairQuota(100, of_several_keys=False)
     assert [shares.take("", 10) for _ in range(11)] == [True] * 10 + [False]
     shares.give_back("", 10)
     assert shares.take("", 10)
@@ -153,7 +152,7 @@ def test_a_large_answer_may_take_a_while_but_not_for_ever(client: FlaskClient) -
     connection = Mock()
     with client.application.test_request_context(environ_overrides={"gunicorn.socket": connection}):
         for size, is_limited in ((LARGE, False), (LARGE + 1, True), (10 * LARGE, True)):
-            answer = limit_sending(Response(b"x" * size))
+            answer = limit_send_time(Response(b"x" * size))
             limits = [getattr(close, "__self__") for close in answer._on_close]  # noqa: B009  # mypy knows of none
             assert [(limit.seconds, limit.pending) for limit in limits] == [(60 + size / 16384, True)] * is_limited
             answer.close()

@@ -9,7 +9,7 @@ from redis import Redis
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from app.redis_resc import Queue
+from app.core.queue import Queue
 from tests.job_functions import fail, return_unjsonable
 from tests.processes import end_run, enqueue_echo, job_in_state, problem_of, run_stock_worker, take_job
 

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 import requests
 
-from app.jobs.enqueue import LARGE
+from app.config import LARGE
 from tests.conftest import Service
 
 JSON = "Content-Type: application/json"

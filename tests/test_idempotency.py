@@ -9,7 +9,7 @@ from flask.testing import FlaskClient
 
 from app.config import Settings
 from app.core.job_ids import JobIds
-from app.jobs.jobs import KEY_TTL, Jobs
+from app.jobs.enqueue import KEY_TTL, Enqueuer
 from app.main import create_app
 from tests.processes import STATES, end_run, json_of, just_set, problem_of, take_job
 
@@ -134,20 +134,20 @@ def test_malformed_key_is_422(client: FlaskClient, redis: Any, key: str) -> None
     assert job_ids(redis) == []
 
 
-def test_replay_comes_before_the_limit_of_the_queue(client: FlaskClient, redis: Any, jobs: Jobs) -> None:
+def test_replay_comes_before_the_limit_of_the_queue(client: FlaskClient, redis: Any, enqueuer: Enqueuer) -> None:
     job_id = json_of(send(client, "k"))["job_id"]
-    jobs.settings = jobs.settings.model_copy(update={"max_queue_length": 1})
+    enqueuer.settings = enqueuer.settings.model_copy(update={"max_queue_length": 1})
     problem_of(send(client, "other"), 503, "queue-full")
     answer = send(client, "k")
     assert (answer.status_code, json_of(answer)["job_id"]) == (202, job_id)
 
 
-def test_refused_request_does_not_use_its_key_up(client: FlaskClient, redis: Any, jobs: Jobs) -> None:
-    settings = jobs.settings
-    jobs.settings = settings.model_copy(update={"max_queue_length": 1})
+def test_refused_request_does_not_use_its_key_up(client: FlaskClient, redis: Any, enqueuer: Enqueuer) -> None:
+    settings = enqueuer.settings
+    enqueuer.settings = settings.model_copy(update={"max_queue_length": 1})
     send(client, "first")
     problem_of(send(client, "k"), 503, "queue-full")
-    jobs.settings = settings
+    enqueuer.settings = settings
     answer = send(client, "k", 2)  # even for something else
     assert answer.status_code == 202
     assert REPLAYED not in answer.headers

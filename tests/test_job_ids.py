@@ -5,7 +5,7 @@ import pytest
 from redis import Redis
 
 from app.core.job_ids import JobIds
-from app.core.transitions import SECRET_KEY
+from app.core.scripts import SECRET_KEY
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from rq.serializers import JSONSerializer
 
 from app.config import Settings
 from app.core import transitions
-from app.jobs.enqueue import Origin
+from app.jobs.enqueue import Enqueuer, Origin
 from app.jobs.jobs import Jobs
 from app.main import create_app
 from tests.processes import STATES, end_run, enqueue_echo, job_in_state, json_of, problem_of, run_stock_worker, take_job
@@ -366,9 +366,9 @@ def test_sweep_forgets_owners_that_have_no_jobs_left(as_key: Any, redis: "Redis"
     assert not redis.exists("rq:api:owners", "rq:api:jobs:alice:queued", "rq:api:jobs::queued")
 
 
-def test_sweep_looks_at_a_bounded_number_of_owners_at_a_time(jobs: Jobs, redis: "Redis") -> None:
+def test_sweep_looks_at_a_bounded_number_of_owners_at_a_time(enqueuer: Enqueuer, redis: "Redis") -> None:
     for number in range(50):
-        receipt = jobs.enqueue(jobs.find_function("echo"), b"%d" % number, {}, Origin(f"owner-{number}"))
+        receipt = enqueuer.enqueue(enqueuer.find_function("echo"), b"%d" % number, {}, Origin(f"owner-{number}"))
         redis.delete(f"rq:job:{receipt.job_id}")
     swept = [sweep(redis) for _ in range(13)]
     assert swept[0] == 50 + 4  # the index of all jobs, and those of some owners

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from app.jobs.enqueue import LARGE
+from app.config import LARGE
 from tests.processes import environment, gunicorn, patient_url, valkey_server, wait_until
 from tests.test_auth import ALICE, BOB, KEYS, OPS
 

@@ -19,7 +19,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from rq.utils import utcformat
 
 from app.core import transitions
-from app.core.transitions import TIME_BOUNDS, Failure
+from app.core.scripts import TIME_BOUNDS, Failure
 from tests.processes import (
     ROOT,
     Process,

@@ -12,7 +12,7 @@ from redis import Redis
 from redis.exceptions import NoScriptError, ResponseError
 
 from app.config import Settings
-from app.redis_resc import connect
+from app.core.connections import connect
 from app.web.shared_round_trips import LARGE, PipelinedRedis
 
 

@@ -14,7 +14,7 @@ from apiflask import APIFlask
 from app.config import Settings
 from app.job_function import FUNCTIONS
 from app.jobs.problems import PROBLEMS
-from app.web.schemas import enqueue_query
+from app.web.schemas import EnqueueQuery, make_job_options
 from tests.processes import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -67,7 +67,7 @@ def test_readme_lists_each_route(app: APIFlask) -> None:
 
 
 def test_readme_lists_each_option_of_enqueue() -> None:
-    options = set(enqueue_query(Settings()).model_fields)
+    options = set(make_job_options(Settings())[EnqueueQuery].model_fields)
     listed = re.findall(r"`(\w+)=", "\n".join(row[0] for row in _rows(_section("The API"))))
     assert set(listed) - {"job_id"} == options
 

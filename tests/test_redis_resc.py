@@ -5,7 +5,7 @@ from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from app.config import Settings
-from app.redis_resc import Pool, connect
+from app.core.connections import Pool, connect
 
 
 def test_pool_replaces_a_connection_that_redis_closed(real_redis: Redis, redis_url: str) -> None:

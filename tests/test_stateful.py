@@ -17,7 +17,8 @@ from werkzeug.test import TestResponse
 
 from app.config import Settings
 from app.core import transitions
-from app.core.transitions import EVENTS_KEY, TERMINAL, Ending, Nothing, Run, TakeAnswer, Taken, describe_failure
+from app.core.scripts import EVENTS_KEY, TERMINAL, describe_failure
+from app.core.transitions import Ending, Nothing, Run, TakeAnswer, Taken
 from app.main import create_app
 from tests.processes import STATES, json_of, problem_of
 

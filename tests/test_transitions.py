@@ -16,24 +16,9 @@ from rq.registry import StartedJobRegistry
 from rq.serializers import JSONSerializer
 
 from app.core import queries as overviews
-from app.core import transitions
-from app.core.transitions import (
-    DOORBELL_KEY,
-    EVENTS_KEY,
-    Abandoned,
-    Again,
-    Created,
-    Ending,
-    Exists,
-    Failure,
-    Fields,
-    Full,
-    Nothing,
-    Run,
-    Skipped,
-    Taken,
-    describe_failure,
-)
+from app.core import scripts, transitions
+from app.core.scripts import DOORBELL_KEY, EVENTS_KEY, Failure, describe_failure
+from app.core.transitions import Abandoned, Again, Created, Ending, Exists, Fields, Full, Nothing, Run, Skipped, Taken
 from tests.processes import just_set
 
 #: A client; the annotations of redis-py are unions of all that a command may ever answer.
@@ -156,7 +141,7 @@ def seconds_of(timestamp: str) -> float:
 )
 def test_timestamp_is_the_calendars(redis: Any, moment: str) -> None:
     microseconds = round(seconds_of(moment) * 1e6)
-    script = transitions._COMMON + "return timestamp(tonumber(ARGV[1]) / 1e6)"
+    script = scripts._COMMON + "return timestamp(tonumber(ARGV[1]) / 1e6)"
     text = redis.eval(script, 0, microseconds).decode()
     # A double holds today's seconds to a quarter of a microsecond; cutting off may lose a whole one.
     assert abs(round(seconds_of(text) * 1e6) - microseconds) <= 1
@@ -1298,10 +1283,10 @@ def test_clients_that_decode_are_served_too(redis: Any) -> None:
 
 def test_event_log_is_bounded(redis: Any) -> None:
     # The fake one takes some ten seconds for what a server does in a hundredth of one: a bound of a tenth shows it too.
-    script = transitions._COMMON.replace("EVENTS_KEPT = 10000", "EVENTS_KEPT = 1000")
-    redis.eval(script + "for i = 1, 2500 do tell('j', 'queued') end", 0)
+    script = scripts._COMMON.replace("EVENTS_KEPT = 10000", "EVENTS_KEPT = 1000")
+    redis.eval(script + "for i = 1, 2500 do log_event('j', 'queued') end", 0)
     assert 1_000 <= redis.xlen(EVENTS_KEY) < 1_200
-    assert "EVENTS_KEPT = 10000" in transitions._COMMON
+    assert "EVENTS_KEPT = 10000" in scripts._COMMON
 
 
 def test_doorbell_rings_for_all_that_becomes_waiting(redis: Any) -> None:

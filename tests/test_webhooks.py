@@ -22,10 +22,11 @@ from rq.serializers import JSONSerializer
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from app.config import Settings
-from app.core import transitions
-from app.core.transitions import WEBHOOKS
+from app.core import scripts, transitions
+from app.core.scripts import WEBHOOKS
 from app.job_function import GiveUp, TryAgain
 from app.main import create_app
+from app.webhooks import addresses
 from app.webhooks import delivery as webhooks
 from tests.processes import (
     end_run,
@@ -319,7 +320,7 @@ def test_whatever_ends_a_job_enqueues_its_message(client: FlaskClient, redis: "R
 def test_a_job_that_crashed_too_often_tells_of_it(client: FlaskClient, redis: "Redis") -> None:
     job_id = enqueue_echo(client, webhook=URL)
     run = take_job(redis)
-    failure = transitions.describe_failure("WorkHorseDied", "killed by signal 9")
+    failure = scripts.describe_failure("WorkHorseDied", "killed by signal 9")
     assert transitions.release(redis, run, crashed=True, limit=0, failure=failure, failure_ttl=100) == "failed"
     assert only_message(client, job_id)["type"] == "job.failed"
 
@@ -377,7 +378,7 @@ def test_a_redelivery_has_all_its_tries_before_it(client: FlaskClient, redis: "R
     end_run(redis, take_job(redis))
     webhook_id = only_message(client, job_id)["webhook_id"]
     run = take_job(redis, WEBHOOKS)
-    ending = transitions.Ending("failed", 100, 100, failure=transitions.describe_failure("GiveUp", "410"), after=-1)
+    ending = transitions.Ending("failed", 100, 100, failure=scripts.describe_failure("GiveUp", "410"), after=-1)
     assert transitions.finish(redis, run, ending) == "failed"
     for _ in range(times):  # the second finds it waiting
         assert client.post(f"/webhooks/redeliver?job_id={job_id}").status_code == 202
@@ -446,7 +447,7 @@ def test_what_is_no_public_address_is_told_nothing(client: FlaskClient, redis: "
         problem = problem_of(client.post(path, json=[1], query_string={"webhook": url}), 422, "invalid-request")
         assert problem["errors"][0]["loc"] == ["query", "webhook"]
     assert not redis.exists("rq:queue:default")
-    with pytest.raises((webhooks.Refused, OSError)):
+    with pytest.raises((addresses.Refused, OSError)):
         webhooks._post(url, b"", {}, allow_private=False)
 
 
@@ -479,7 +480,7 @@ def test_a_name_that_changes_is_refused_at_the_delivery_and_the_checked_address_
 ) -> None:
     """DNS rebinding: the name is resolved once for a try; what is dialled is what was looked at."""
     url = f"http://rebound.example:{receiver.server.server_port}/"
-    with _resolves_to("127.0.0.1"), pytest.raises(webhooks.Refused):
+    with _resolves_to("127.0.0.1"), pytest.raises(addresses.Refused):
         webhooks._post(url, b"{}", {}, allow_private=False)
     assert receiver.told == []
     with _resolves_to("127.0.0.1") as resolve:
@@ -529,7 +530,7 @@ def test_what_an_answer_means(
         (answer[0], None) if answer else (None, "Refused: the host '127.0.0.1' is not a public one")
     )
     ttl = 24 * 3600 if raised is None else 11 * 24 * 3600
-    keys = transitions.tries_key(message), transitions.deliveries_key(job_id)
+    keys = scripts.tries_key(message), scripts.deliveries_key(job_id)
     assert [redis.ttl(key) for key in keys] == [just_set(ttl)] * 2
 
 
@@ -593,5 +594,5 @@ def test_a_log_of_tries_that_somebody_spoiled(client: FlaskClient, redis: "Redis
     job_id = enqueue_echo(client, webhook=URL)
     end_run(redis, take_job(redis))
     webhook_id = only_message(client, job_id)["webhook_id"]
-    redis.rpush(transitions.tries_key(webhook_id), "{", "[]", '{"at": "x"}', b"\xff")
+    redis.rpush(scripts.tries_key(webhook_id), "{", "[]", '{"at": "x"}', b"\xff")
     assert only_message(client, job_id)["tries"] == [{"at": "x", "status_code": None, "error": None, "seconds": None}]

@@ -15,8 +15,8 @@ from rq import get_current_job
 
 from app.functions import PiPayload, WordsPayload, count_words, estimate_pi, some_long_function
 from app.job_function import FUNCTIONS, JobFunction, job_function, load_functions, progress_goes_to, report_progress
-from app.web.json_bodies import ResultNotJSON, ResultTooLarge, dump_result
 from app.worker.channel import Channel
+from app.worker.results import ResultNotJSON, ResultTooLarge, dump_result
 from app.worker.work_horse import run_job
 from tests import job_functions
 

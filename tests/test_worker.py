@@ -29,10 +29,10 @@ from rq.serializers import JSONSerializer
 
 import app
 from app.config import get_settings
-from app.core import transitions
-from app.core.transitions import EVENTS_KEY, TERMINAL
+from app.core import scripts, transitions
+from app.core.queue import Queue
+from app.core.scripts import EVENTS_KEY, TERMINAL
 from app.jobs.jobs import Jobs
-from app.redis_resc import Queue
 from app.worker.channel import Channel
 from app.worker.horse_process import WorkHorse
 from app.worker.worker import Unsettled, Worker
@@ -495,7 +495,7 @@ def test_job_that_was_lost_before_it_began_is_not_run(real_redis: "Redis") -> No
     assert taken
     (execution,) = (key.decode() for key in real_redis.scan_iter(f"rq:execution:{job_id}:*"))
     run = transitions.Run(job_id, execution.rpartition(":")[2], "default", first.name)
-    failure = transitions.describe_failure("WorkHorseDied", "lost")
+    failure = scripts.describe_failure("WorkHorseDied", "lost")
     assert transitions.release(real_redis, run, crashed=True, limit=3, failure=failure, failure_ttl=9) == "queued"
     first._taken_at -= 2  # seconds
     first.execute_job(*taken)
@@ -1189,8 +1189,8 @@ def test_retried_job_with_a_dependent_that_finishes_shows_no_error(own: Bench, t
     with worker(environment(own.url), tmp_path / "worker.log"):
         own.end_of(second, "finished")
     own.end_of(first, "finished")
-    jobs = Jobs(get_settings(), own.redis, {})
-    assert jobs.read_status(first, None)["error"] is None
+    jobs = Jobs(get_settings(), own.redis)
+    assert jobs.read_status(first, None).error is None
 
 
 def test_crash_limit_of_a_job_with_dependents_is_handled_as_rq_does(own: Bench, tmp_path: Path) -> None:

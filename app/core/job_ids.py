@@ -14,7 +14,7 @@ import uuid
 
 from redis import Redis
 
-from app.core.transitions import SECRET_KEY
+from app.core.scripts import SECRET_KEY
 
 
 class JobIds:

@@ -1,13 +1,25 @@
 """What Redis tells of many jobs at once: pages of them, groups, and the queues and workers as a whole."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from redis import Redis
 
-from app.core.transitions import TIME_BOUNDS, owner_argument, run_script, to_text
+from app.core.scripts import TIME_BOUNDS, owner_argument, run_script, to_text
+
+
+def read_tries(entries: list[bytes]) -> Iterator[dict[str, Any]]:
+    """The log of tries, without what we did not write."""
+    for entry in entries:
+        try:
+            found = json.loads(entry)
+        except ValueError:
+            continue
+        if isinstance(found, dict):
+            yield {name: found.get(name) for name in ("at", "status_code", "error", "seconds")}
 
 
 class Cursor(NamedTuple):

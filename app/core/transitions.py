@@ -5,128 +5,15 @@ the state it expects, and one that comes too late changes nothing. All of them m
 is tried again does no harm.
 """
 
-import base64
-import hashlib
 import json
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack, cast
 
 from redis import Redis
 from redis.connection import Connection
-from redis.exceptions import NoScriptError, ResponseError
-from rq.defaults import RQ_KEY_PREFIX
-from rq.exceptions import NoSuchJobError, TimeoutFormatError
+from redis.exceptions import ResponseError
 
-EVENTS_KEY = f"{RQ_KEY_PREFIX}:api:events"
-DOORBELL_KEY = f"{RQ_KEY_PREFIX}:api:doorbell"
-SECRET_KEY = f"{RQ_KEY_PREFIX}:api:secret"
-#: Written by `/readyz`, to see whether Redis takes writes.
-PROBE_KEY = f"{RQ_KEY_PREFIX}:api:probe"
-
-#: Upper bounds, in seconds, of the buckets in which it is counted how long jobs wait and run.
-TIME_BOUNDS = (0.005, 0.025, 0.1, 0.5, 1, 5, 15, 60, 300, 1800, 7200)
-
-#: The queue of the messages to webhooks, what runs them, and the seconds that one try may take.
-WEBHOOKS = "webhooks"
-DELIVER = "app.webhooks.deliver"
-RUN_LIMIT = 30
-#: Seconds that the log of an undelivered message is kept: all its tries, and the week that RQ keeps its failure.
-MESSAGES_KEPT = 11 * 24 * 3600
-
-#: The statuses after which nothing happens to a job by itself (rq.job.JobStatus).
-TERMINAL = frozenset({"finished", "failed", "stopped", "canceled"})
-
-#: What RQ's `Job.fetch` raises for a job that is gone or corrupt; AssertionError for a timeout that is no number.
-UNREADABLE = (NoSuchJobError, ValueError, TimeoutFormatError, AssertionError)
-
-
-class Failure(NamedTuple):
-    """How a run ended badly, as it is stored: for RQ its exception's text (base64 of zlib), for the API JSON."""
-
-    exception: str = ""
-    error: str = ""
-
-
-def describe_failure(kind: str, message: str, trace: str | None = None) -> Failure:
-    """The failure by an exception of this class and text; the traceback, if there is one, is for RQ."""
-    text = trace if trace is not None else f"{kind}: {message}\n"
-    compressed = base64.b64encode(zlib.compress(text.encode(errors="backslashreplace"))).decode()
-    return Failure(compressed, json.dumps({"type": kind, "message": message}))
-
-
-#: How a job ends that was canceled while it ran.
-STOPPED = describe_failure("JobStopped", "The job was stopped on request.")
-
-_LUA = Path(__file__).parent / "lua"
-_COMMON = (_LUA / "common.lua").read_text()
-for _name, _value in {
-    "RQ": RQ_KEY_PREFIX,
-    "BOUNDS": ", ".join(map(str, TIME_BOUNDS)),
-    "STOPPED_EXCEPTION": STOPPED.exception,
-    "STOPPED_ERROR": STOPPED.error,
-    "WEBHOOKS": WEBHOOKS,
-    "DELIVER": DELIVER,
-    "RUN_LIMIT": RUN_LIMIT,
-    "MESSAGES_KEPT": MESSAGES_KEPT,
-}.items():
-    _COMMON = _COMMON.replace(f"{{{_name}}}", str(_value))
-_SCRIPTS = {path.stem: _COMMON + path.read_text() for path in _LUA.glob("*.lua") if path.stem != "common"}
-_DIGESTS = {name: hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest() for name, text in _SCRIPTS.items()}
-
-Argument = str | bytes | int | float
-
-
-def _encode(arguments: Iterable[Argument]) -> list[Argument]:
-    return [part.encode(errors="surrogateescape") if isinstance(part, str) else part for part in arguments]
-
-
-def run_script(connection: Redis, script: str, *arguments: Argument) -> Any:
-    """What the script of this name answers.
-
-    Raises:
-        RedisError: it is not known whether the script was run; or, with a ResponseError, Redis refused.
-    """
-    raw = _encode(arguments)
-    try:
-        return connection.evalsha(_DIGESTS[script], 0, *raw)
-    except NoScriptError:  # Redis was restarted, or never saw it
-        return connection.eval(_SCRIPTS[script], 0, *raw)
-
-
-def to_text(value: bytes | str) -> str:
-    """Text as Redis answered it; an id that is not UTF-8 goes back to Redis as it came (`run_script`)."""
-    return value.decode(errors="surrogateescape") if isinstance(value, bytes) else value
-
-
-def job_key(job_id: str) -> str:
-    """The key of the job's hash."""
-    return f"{RQ_KEY_PREFIX}:job:{job_id}"
-
-
-def results_key(job_id: str) -> str:
-    """The key of the stream of the job's results."""
-    return f"{RQ_KEY_PREFIX}:results:{job_id}"
-
-
-def deliveries_key(job_id: str) -> str:
-    """The key of the list of messages that told of a job's ends."""
-    return f"{RQ_KEY_PREFIX}:api:webhooks:{job_id}"
-
-
-def tries_key(webhook_id: str) -> str:
-    """The key of the log of a message's tries."""
-    return f"{RQ_KEY_PREFIX}:api:tries:{webhook_id}"
-
-
-def workers_key(queue: str) -> str:
-    """The key of the set of the queue's workers."""
-    return f"{RQ_KEY_PREFIX}:workers:{queue}"
-
-
-def _flatten(fields: Mapping[str, Argument]) -> list[Argument]:
-    return [part for field in fields.items() for part in field]
+from app.core.scripts import DIGESTS, Argument, Failure, encode_arguments, flatten, owner_argument, run_script, to_text
 
 
 class Created(NamedTuple):
@@ -188,8 +75,8 @@ def enqueue(
     """
     common = {"count": len(jobs), "queue": queue, "limit": limit, **options}
     common |= {"owner": shared.get("owner"), "fn": shared.get("function")}
-    flat = _flatten(shared)
-    own = [part for job_id, fields in jobs.items() for part in (job_id, 2 * len(fields), *_flatten(fields))]
+    flat = flatten(shared)
+    own = [part for job_id, fields in jobs.items() for part in (job_id, 2 * len(fields), *flatten(fields))]
     given = json.dumps({name: value for name, value in common.items() if value is not None})
     word, *rest = map(to_text, run_script(connection, "enqueue", given, len(flat), *flat, *own))
     if word == "created":
@@ -358,8 +245,8 @@ def take_and_finish(
         As `take`; None if Redis refused, for a reason that a `take` by itself will learn.
     """
     wire = _wire_of(connection)
-    wire.send_command("EVALSHA", _DIGESTS["take"], 0, *_encode((run.worker, execution, lease, *queues)))
-    wire.send_command("EVALSHA", _DIGESTS["finish"], 0, *_encode(ending.arguments(run)))
+    wire.send_command("EVALSHA", DIGESTS["take"], 0, *encode_arguments((run.worker, execution, lease, *queues)))
+    wire.send_command("EVALSHA", DIGESTS["finish"], 0, *encode_arguments(ending.arguments(run)))
     try:
         return _read_taken(wire.read_response())
     except ResponseError:
@@ -423,11 +310,6 @@ def promote(connection: Redis, queues: Sequence[str]) -> Promoted:
     """Let the delayed jobs and retries whose time has come wait in their queues."""
     jobs, due = run_script(connection, "promote", *queues)
     return Promoted(jobs, float(due) if due else None)
-
-
-def owner_argument(owner: str | None) -> str:
-    """Whose jobs a script may touch; None is anybody."""
-    return "*" if owner is None else owner
 
 
 def cancel(connection: Redis, job_id: str, owner: str | None, failure_ttl: int) -> str:

@@ -10,14 +10,15 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import Context
+from functools import partial
 from typing import Any
 
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
-from app.core.transitions import EVENTS_KEY
-from app.logs import request_members
+from app.core.scripts import EVENTS_KEY
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ LINGER = 10.0
 FIELDS = (b"job_id", b"status")
 
 
-class Bell(threading.Event):
+class Subscription(threading.Event):
     """Set at each event of a job. A listener clears it before it reads the status, and so misses none."""
 
     def __init__(self) -> None:
@@ -50,19 +51,19 @@ class EventLog:
         """Take a client for quick commands, and what makes the reader's own, whose reads block."""
         self._connection = connection
         self._connect = connect
-        self._bells: defaultdict[str, set[Bell]] = defaultdict(set)
+        self._bells: defaultdict[str, set[Subscription]] = defaultdict(set)
         self._lock = threading.Lock()
         #: Whether somebody listens, or did just now: a new listener misses nothing from the first moment on then.
         self.is_read = False
 
     @contextmanager
-    def listen(self, job_id: str) -> Iterator[Bell]:
+    def listen(self, job_id: str) -> Iterator[Subscription]:
         """Hear of each event of a job from now on.
 
         Raises:
             RedisError: the reader has to be started, and Redis does not answer.
         """
-        bell = Bell()
+        bell = Subscription()
         with self._lock:
             self._bells[job_id].add(bell)
         try:
@@ -84,13 +85,14 @@ class EventLog:
             # is not kept waiting for it (it may be stalled), and might miss an event until its next look at the job.
             newest: list[Any] = self._connection.xrevrange(EVENTS_KEY, count=1)  # type: ignore[assignment]  # not awaitable
             position = newest[0][0] if newest else "0-0"
-            threading.Thread(target=self._read, args=(position,), name="events", daemon=True).start()
+            # In a new context: under gevent the thread would log with the id of the request that starts it.
+            read = partial(Context().run, self._read, position)
+            threading.Thread(target=read, name="events", daemon=True).start()
         except BaseException:
             self.is_read = False
             raise
 
     def _read(self, position: bytes | str) -> None:
-        request_members.set({})  # not those of the request that came first
         connection = self._connect()
         last_heard = time.monotonic()
         try:

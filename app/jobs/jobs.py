@@ -1,6 +1,6 @@
-"""What can be done with jobs: enqueue, cancel, retry, list, read their status, read their result.
+"""The jobs of one Redis: read their status, result and payload, cancel, retry, list. `enqueue.py` makes new ones.
 
-Knows neither Flask nor the environment: it takes the settings and the connection, and raises the `problems`.
+Knows neither Flask nor the environment: it takes settings and connection, and raises the `problems`.
 """
 
 import base64
@@ -10,231 +10,52 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any
 
-from pydantic_core import from_json
 from redis import Redis
 
-from app.config import MAX_SECONDS, Settings
-from app.core import queries as overviews
-from app.core import transitions
+from app.config import Settings
+from app.core import queries, scripts, transitions
 from app.core.job_ids import JobIds
-from app.core.transitions import TERMINAL
-from app.job_function import JobFunction
+from app.core.scripts import TERMINAL
 from app.jobs import problems
-from app.jobs.enqueue import (
-    MOST_ERRORS,
-    NOBODY,
-    Options,
-    Origin,
-    choose_options,
-    find_errors,
-    make_fingerprint,
-    own_fields,
-    shared_fields,
-)
+from app.jobs.problems import POLL_AGAIN
 from app.jobs.status import (
     STATUS_FIELDS,
     StatusObject,
+    StatusWithResult,
     decode_fields,
-    make_status_object,
+    make_status,
     read_return_value,
     read_stored_payload,
 )
-from app.web.json_bodies import dump_json
-from app.webhooks import delivery as webhooks
 
-#: Seconds after which a client should ask again for a job that has not ended.
-POLL_AGAIN = 1
-#: Seconds after which a client should try again when the service could not do what it was asked.
-TRY_AGAIN = 5
-#: Seconds that an idempotency key is remembered at least.
-KEY_TTL = 24 * 3600
-#: Seconds that a group is kept, whatever becomes of its jobs: the longest delay and the longest TTL.
-GROUP_TTL = 2 * MAX_SECONDS
-#: Jobs that one page of a list looks at, at most, to find those that fit.
+#: Jobs that one page of a list looks at, at most, to find those that fit its filters.
 MOST_LOOKED_AT = 1000
 
 
-def _encode_cursor(cursor: overviews.Cursor) -> str:
+def _encode_cursor(cursor: queries.Cursor) -> str:
     text = " ".join(cursor).encode(errors="surrogateescape")
     return base64.urlsafe_b64encode(text).decode().rstrip("=")
 
 
-def _decode_cursor(text: str) -> overviews.Cursor:
+def _decode_cursor(text: str) -> queries.Cursor:
     with suppress(ValueError):
         decoded = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)).decode(errors="surrogateescape")
         created, _, job_id = decoded.partition(" ")
         if re.fullmatch(r"[0-9]{1,17}", created) and job_id:
-            return overviews.Cursor(created, job_id)
+            return queries.Cursor(created, job_id)
     error: problems.ErrorItem = {"loc": ["query", "cursor"], "msg": "It does not come from `next` of a page."}
-    raise problems.InvalidRequest("The cursor is none of ours.", errors=[error])
-
-
-class Receipt(NamedTuple):
-    """What came of an enqueue: the status is None if it has to be looked up, since the job was there already."""
-
-    job_id: str
-    status: StatusObject | None
-    #: the same request came before, with the same idempotency key
-    is_replay: bool
-
-
-class GroupReceipt(NamedTuple):
-    """The jobs of a batch, in the order of its payloads."""
-
-    group_id: str
-    job_ids: list[str]
-    is_replay: bool
+    raise problems.InvalidRequest("This cursor is not valid. Use the `next` link of a page.", errors=[error])
 
 
 class Jobs:
-    """The jobs of one Redis."""
+    """The jobs of one Redis. An `owner` is the name of an API key; None means the jobs of all owners."""
 
-    def __init__(self, settings: Settings, connection: Redis, functions: Mapping[str, JobFunction]) -> None:
+    def __init__(self, settings: Settings, connection: Redis) -> None:
         self.settings = settings
         self.connection = connection
-        self.functions = functions
         self.ids = JobIds(connection)
-
-    # Enqueue
-
-    def find_function(self, name: str) -> JobFunction:
-        """The job function of this name.
-
-        Raises:
-            FunctionNotFound: there is none.
-        """
-        if name not in self.functions:
-            known = sorted(self.functions)
-            raise problems.FunctionNotFound(f"There is no job function {name!r}.", known=known)
-        return self.functions[name]
-
-    def enqueue(self, function: JobFunction, payload: bytes, asked: Options, origin: Origin = NOBODY) -> Receipt:
-        """Enqueue a job.
-
-        Args:
-            function: what is to run.
-            payload: JSON text, as strict as `want_json` wants it.
-            asked: options of the request; those missing are the function's own defaults, or the settings'.
-            origin: who asks. The same request again, with the same idempotency key, gets the job of the first one,
-                whatever became of it.
-
-        Raises:
-            InvalidRequest: the payload does not fit the function.
-            IdempotencyKeyReused: the key stands for another request.
-            QueueFull: nothing was enqueued.
-        """
-        self._want_no_errors(function, find_errors(function, payload, ["body"]))
-        self._want_webhook(asked)
-        owner, key, _ = origin
-        job_id = self.ids.derive(owner, key) if key else self.ids.new(owner)
-        fingerprint = make_fingerprint(function, [payload], asked) if key else None
-        options = choose_options(function, asked, self.settings)
-        shared = shared_fields(function, options, origin, group=None)
-        own = own_fields(function, payload, options)
-        if fingerprint:
-            own["fingerprint"] = fingerprint
-        created = self._enqueue(options, {job_id: own}, shared, fingerprint, key_id=key and job_id, key_ttl=KEY_TTL)
-        if created is None:
-            # Without a key: this very request was sent to Redis twice, and did it the first time.
-            return Receipt(job_id, None, is_replay=key is not None)
-        enqueued_at = created.at if created.status == "queued" else None
-        fields = {**shared, **own, "status": created.status, "enqueued_at": enqueued_at}
-        return Receipt(job_id, make_status_object(self.connection, job_id, fields), is_replay=False)
-
-    def enqueue_many(
-        self, function: JobFunction, batch: bytes, asked: Options, origin: Origin = NOBODY
-    ) -> GroupReceipt:
-        """Enqueue a job for each payload of a batch, an array as JSON text; all or none, in one round trip.
-
-        Raises:
-            InvalidRequest: there is no payload, or there are too many, or some do not fit the function.
-            IdempotencyKeyReused, QueueFull: as `enqueue`.
-        """
-        most = self.settings.max_batch
-        values = from_json(batch)
-        if not isinstance(values, list) or not 1 <= len(values) <= most:
-            error: problems.ErrorItem = {"loc": ["body"], "msg": f"An array of 1 to {most} payloads is wanted."}
-            raise problems.InvalidRequest("The body is no array of payloads, or of too many.", errors=[error])
-        payloads = [dump_json(value) for value in values]
-        del values  # which may take ten times as much memory as their text
-        errors = [
-            error for index, payload in enumerate(payloads) for error in find_errors(function, payload, ["body", index])
-        ]
-        self._want_no_errors(function, errors)
-        self._want_webhook(asked)
-        owner, key, _ = origin
-        # An owner's name has no colon: a group's id is never taken for a job's.
-        group_owner = f"group:{owner}"
-        group = self.ids.derive(group_owner, key) if key else self.ids.new(group_owner)
-        key_id = self.ids.derive(owner, key) if key else None  # as for a single job: a key stands for one request
-        fingerprint = make_fingerprint(function, payloads, asked, is_batch=True) if key else None
-        options = choose_options(function, asked, self.settings)
-        job_ids = [
-            self.ids.derive(owner, group, str(index)) if key else self.ids.new(owner) for index in range(len(payloads))
-        ]
-        own = {
-            job_id: own_fields(function, payload, options) for job_id, payload in zip(job_ids, payloads, strict=True)
-        }
-        if fingerprint:
-            own[job_ids[0]]["fingerprint"] = fingerprint
-        shared = shared_fields(function, options, origin, group)
-        kept = {"key_id": key_id, "key_ttl": GROUP_TTL, "group": group, "group_ttl": GROUP_TTL}
-        created = self._enqueue(options, own, shared, fingerprint, **kept)
-        return GroupReceipt(group, job_ids, is_replay=created is None and key is not None)
-
-    def _want_webhook(self, asked: Options) -> None:
-        """Let the request name a webhook, if it does; the delivery looks at its address once more."""
-        if "webhook" not in asked:
-            return
-        try:
-            if not self.settings.webhook_secrets:
-                raise webhooks.Refused("this service has no webhooks: WEBHOOK_SECRETS is not set")
-            webhooks.check_url(asked["webhook"], allow_private=self.settings.webhook_allow_private)
-        except webhooks.Refused as refused:
-            error: problems.ErrorItem = {"loc": ["query", "webhook"], "msg": f"{refused}"}
-            raise problems.InvalidRequest("The webhook is not allowed.", errors=[error]) from None
-
-    @staticmethod
-    def _want_no_errors(function: JobFunction, errors: list[problems.ErrorItem]) -> None:
-        if errors:
-            raise problems.InvalidRequest(f"The payload does not fit {function.name}.", errors=errors[:MOST_ERRORS])
-
-    def _enqueue(
-        self,
-        options: Options,
-        jobs: Mapping[str, Mapping[str, transitions.Argument]],
-        shared: Mapping[str, transitions.Argument],
-        fingerprint: str | None,
-        **kept: Any,
-    ) -> transitions.Created | None:
-        """Create the jobs; None if they are there already, and come from the same request."""
-        enqueued = transitions.enqueue(
-            self.connection,
-            options["queue"],
-            jobs,
-            shared,
-            limit=self.settings.max_queue_length,
-            at_front=options.get("at_front", False),
-            ttl=options.get("ttl"),
-            delay=options.get("delay"),
-            at=options["at"].timestamp() if "at" in options else None,
-            fingerprint=fingerprint,
-            **kept,
-        )
-        match enqueued:
-            case transitions.Full():
-                raise self._full(options["queue"])
-            case transitions.Exists(known) if fingerprint is not None and known != fingerprint:
-                raise problems.IdempotencyKeyReused("This Idempotency-Key was used for another request.")
-            case transitions.Exists():
-                return None
-        return enqueued
-
-    def _full(self, queue: str | None) -> problems.QueueFull:
-        detail = f"{self.settings.max_queue_length} jobs wait in the queue {queue}, or almost."
-        return problems.QueueFull(detail, queue=queue, retry_after=TRY_AGAIN)
 
     # Control
 
@@ -263,7 +84,7 @@ class Jobs:
         """
         status = self._control(transitions.retry, job_id, owner, self.settings.max_queue_length)
         if status == "full":
-            raise self._full(self.read_status(job_id, owner)["queue"])
+            raise problems.QueueFull.of(self.read_status(job_id, owner).queue, self.settings.max_queue_length)
         if status != "queued":
             status = status.removeprefix("not ")
             raise problems.JobNotRetryable(f"The job is {status}.", job_id=job_id, job_status=status)
@@ -282,7 +103,7 @@ class Jobs:
         Raises:
             JobNotFound, ResultExpired: as `read_status`; but a message outlives its job.
         """
-        deliveries = overviews.read_deliveries(self.connection, job_id)
+        deliveries = queries.read_deliveries(self.connection, job_id)
         try:
             self.read_status(job_id, owner)
         except problems.ResultExpired:
@@ -294,7 +115,7 @@ class Jobs:
                 "type": f"job.{found.tells}",
                 "status": found.status or None,
                 "next_try_at": found.due and datetime.fromtimestamp(found.due, UTC).isoformat().replace("+00:00", "Z"),
-                "tries": list(webhooks.read_tries(found.tries)),
+                "tries": list(queries.read_tries(found.tries)),
             }
             for found in deliveries
         ]
@@ -313,7 +134,7 @@ class Jobs:
             case "":
                 raise problems.WebhookNotFound(f"No message tells of the job {job_id}.", job_id=job_id)
             case "full":
-                raise self._full(transitions.WEBHOOKS)
+                raise problems.QueueFull.of(scripts.WEBHOOKS, self.settings.max_queue_length)
         return self.read_webhooks(job_id, owner)
 
     # Lists
@@ -325,7 +146,7 @@ class Jobs:
             GroupNotFound: there is no such group, or it is somebody else's.
             ResultExpired: it existed, and is not kept any more.
         """
-        total, statuses = overviews.read_group(self.connection, group_id)
+        total, statuses = queries.read_group(self.connection, group_id)
         is_admins = owner is None and total is not None  # its owner's key may be gone
         if not is_admins and not any(self.ids.is_ours(group_id, f"group:{name}") for name in self._owners(owner)):
             if total is not None or not statuses or owner not in (None, ""):
@@ -352,7 +173,7 @@ class Jobs:
         Raises:
             InvalidRequest: the cursor is none of ours.
         """
-        page = overviews.list_jobs(
+        page = queries.list_jobs(
             self.connection,
             owner,
             STATUS_FIELDS,
@@ -362,8 +183,7 @@ class Jobs:
             cursor=_decode_cursor(cursor) if cursor else None,
         )
         listed = [
-            make_status_object(self.connection, job_id, decode_fields(values), is_listed=True)
-            for job_id, values in page.jobs
+            make_status(self.connection, job_id, decode_fields(values), is_listed=True) for job_id, values in page.jobs
         ]
         return listed, _encode_cursor(page.next) if page.next else None
 
@@ -380,8 +200,8 @@ class Jobs:
             JobNotFound: there is no such job, or it is somebody else's.
             ResultExpired: it existed, and is not kept any more.
         """
-        values: Any = self.connection.hmget(transitions.job_key(job_id), STATUS_FIELDS)
-        return make_status_object(self.connection, job_id, self._decode(job_id, owner, values))
+        values: Any = self.connection.hmget(scripts.job_key(job_id), STATUS_FIELDS)
+        return make_status(self.connection, job_id, self._decode(job_id, owner, values))
 
     def _owners(self, owner: str | None) -> list[str]:
         return ["", *(key.name for key in self.settings.api_keys)] if owner is None else [owner]
@@ -408,7 +228,7 @@ class Jobs:
         self.read_status(job_id, owner)
         with self.connection.pipeline(transaction=False) as pipeline:
             for name in ("data", "owner"):
-                pipeline.hget(transitions.job_key(job_id), name)
+                pipeline.hget(scripts.job_key(job_id), name)
             data, ours = pipeline.execute()
         # Room for what JSON's escapes and the call around it may add.
         most = 6 * self.settings.max_payload_bytes + 10_000
@@ -434,15 +254,16 @@ class Jobs:
             raise problems.ResultExpired(f"The result of the job {job_id} is not kept any more.", job_id=job_id)
         if status not in TERMINAL:
             raise problems.ResultNotReady(f"The job is {status}.", retry_after=POLL_AGAIN, **members)
-        members["error"] = make_status_object(self.connection, job_id, fields)["error"]
+        error = make_status(self.connection, job_id, fields).error
+        members["error"] = error and error.model_dump()
         problem = {"failed": problems.JobFailed, "stopped": problems.JobStopped, "canceled": problems.JobCanceled}
         raise problem[status or ""](f"The job was {status}." if status != "failed" else "The job failed.", **members)
 
     def _read_result(self, job_id: str, owner: str | None) -> tuple[dict[str, str | None], bytes | None]:
         """The fields of the job's hash for its status, and its return value if it has finished; in one round trip."""
         with self.connection.pipeline(transaction=False) as pipeline:
-            pipeline.hmget(transitions.job_key(job_id), STATUS_FIELDS)
-            pipeline.xrevrange(transitions.results_key(job_id), count=1)
+            pipeline.hmget(scripts.job_key(job_id), STATUS_FIELDS)
+            pipeline.xrevrange(scripts.results_key(job_id), count=1)
             values, results = pipeline.execute()
         fields = self._decode(job_id, owner, values)
         if fields["status"] == "finished" and results:
@@ -450,14 +271,15 @@ class Jobs:
         return fields, None
 
     def read_status_and_result(self, job_id: str, owner: str | None) -> StatusObject:
-        """The status, with `result`, as JSON data, if the job has finished.
+        """The status of the job; with its result if it has finished (StatusWithResult).
 
         Raises:
             JobFailed, ResultExpired: it finished, but there is no result to be told.
             JobNotFound: as `read_status`.
         """
         fields, text = self._read_result(job_id, owner)
-        status = make_status_object(self.connection, job_id, fields)
-        if fields["status"] == "finished":
-            status["result"] = json.loads(text if text is not None else self.read_result(job_id, owner))
-        return status
+        status = make_status(self.connection, job_id, fields)
+        if fields["status"] != "finished":
+            return status
+        result = json.loads(text if text is not None else self.read_result(job_id, owner))
+        return StatusWithResult(**dict(status), result=result)

@@ -2,7 +2,16 @@
 
 import inspect
 import re
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar, Self, TypedDict
+
+#: Seconds after which a client should ask again for a job that has not ended.
+POLL_AGAIN = 1
+#: Seconds after which a client should try again when the service could not do what it was asked.
+TRY_AGAIN = 5
+#: Places of a request that one answer names as wrong, at most.
+MOST_ERRORS = 100
+#: The media type of a problem (RFC 9457).
+PROBLEM_JSON = "application/problem+json"
 
 
 class ErrorItem(TypedDict):
@@ -268,6 +277,11 @@ class QueueFull(Problem, status=503):
     """
 
     example: ClassVar = {"queue": "default"}
+
+    @classmethod
+    def of(cls, queue: str | None, limit: int) -> Self:
+        """The problem of this queue, which may hold `limit` jobs (MAX_QUEUE_LENGTH)."""
+        return cls(f"{limit} jobs wait in the queue {queue}, or almost.", queue=queue, retry_after=TRY_AGAIN)
 
 
 class RedisUnavailable(Problem, status=503):

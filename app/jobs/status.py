@@ -1,42 +1,116 @@
-"""What a job's hash in Redis says, as clients are told it: the status object, and the return value as JSON."""
+"""The status object: what clients see of a job, made from the fields of the job's hash in Redis.
+
+The models below are its only definition. The OpenAPI document and its examples are made from them, too.
+"""
 
 import base64
 import binascii
 import re
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 from pydantic_core import from_json
 from redis import Redis
 from rq.exceptions import DeserializationError
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from app.core.transitions import UNREADABLE
+from app.core.scripts import UNREADABLE
 from app.jobs import problems
-from app.web import schemas
 
-#: What is read of the hash for it; the first five in the order that `list.lua` wants.
+#: The fields of a job's hash that the status object is made from. `list.lua` wants the first five in this order.
 STATUS_FIELDS = (
     "status", "function", "origin", "owner", "created_at", "enqueued_at", "started_at", "ended_at", "progress",
     "retries_left", "error",
 )  # fmt: skip
 
-#: Where to go on with a job.
-LINKS = {"check_status": "/check_status", "get_result": "/get_result", "cancel": "/cancel"}
-
-#: How a call of a job function is stored.
+#: A stored call of a job function with one payload, as `own_fields` writes it and RQ's JSONSerializer does.
 _CALL = re.compile(rb'\["[^"\\]*", ?null, ?\[(.*)\], ?\{\}\]', re.DOTALL)
 
-StatusObject = dict[str, Any]
+Time = Annotated[str, Field(json_schema_extra={"format": "date-time"}, description="RFC 3339, in UTC")]
 
 
-def _read_object(stored: str | None, model: type[BaseModel]) -> dict[str, Any] | None:
-    """JSON of a job's hash, if it is what we write there: anybody may have written to Redis."""
+class JobError(BaseModel):
+    """Why a job failed."""
+
+    type: str = Field(description="class of the exception", examples=["ValueError"])
+    message: str = Field(description="text of the exception; the traceback is in the service's log")
+
+
+class JobProgress(BaseModel):
+    """How far a job is, as its function reports it."""
+
+    done: FiniteFloat | int
+    total: FiniteFloat | int
+    message: str
+
+
+class JobLinks(BaseModel):
+    """Where to go on with this job."""
+
+    check_status: str
+    get_result: str
+    cancel: str
+
+
+class StatusObject(BaseModel):
+    """The status of a job. The payload is never in it."""
+
+    job_id: str
+    job_status: str = Field(
+        description="RQ's word: queued, started, deferred, scheduled; terminal: finished, failed, stopped, canceled",
+        examples=["started"],
+    )
+    function: str | None = Field(description="name of the job function")
+    queue: str | None
+    enqueued_at: Time | None
+    started_at: Time | None
+    ended_at: Time | None
+    progress: JobProgress | None
+    retries_left: int | None = Field(description="how often it may be run again if it raises")
+    error: JobError | None = Field(description="once the job has failed")
+    links: JobLinks
+
+
+class StatusWithResult(StatusObject):
+    """The status of a job that the request waited for, with its return value if it finished in time."""
+
+    result: Any = Field(default=None, description="the function's return value")
+
+
+def _make_links(job_id: str) -> JobLinks:
+    return JobLinks(
+        check_status=f"/check_status?job_id={job_id}",
+        get_result=f"/get_result?job_id={job_id}",
+        cancel=f"/cancel?job_id={job_id}",
+    )
+
+
+EXAMPLE_ID = "0b5f2f7e-3c1d-4a9b-8e57-1f6f3c9d2a10"
+#: The example of a running job in the OpenAPI document.
+EXAMPLE = StatusObject(
+    job_id=EXAMPLE_ID,
+    job_status="started",
+    function="some_long_function",
+    queue="default",
+    enqueued_at="2026-11-23T10:00:00.123456Z",
+    started_at="2026-11-23T10:00:00.125000Z",
+    ended_at=None,
+    progress=JobProgress(done=3, total=10, message="step 3"),
+    retries_left=None,
+    error=None,
+    links=_make_links(EXAMPLE_ID),
+)
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def _read_object(stored: str | None, model: type[Model]) -> Model | None:
+    """Read a JSON object from a job's hash; None if it does not fit, since anybody may have written to Redis."""
     try:
-        return model.model_validate_json(stored).model_dump() if stored else None
+        return model.model_validate_json(stored) if stored else None
     except ValidationError:
         return None
 
@@ -49,57 +123,62 @@ def decode_fields(values: list[bytes | None]) -> dict[str, str | None]:
     }
 
 
-def make_status_object(
-    connection: Redis, job_id: str, fields: Mapping[str, Any], *, is_listed: bool = False
-) -> StatusObject:
-    """The status object; in a list, without what only another look at Redis would tell of a job of RQ's own."""
+def make_status(connection: Redis, job_id: str, fields: Mapping[str, Any], *, is_listed: bool = False) -> StatusObject:
+    """Make the status object of a job.
+
+    Args:
+        connection: the Redis that has the job.
+        job_id: its id.
+        fields: the values of STATUS_FIELDS by name; empty and missing ones are the same.
+        is_listed: leave out what needs another round trip to Redis. Only jobs of RQ's own need one.
+    """
     status = fields["status"]
     stored, retries_left = fields.get("error"), str(fields.get("retries_left"))
-    return {
-        "job_id": job_id,
-        "job_status": status,
-        "function": fields.get("function") or (None if is_listed else _function_of_foreign_job(connection, job_id)),
-        "queue": fields.get("origin") or None,
-        "enqueued_at": fields.get("enqueued_at") or None,
-        "started_at": fields.get("started_at") or None,
-        "ended_at": fields.get("ended_at") or None,
-        "progress": _read_object(fields.get("progress"), schemas.JobProgress),
-        "retries_left": int(retries_left) if re.fullmatch(r"[0-9]{1,9}", retries_left) else None,
-        "error": _error(connection, job_id, stored, is_listed) if status in ("failed", "stopped") else None,
-        "links": {name: f"{path}?job_id={job_id}" for name, path in LINKS.items()},
-    }
+    return StatusObject(
+        job_id=job_id,
+        job_status=status,
+        function=fields.get("function") or (None if is_listed else _read_foreign_function(connection, job_id)),
+        queue=fields.get("origin") or None,
+        enqueued_at=fields.get("enqueued_at") or None,
+        started_at=fields.get("started_at") or None,
+        ended_at=fields.get("ended_at") or None,
+        progress=_read_object(fields.get("progress"), JobProgress),
+        retries_left=int(retries_left) if re.fullmatch(r"[0-9]{1,9}", retries_left) else None,
+        error=_read_error(connection, job_id, stored, is_listed) if status in ("failed", "stopped") else None,
+        links=_make_links(job_id),
+    )
 
 
-def _foreign_job(connection: Redis, job_id: str) -> Job | None:
-    """The job as RQ sees it, for what only RQ's own code wrote: None if it cannot be read."""
+def _fetch_foreign_job(connection: Redis, job_id: str) -> Job | None:
+    """Read a job that RQ's own code enqueued or ended; None if it cannot be read."""
     try:
         return Job.fetch(job_id, connection=connection, serializer=JSONSerializer)
     except UNREADABLE:
         return None
 
 
-def _function_of_foreign_job(connection: Redis, job_id: str) -> str | None:
-    job = _foreign_job(connection, job_id)
+def _read_foreign_function(connection: Redis, job_id: str) -> str | None:
+    job = _fetch_foreign_job(connection, job_id)
     try:
         return (job.func_name or "").rpartition(".")[2] or None if job else None
     except (DeserializationError, AttributeError):  # AttributeError: the function's name is no text
         return None
 
 
-def _error(connection: Redis, job_id: str, stored: str | None, is_listed: bool) -> dict[str, Any] | None:
-    error = _read_object(stored, schemas.JobError)
+def _read_error(connection: Redis, job_id: str, stored: str | None, is_listed: bool) -> JobError | None:
+    error = _read_object(stored, JobError)
     if error or is_listed:
         return error
     # A stock worker ran it: the last line of the traceback is the exception's class and text.
-    job = _foreign_job(connection, job_id)
+    job = _fetch_foreign_job(connection, job_id)
     result = job.latest_result() if job else None
     lines = ((result.exc_string if result else None) or "").strip().splitlines()
     kind, _, message = lines[-1].partition(": ") if lines else ("", "", "")
-    return {"type": kind.rpartition(".")[2] or "Error", "message": message}
+    return JobError(type=kind.rpartition(".")[2] or "Error", message=message)
 
 
 def read_stored_payload(data: bytes | None, limit: int, *, is_ours: bool) -> bytes | None:
-    """The payload, as JSON text; None if the job's call is none of one payload, or has more bytes."""
+    """The payload as JSON text; None if the stored call has no single payload, or more than `limit` bytes."""
     try:
         call = _CALL.fullmatch(zlib.decompressobj().decompress(data or b"", limit))
         if call and not is_ours:
@@ -110,7 +189,13 @@ def read_stored_payload(data: bytes | None, limit: int, *, is_ours: bool) -> byt
 
 
 def read_return_value(job_id: str, entry: Mapping[bytes, bytes]) -> bytes:
-    """The value as it was stored. Our worker stores strict JSON only; what a stock worker stored is checked."""
+    """The return value as JSON text, from an entry of the job's results.
+
+    Our worker stores strict JSON only and marks it (`is_json`). What a stock worker stored is checked here.
+
+    Raises:
+        JobFailed: a stock worker stored something that is not JSON.
+    """
     encoded = entry.get(b"return_value")
     if encoded is None:
         return b"null"

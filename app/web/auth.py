@@ -1,10 +1,10 @@
-"""Who asks: the API key of a request, and what it lets its owner do."""
+"""API keys: which key a request has, and what it allows; and the rate limit."""
 
 import hashlib
 import hmac
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from apiflask import APIFlask
 from flask import g, request
@@ -13,17 +13,17 @@ from redis import Redis
 from app.config import ApiKey, is_loopback
 from app.jobs import problems
 
-#: Without configured keys everybody is this one.
+#: The key of all requests where no keys are configured.
 ANONYMOUS = ApiKey.model_construct(name="", functions=None, admin=False)
 
-#: What needs no key: it says nothing of anybody's jobs, and load balancers and people look at it.
+#: The paths that need no key: load balancers and people read them, and they show nobody's jobs.
 PUBLIC = {"/", "/healthz", "/readyz", "/docs", "/openapi.json", "/dashboard"}
 PUBLIC_BELOW = ("/docs/", "/problems/", "/dashboard/")
 
 
 def find_key(keys: Sequence[ApiKey], token: str) -> ApiKey | None:
-    """The key that this token is, in a time that does not tell how much of it was right."""
-    digest = hashlib.sha256(token.encode("latin-1", errors="replace")).digest()  # WSGI's way: bytes as they came
+    """Find the key of this token, in a time that does not depend on how much of it is right."""
+    digest = hashlib.sha256(token.encode("latin-1", errors="replace")).digest()  # WSGI decodes headers as Latin-1
     matches = [key for key in keys if hmac.compare_digest(key.digest, digest)]
     return matches[0] if matches else None
 
@@ -35,7 +35,7 @@ def current_key() -> ApiKey:
 
 
 def check_function(name: str) -> None:
-    """Let the key enqueue jobs of this function.
+    """Check that the key may enqueue jobs of this function.
 
     Raises:
         Forbidden: it may not.
@@ -45,18 +45,18 @@ def check_function(name: str) -> None:
         raise problems.Forbidden(f"The key {current_key().name!r} may not use {name}.")
 
 
-def want_admin() -> None:
-    """Let only an admin key go on, where there are keys.
+def require_admin() -> None:
+    """Check that the key is an admin key. Without configured keys everybody is an admin.
 
     Raises:
-        Forbidden: it is another key.
+        Forbidden: it is not.
     """
     if not (current_key() is ANONYMOUS or current_key().admin):
-        raise problems.Forbidden(f"The key {current_key().name!r} is no admin key.")
+        raise problems.Forbidden(f"The key {current_key().name!r} is not an admin key.")
 
 
 def limit_rate(app: APIFlask, limit: str | None, connection: Redis) -> None:
-    """Let each key (each address, where there are no keys) send so many requests, counted in Redis."""
+    """Limit the requests of each key (of each address, where there are no keys), counted in Redis."""
     if limit is None:
         return
     from flask_limiter import Limiter, RequestLimit  # heavy, and off by default
@@ -69,33 +69,39 @@ def limit_rate(app: APIFlask, limit: str | None, connection: Redis) -> None:
         lambda: current_key().name or request.remote_addr or "",
         app=app,
         application_limits=[limit],
-        application_limits_exempt_when=is_public,
+        application_limits_exempt_when=lambda: is_public(request.path),
         on_breach=refuse,
         storage_uri="redis://",
         storage_options={"connection_pool": connection.connection_pool},  # type: ignore[dict-item]  # its annotation is too narrow
     )
 
 
-def is_public() -> bool:
-    """Whether the present request needs no key."""
-    path = request.path
+def is_public(path: str) -> bool:
+    """Whether a request to this path needs no key."""
     return path in PUBLIC or path.startswith(PUBLIC_BELOW)
 
 
-def want_keys(app: APIFlask, keys: Sequence[ApiKey], allow_anonymous: bool) -> None:
-    """Ask each request but those of public routes for a key; without keys, serve this machine only."""
+def require_keys(app: APIFlask, keys: Sequence[ApiKey], functions: Collection[str], *, allow_anonymous: bool) -> None:
+    """Require a key of each request but those to public paths. Without keys, serve this machine only.
+
+    Raises:
+        SystemExit: a key names a job function that does not exist.
+    """
+    for key in keys:
+        if unknown := sorted((key.functions or frozenset()).difference(functions)):
+            raise SystemExit(f"API_KEYS lets {key.name!r} use {', '.join(unknown)}, and there is no such job function.")
 
     @app.before_request
     def find() -> None:
         g.api_key = ANONYMOUS
-        if is_public():
+        if is_public(request.path):
             return
         if not keys:
-            # `flask run --host` and other servers do not read our settings: what listens may be open to everybody.
+            # `flask run --host` and other servers do not read HOST: they may listen to everybody.
             if not (allow_anonymous or is_loopback(request.remote_addr or "localhost")):
                 raise problems.Forbidden("Without API_KEYS only this machine is served, unless ALLOW_ANONYMOUS=true.")
             return
-        # Not werkzeug's reading of it, which knows all schemes, and takes a second for one with many parameters.
+        # werkzeug's parser takes a second for a header with many parameters.
         scheme, _, token = request.environ.get("HTTP_AUTHORIZATION", "").partition(" ")
         if scheme.lower() != "bearer":
             raise problems.Unauthorized("The request has no API key.")

@@ -1,7 +1,5 @@
 """JSON as others can read it back, in both directions: payloads that come in, return values that go out."""
 
-import json
-import math
 import re
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -19,14 +17,6 @@ MAX_DEPTH = 100
 _HUGE_EXPONENT = re.compile(rb"[eE]\+?+0*+[1-9]\d\d")
 _DIGITS_AS_ZEROS = bytes.maketrans(b"123456789", b"0" * 9)
 _LARGEST_DOUBLE = 1.7976931348623157e308
-
-
-class ResultNotJSON(ValueError):
-    """The return value has something that JSON has not."""
-
-
-class ResultTooLarge(ValueError):
-    """The return value has more bytes as JSON than MAX_RESULT_BYTES."""
 
 
 @cache
@@ -47,7 +37,7 @@ def has_more_values(text: bytes, most: int) -> bool:
     return sum(map(text.count, (b",", b"[", b"{"))) >= most and _so_many_values(most).match(text) is not None
 
 
-def want_json(body: bytes) -> None:
+def check_json(body: bytes) -> None:
     """Refuse what is no JSON text as strict as RFC 8259 and RFC 7493 ask, but for names that are there twice.
 
     Raises:
@@ -87,54 +77,3 @@ def _check_numbers(value: Any) -> None:
         if any(isinstance(item, int | float) and abs(item) > _LARGEST_DOUBLE for item in level):
             raise problems.InvalidJson("The body has a number too big for a double.")
         level = list(_items(item for item in level if isinstance(item, list | dict)))
-
-
-def dump_json(value: Any) -> bytes:
-    """The JSON text of what a JSON text was read as."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def find_fault(value: Any, place: str = "$") -> str | None:
-    """Where and why a value is not strict JSON, in words; None if it is."""
-    if value is None or isinstance(value, int):
-        return None
-    if isinstance(value, float):
-        return None if math.isfinite(value) else f"{place} is {value}"
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return f"{place} has a lone surrogate"
-        return None
-    if isinstance(value, list | tuple):
-        faults = (find_fault(item, f"{place}[{index}]") for index, item in enumerate(value))
-        return next(filter(None, faults), None)
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if not isinstance(key, str):
-                return f"{place} has the key {key!r}, which is not a string"
-            if fault := find_fault(key, f"a key of {place}") or find_fault(item, f"{place}.{key}"):
-                return fault
-        return None
-    return f"{place} is a {type(value).__qualname__}"
-
-
-def dump_result(value: Any, limit: int) -> bytes:
-    """The return value as JSON text, in UTF-8.
-
-    Raises:
-        ResultNotJSON: it has NaN, a datetime, bytes, a set, a key that is not a string, …; the message says where.
-        ResultTooLarge: it has more than `limit` bytes.
-    """
-    try:
-        fault = find_fault(value)
-        text = b"" if fault else dump_json(value)
-    except RecursionError:
-        fault = "it is nested too deeply, or contains itself"
-    except ValueError as error:  # an integer of more digits than Python prints
-        fault = str(error)
-    if fault:
-        raise ResultNotJSON(f"The return value is not JSON: {fault}.")
-    if len(text) > limit:
-        raise ResultTooLarge(f"The return value has {len(text)} bytes as JSON; {limit} are allowed.")
-    return text

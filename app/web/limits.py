@@ -13,10 +13,9 @@ import gevent
 from apiflask import APIFlask
 from flask import Response, current_app, g, request
 
-from app.config import Settings
+from app.config import LARGE, Settings
 from app.jobs import problems
-from app.jobs.enqueue import LARGE
-from app.jobs.jobs import TRY_AGAIN
+from app.jobs.problems import TRY_AGAIN
 from app.web.auth import current_key, is_public
 
 #: Seconds that a client may take to send a body or to read an answer, and one more for each LEAST_RATE bytes.
@@ -26,7 +25,7 @@ LEAST_RATE = 16 * 1024
 LARGE_AT_ONCE = 256 * 2**20
 
 
-class Shares:
+class FairQuota:
     """So much of something, of which each key may hold as much as it leaves for all others.
 
     So one key never has more than half of it; and where some have much, there is something left for the next one
@@ -59,9 +58,9 @@ class Shares:
 
 
 class _Limits(NamedTuple):
-    requests: Shares
+    requests: FairQuota
     #: of large bodies and answers
-    bytes: Shares
+    bytes: FairQuota
     turn: threading.Lock
     turn_of_key: defaultdict[str, threading.Lock]
 
@@ -76,7 +75,7 @@ def _too_many(what: str) -> problems.TooManyRequests:
     return problems.TooManyRequests(whose, retry_after=TRY_AGAIN)
 
 
-class Room:
+class ByteAllowance:
     """The bytes of large bodies and answers that one request has."""
 
     def __init__(self) -> None:
@@ -88,7 +87,7 @@ class Room:
         Raises:
             TooManyRequests: there are too many, of this key or of all together.
         """
-        shares: Shares = current_app.extensions["limits"].bytes
+        shares: FairQuota = current_app.extensions["limits"].bytes
         key = current_key().name
         if not shares.take(key, size):
             raise _too_many("bytes of large bodies and answers")
@@ -100,7 +99,7 @@ class Room:
             give_back()
 
 
-def limited_time(size: int) -> AbstractContextManager[object]:
+def limit_receive_time(size: int) -> AbstractContextManager[object]:
     """Where a client may send a body of so many bytes, but not for ever.
 
     gunicorn limits the time of a request's head only, and its socket's time-out (gunicorn.conf.py) silence only.
@@ -113,7 +112,7 @@ def limited_time(size: int) -> AbstractContextManager[object]:
     return gevent.Timeout(_longest(size), TimeoutError("The body comes too slowly."))
 
 
-def give_way() -> None:
+def yield_to_others() -> None:
     """Let other requests of this process go first, and gunicorn's sign of life: what follows may take a second.
 
     One at a time: gevent would go from one that slept to the next, and look for others at the end only. And one of
@@ -124,7 +123,7 @@ def give_way() -> None:
         time.sleep(0.001)  # a whole round of gevent's loop; with 0 it would be none
 
 
-def limit_sending(answer: Response) -> Response:
+def limit_send_time(answer: Response) -> Response:
     """The answer, whose client may take its time to read it, but not for ever.
 
     The socket's time-out is for each part of an answer: one for most of them, many for a file.
@@ -139,20 +138,20 @@ def limit_sending(answer: Response) -> Response:
     return answer
 
 
-def large_answer(answer: Response) -> Response:
+def count_large_response(answer: Response) -> Response:
     """The answer, which is counted if it is large.
 
     Raises:
-        TooManyRequests: as `Room.take`.
+        TooManyRequests: as `ByteAllowance.take`.
     """
     if (size := answer.content_length or 0) > LARGE:
-        room = Room()
+        room = ByteAllowance()
         room.take(size)
         answer.call_on_close(room.give_back)
     return answer
 
 
-def share_out(app: APIFlask, settings: Settings) -> None:
+def enforce_limits(app: APIFlask, settings: Settings) -> None:
     """Let each key hold as many requests of this process as are left for all others, and as many bytes of large ones.
 
     Whatever it does with them: wait, listen, send or read slowly. Without keys a proxy in front knows clients apart.
@@ -160,8 +159,8 @@ def share_out(app: APIFlask, settings: Settings) -> None:
     several = len(settings.api_keys) > 1
     largest = max(settings.max_payload_bytes, settings.max_result_bytes)
     app.extensions["limits"] = limits = _Limits(
-        Shares(settings.max_connections, of_several_keys=several),
-        Shares(max(LARGE_AT_ONCE, 4 * largest), of_several_keys=several),
+        FairQuota(settings.max_connections, of_several_keys=several),
+        FairQuota(max(LARGE_AT_ONCE, 4 * largest), of_several_keys=several),
         threading.Lock(),
         defaultdict(threading.Lock),
     )
@@ -171,7 +170,7 @@ def share_out(app: APIFlask, settings: Settings) -> None:
 
     @app.before_request
     def begin() -> None:
-        if is_public():
+        if is_public(request.path):
             return
         if not limits.requests.take(current_key().name, 1):
             raise _too_many("requests")

@@ -14,7 +14,7 @@ from redis.exceptions import RedisError
 
 from app.config import Settings
 from app.core.queries import Overview, Times, read_overview
-from app.core.transitions import TIME_BOUNDS
+from app.core.scripts import TIME_BOUNDS
 
 Message = TypeVar("Message")
 
@@ -53,7 +53,7 @@ def observe_request(request: Request, status: int, seconds: float) -> None:
     _durations[labels].observe(seconds)
 
 
-def note_wait(request: Request) -> None:
+def count_wait(request: Request) -> None:
     """Say that a request waits for a job's end."""
     request.environ[_WAITS_KEY] = True
     _WAITING.inc()

@@ -1,40 +1,25 @@
-"""The OpenAPI document: what APIFlask derives from the views, completed with every answer and every job function."""
+"""The OpenAPI document: APIFlask's, completed with the answers that each view declares and a path for each function."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
+from flask import Flask
 from pydantic import BaseModel
 
 from app.job_function import JobFunction
 from app.jobs import problems
-from app.jobs.problems import Problem
+from app.jobs.problems import PROBLEM_JSON, Problem
 from app.web import schemas
-from app.web.auth import PUBLIC, PUBLIC_BELOW
+from app.web.auth import is_public
 
 Spec = dict[str, Any]
+View = TypeVar("View", bound=Callable[..., Any])
 
-PROBLEM_JSON = "application/problem+json"
+TEXT: Spec = {"text/plain": {"schema": {"type": "string"}}}
+#: Any JSON, as the function returned it or the client sent it.
+ANY_JSON: Spec = {"application/json": {"schema": {}}}
 
-_EXAMPLE_ID = "0b5f2f7e-3c1d-4a9b-8e57-1f6f3c9d2a10"
-_EXAMPLE_STATUS = {
-    "job_id": _EXAMPLE_ID,
-    "job_status": "started",
-    "function": "some_long_function",
-    "queue": "default",
-    "enqueued_at": "2026-11-23T10:00:00.123456Z",
-    "started_at": "2026-11-23T10:00:00.125000Z",
-    "ended_at": None,
-    "progress": {"done": 3, "total": 10, "message": "step 3"},
-    "retries_left": None,
-    "error": None,
-    "links": {
-        "check_status": f"/check_status?job_id={_EXAMPLE_ID}",
-        "get_result": f"/get_result?job_id={_EXAMPLE_ID}",
-        "cancel": f"/cancel?job_id={_EXAMPLE_ID}",
-    },
-}
-
-_HEADERS = {
+_RESPONSE_HEADERS = {
     "Retry-After": {"description": "seconds after which to ask again", "schema": {"type": "integer"}},
     "Idempotent-Replayed": {
         "description": "`true` if the same request with the same key came before",
@@ -46,23 +31,23 @@ _HEADERS = {
 }
 
 
-def _header(name: str, description: str, schema: Spec) -> Spec:
+def _request_header(name: str, description: str, schema: Spec) -> Spec:
     schema = {"type": "string", **schema}
     return {"name": name, "in": "header", "required": False, "description": description, "schema": schema}
 
 
-#: What is not understood in one is ignored; only texts that HTTP allows in a header can be sent.
+#: A value that the service does not understand is ignored. HTTP allows visible ASCII in a header.
 _ANY_TEXT = {"pattern": "^[!-~]{0,200}$"}
-_PREFER = _header(
+PREFER = _request_header(
     "Prefer", "`wait=SECONDS` (RFC 7240) means the same as the option `wait`", {**_ANY_TEXT, "examples": ["wait=10"]}
 )
-_IF_NONE_MATCH = _header(
+IF_NONE_MATCH = _request_header(
     "If-None-Match", "an `ETag` that was received: answers 304 while the status is the same", _ANY_TEXT
 )
-_LAST_EVENT_ID = _header(
-    "Last-Event-ID", "the `id` of the last event that was received; what it said is not told again", _ANY_TEXT
+LAST_EVENT_ID = _request_header(
+    "Last-Event-ID", "the `id` of the last event that the client received; that status is not sent again", _ANY_TEXT
 )
-_IDEMPOTENCY_KEY = _header(
+IDEMPOTENCY_KEY = _request_header(
     "Idempotency-Key",
     "1 to 255 visible characters, bare or quoted. The same request with the same key is done once",
     {
@@ -71,34 +56,15 @@ _IDEMPOTENCY_KEY = _header(
     },
 )
 
-#: The models that answers are made of.
-_MODELS: list[type[BaseModel]] = [schemas.ProblemObject]
-
-
-def _json(model: type[BaseModel], example: Any = None) -> Spec:
-    _MODELS.append(model)
-    content: Spec = {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}
-    if example is not None:
-        content["example"] = example
-    return {"application/json": content}
-
-
-def _answer(description: str, content: Spec | None = None, *headers: str) -> Spec:
-    answer: Spec = {"description": description}
-    if content:
-        answer["content"] = content
-    if headers:
-        answer["headers"] = {name: _HEADERS[name] for name in headers}
-    return answer
-
-
-_READS_JOB: tuple[type[Problem], ...] = (
+#: The problems of a view that reads a job.
+READS_JOB: tuple[type[Problem], ...] = (
     problems.InvalidRequest,
     problems.JobNotFound,
     problems.ResultExpired,
     problems.RedisUnavailable,
 )
-_TAKES_PAYLOAD: tuple[type[Problem], ...] = (
+#: The problems of a view that makes jobs from a body.
+MAKES_JOBS: tuple[type[Problem], ...] = (
     problems.InvalidJson,
     problems.InvalidRequest,
     problems.IdempotencyKeyReused,
@@ -108,180 +74,135 @@ _TAKES_PAYLOAD: tuple[type[Problem], ...] = (
     problems.QueueFull,
     problems.RedisUnavailable,
 )
-_TEXT = {"text/plain": {"schema": {"type": "string"}}}
-
-#: What each endpoint answers: its good answers by status, and the problems it may have.
-ANSWERS: dict[str, tuple[dict[str, Spec], tuple[type[Problem], ...]]] = {
-    "GET /": ({"200": _answer("the app is up: `Running!`", _TEXT)}, ()),
-    "POST /enqueue": (
-        {
-            "202": _answer(
-                "enqueued", _json(schemas.StatusObject, {**_EXAMPLE_STATUS, "job_status": "queued", "started_at": None,
-                                                         "progress": None}),
-                "Location", "Retry-After", "Preference-Applied", "Idempotent-Replayed",
-            ),
-            "200": _answer(
-                "waited for, and ended in time", _json(schemas.StatusWithResult), "Location", "Preference-Applied",
-                "Idempotent-Replayed",
-            ),
-        },
-        (*_TAKES_PAYLOAD, problems.ResultExpired, problems.JobFailed),
-    ),
-    "POST /enqueue_many": (
-        {
-            "202": _answer(
-                "enqueued, all of them",
-                _json(schemas.EnqueuedGroup, {"group_id": "f4a1d4a8-8f0e-9f7b-5f05", "job_ids": [_EXAMPLE_ID]}),
-                "Location", "Retry-After", "Idempotent-Replayed",
-            ),
-        },
-        _TAKES_PAYLOAD,
-    ),
-    "GET /check_group": (
-        {"200": _answer("its jobs, counted by status", _json(schemas.GroupObject))},
-        (problems.InvalidRequest, problems.GroupNotFound, problems.ResultExpired, problems.RedisUnavailable),
-    ),
-    "POST /cancel": (
-        {
-            "200": _answer("it has ended, and has not finished", _json(schemas.StatusObject)),
-            "202": _answer("it runs, and its worker was told to stop it", _json(schemas.StatusObject), "Retry-After"),
-        },
-        (*_READS_JOB, problems.JobAlreadyEnded),
-    ),
-    "POST /retry": (
-        {"202": _answer("it waits again", _json(schemas.StatusObject), "Location", "Retry-After")},
-        (*_READS_JOB, problems.JobNotRetryable, problems.QueueFull),
-    ),
-    "GET /jobs": (
-        {"200": _answer("a page of jobs, newest first", _json(schemas.JobPage))},
-        (problems.InvalidRequest, problems.RedisUnavailable),
-    ),
-    "GET /check_status": (
-        {
-            "200": _answer(
-                "where the job is", _json(schemas.StatusObject, _EXAMPLE_STATUS), "ETag", "Retry-After",
-                "Preference-Applied",
-            ),
-            "304": _answer("still the status that `If-None-Match` names", None, "ETag"),
-        },
-        _READS_JOB,
-    ),
-    "GET /get_result": (
-        {"200": _answer("what the function returned", {"application/json": {"schema": {}}}, "Preference-Applied")},
-        (*_READS_JOB, problems.ResultNotReady, problems.JobFailed, problems.JobStopped, problems.JobCanceled),
-    ),
-    "GET /get_payload": (
-        {"200": _answer("what the job was given", {"application/json": {"schema": {}}})},
-        (*_READS_JOB, problems.PayloadNotFound),
-    ),
-    "GET /functions": ({"200": _answer("all job functions", _json(schemas.FunctionList))}, ()),
-    "GET /problems/{name}": ({"200": _answer("what it means, and what to do", _TEXT)}, (problems.NotFound,)),
-    "GET /healthz": ({"200": _answer("the process serves", _json(schemas.Health, {"status": "ok"}))}, ()),
-    "GET /webhooks": (
-        {"200": _answer("the messages that told of its ends", _json(schemas.WebhookLog))}, _READS_JOB,
-    ),
-    "POST /webhooks/redeliver": (
-        {"202": _answer("the last one is delivered once more", _json(schemas.WebhookLog))},
-        (*_READS_JOB, problems.WebhookNotFound, problems.QueueFull),
-    ),
-    "GET /events": (
-        {
-            "200": _answer("`event: status` at each change, and `event: end`", {"text/event-stream": {"schema": {}}}),
-            "204": _answer("the client has had the end"),
-        },
-        _READS_JOB,
-    ),
-    "GET /queues": (
-        {"200": _answer("the queues and workers at this moment", _json(schemas.Queues))},
-        (problems.RedisUnavailable,),
-    ),
-    "GET /metrics": ({"200": _answer("Prometheus' text format", _TEXT)}, ()),
-    "GET /readyz": (
-        {"200": _answer("Redis takes writes and every queue has a live worker", _json(schemas.Readiness))},
-        (problems.NotReady,),
-    ),
-}  # fmt: skip
-
-#: The headers that an endpoint reads.
-_READS: dict[str, tuple[Spec, ...]] = {
-    "POST /enqueue": (_PREFER, _IDEMPOTENCY_KEY),
-    "POST /enqueue_many": (_IDEMPOTENCY_KEY,),
-    "GET /check_status": (_PREFER, _IF_NONE_MATCH),
-    "GET /get_result": (_PREFER,),
-    "GET /events": (_LAST_EVENT_ID,),
-}
-
-#: What any request may be answered with.
+#: The problems that any request may have.
 _ALWAYS = (problems.BadRequest, problems.InternalError)
 
 
-def _problem_answers(kinds: tuple[type[Problem], ...]) -> dict[str, Spec]:
+class Answer(NamedTuple):
+    """One answer of a view that is no problem."""
+
+    description: str
+    #: the model of the JSON, or OpenAPI's `content`; None for an empty answer
+    content: type[BaseModel] | Spec | None = None
+    headers: tuple[str, ...] = ()
+    #: an instance of the model
+    example: BaseModel | None = None
+
+    def spec(self) -> Spec:
+        """The answer as OpenAPI has it."""
+        spec: Spec = {"description": self.description}
+        if isinstance(self.content, dict):
+            spec["content"] = self.content
+        elif self.content:
+            content: Spec = {"schema": {"$ref": f"#/components/schemas/{self.content.__name__}"}}
+            if self.example:
+                content["example"] = self.example.model_dump(mode="json")
+            spec["content"] = {"application/json": content}
+        if self.headers:
+            spec["headers"] = {name: _RESPONSE_HEADERS[name] for name in self.headers}
+        return spec
+
+
+class Declaration(NamedTuple):
+    """What a view declares with `@answers`."""
+
+    answers: Mapping[int, Answer]
+    problems: tuple[type[Problem], ...]
+    headers: tuple[Spec, ...]
+
+
+def answers(
+    answers: Mapping[int, Answer], problems: Iterable[type[Problem]] = (), headers: Iterable[Spec] = ()
+) -> Callable[[View], View]:
+    """Declare, at the view, the answers by status code, the problems, and the request headers that it reads."""
+
+    def declare(view: View) -> View:
+        vars(view)["declaration"] = Declaration(answers, tuple(problems), tuple(headers))
+        return view
+
+    return declare
+
+
+def _problem_specs(kinds: Iterable[type[Problem]]) -> dict[str, Spec]:
     """The problems by status; several of one status are several examples of one answer."""
-    answers: dict[str, Spec] = {}
+    specs: dict[str, Spec] = {}
     for kind in kinds:
-        answer = answers.setdefault(
+        spec = specs.setdefault(
             str(kind.status),
             {
                 "description": "",
                 "content": {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/ProblemObject"}, "examples": {}}},
             },
         )
-        answer["description"] += ("; " if answer["description"] else "") + kind.title
+        spec["description"] += ("; " if spec["description"] else "") + kind.title
         example = kind(kind.explanation.partition(". ")[0].rstrip(".") + ".", **kind.example).body()
-        answer["content"][PROBLEM_JSON]["examples"][kind.slug] = {"value": example}
+        spec["content"][PROBLEM_JSON]["examples"][kind.slug] = {"value": example}
         if kind.status in (429, 503) or kind is problems.ResultNotReady:
-            answer["headers"] = {"Retry-After": _HEADERS["Retry-After"]}
-    return answers
+            spec["headers"] = {"Retry-After": _RESPONSE_HEADERS["Retry-After"]}
+    return specs
 
 
-def complete(spec: Spec, functions: Mapping[str, JobFunction], default: str, with_keys: bool, max_batch: int) -> Spec:
+def _find_declarations(app: Flask) -> dict[str, Declaration]:
+    """What the views declare, by method and path, as in `GET /problems/{name}`."""
+    return {
+        f"{method} {rule.rule.replace('<', '{').replace('>', '}')}": declaration
+        for rule in app.url_map.iter_rules()
+        if (declaration := getattr(app.view_functions[rule.endpoint], "declaration", None))
+        for method in rule.methods or ()
+    }
+
+
+def _model_schemas(declarations: Iterable[Declaration]) -> dict[str, Spec]:
+    """The schemas of the models that the answers are made of, and of the models in these."""
+    models = [answer.content for declared in declarations for answer in declared.answers.values()]
+    found: dict[str, Spec] = {}
+    for model in (*models, schemas.ProblemObject):
+        if isinstance(model, type):
+            schema = model.model_json_schema(ref_template="#/components/schemas/{model}", mode="serialization")
+            found |= {**schema.pop("$defs", {}), model.__name__: schema}
+    return found
+
+
+def complete(app: Flask, spec: Spec, functions: Mapping[str, JobFunction], default: str) -> Spec:
     """Add to APIFlask's document what it cannot know: answers, problems, and a path for each job function.
 
     Args:
+        app: with its views, and its settings in `extensions["jobs"]`.
         spec: APIFlask's document; it is changed.
         functions: the job functions.
         default: name of the one that `/enqueue` runs.
-        with_keys: whether API keys are wanted.
-        max_batch: payloads that one `/enqueue_many` may hold.
     """
-    components = spec.setdefault("components", {}).setdefault("schemas", {})
-    for model in _MODELS:
-        schema = model.model_json_schema(ref_template="#/components/schemas/{model}", mode="serialization")
-        components.update(schema.pop("$defs", {}))
-        components[model.__name__] = schema
-
+    settings = app.extensions["jobs"].settings
+    declarations = _find_declarations(app)
+    spec.setdefault("components", {}).setdefault("schemas", {}).update(_model_schemas(declarations.values()))
     one, many = (spec["paths"].pop(f"/{route}/{{function}}")["post"] for route in ("enqueue", "enqueue_many"))
-    for operation in (one, many):
-        operation["parameters"] = [parameter for parameter in operation["parameters"] if parameter["in"] != "path"]
     operations = {
-        f"{method.upper()} {path}": operation
+        (method.upper(), path): operation
         for path, methods in spec["paths"].items()
         for method, operation in methods.items()
     }
-    for route, operation in {**operations, "POST /enqueue": one, "POST /enqueue_many": many}.items():
-        answers, kinds = ANSWERS[route]
-        path = route.partition(" ")[2]
-        if path not in PUBLIC and not path.startswith(PUBLIC_BELOW):
+    operations |= {("POST", "/enqueue/{function}"): one, ("POST", "/enqueue_many/{function}"): many}
+    for (method, path), operation in operations.items():
+        declared = declarations[f"{method} {path}"]
+        kinds = declared.problems
+        if not is_public(path):
             kinds = (*kinds, problems.Unauthorized, problems.Forbidden, problems.TooManyRequests)
-            operation["security"] = [{"ApiKey": []}] if with_keys else []
-        operation["responses"] = {**answers, **_problem_answers((*kinds, *_ALWAYS))}
-        operation["parameters"] = [*map(_without_null, operation["parameters"]), *_READS.get(route, ())]
-    if with_keys:
+            operation["security"] = [{"ApiKey": []}] if settings.api_keys else []
+        specs = {str(status): answer.spec() for status, answer in declared.answers.items()}
+        operation["responses"] = {**specs, **_problem_specs((*kinds, *_ALWAYS))}
+        operation["parameters"] = [*map(_without_null, operation["parameters"]), *declared.headers]
+    if settings.api_keys:
         spec["components"]["securitySchemes"] = {"ApiKey": {"type": "http", "scheme": "bearer"}}
-
-    for name, function in functions.items():
-        spec["paths"][f"/enqueue/{name}"] = {"post": _function_operation(one, function)}
-        spec["paths"][f"/enqueue_many/{name}"] = {"post": _batch_operation(many, function, max_batch)}
+    _add_functions(spec, one, many, functions, settings.max_batch)
     if default in functions:
-        operation = _function_operation(one, functions[default])
-        spec["paths"]["/enqueue"]["post"] = {**operation, "operationId": "enqueue"}
+        spec["paths"]["/enqueue"]["post"] = {**spec["paths"][f"/enqueue/{default}"]["post"], "operationId": "enqueue"}
     else:
         del spec["paths"]["/enqueue"]
     return spec
 
 
 def _without_null(parameter: Spec) -> Spec:
-    """A query parameter that may be left out, as it is when it is there: pydantic's schema is "this, or null"."""
+    """An optional query parameter, without null: pydantic's schema is "this, or null", but no query has a null."""
     options = [option for option in parameter["schema"].get("anyOf", []) if option != {"type": "null"}]
     if len(options) != 1:
         return parameter
@@ -289,29 +210,35 @@ def _without_null(parameter: Spec) -> Spec:
     return {**parameter, "description": schema.pop("description", ""), "schema": schema}
 
 
+def _add_functions(spec: Spec, one: Spec, many: Spec, functions: Mapping[str, JobFunction], max_batch: int) -> None:
+    """Add the paths of each function, made from the operations of `/enqueue/{function}` and `/enqueue_many/…`."""
+    for operation in (one, many):
+        operation["parameters"] = [parameter for parameter in operation["parameters"] if parameter["in"] != "path"]
+    for name, function in functions.items():
+        schema = _payload_schema(function, "one")
+        spec["paths"][f"/enqueue/{name}"] = {
+            "post": {
+                **one,
+                "operationId": f"enqueue_{name}",
+                "summary": f"Enqueue a job of {name}",
+                "description": function.description,
+                "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
+            }
+        }
+        items = _payload_schema(function, "batch")
+        schema = {"type": "array", "minItems": 1, "maxItems": max_batch, "items": items}
+        spec["paths"][f"/enqueue_many/{name}"] = {
+            "post": {
+                **many,
+                "operationId": f"enqueue_many_{name}",
+                "summary": f"Enqueue jobs of {name}, one for each payload",
+                "description": f"All or none of them. {function.description}",
+                "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
+            }
+        }
+
+
 def _payload_schema(function: JobFunction, place: str) -> Spec:
     schema = function.payload_schema
     # A schema of its own: "#/$defs/…" in it would point to the document's root.
     return {**schema, "$id": f"urn:job-function:{function.name}:{place}"} if "$defs" in schema else schema
-
-
-def _batch_operation(generic: Spec, function: JobFunction, max_batch: int) -> Spec:
-    schema = {"type": "array", "minItems": 1, "maxItems": max_batch, "items": _payload_schema(function, "batch")}
-    return {
-        **generic,
-        "operationId": f"enqueue_many_{function.name}",
-        "summary": f"Enqueue jobs of {function.name}, one for each payload",
-        "description": f"All or none of them. {function.description}",
-        "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
-    }
-
-
-def _function_operation(generic: Spec, function: JobFunction) -> Spec:
-    schema = _payload_schema(function, "one")
-    return {
-        **generic,
-        "operationId": f"enqueue_{function.name}",
-        "summary": f"Enqueue a job of {function.name}",
-        "description": function.description,
-        "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
-    }

@@ -38,7 +38,7 @@ def current_request_id() -> str:
     return request_id
 
 
-def follow_requests(app: Flask, *, access_log: bool) -> None:
+def track_requests(app: Flask, *, access_log: bool) -> None:
     """Give each request of the app its id, measure it, and write a line in the log if there is to be one."""
 
     # One function of each kind: each that Flask has to call takes some 3 µs.

@@ -1,4 +1,4 @@
-"""What routes read from a request: the payload, how long to wait, the idempotency key, whose jobs may be seen."""
+"""What views read from a request: the JSON body, the time to wait, the idempotency key, and whose jobs it may see."""
 
 import re
 from collections.abc import Iterator
@@ -6,26 +6,65 @@ from contextlib import contextmanager
 from io import BytesIO
 from typing import IO
 
-from flask import Response, after_this_request, request
+from flask import Response, after_this_request, current_app, request
 from gunicorn.http.errors import ParseException
 from werkzeug.exceptions import RequestEntityTooLarge
 
-from app.config import Settings
+from app.config import LARGE, Settings
 from app.jobs import problems
-from app.jobs.enqueue import LARGE, Origin
+from app.jobs.enqueue import Enqueuer, Origin
+from app.jobs.jobs import Jobs
+from app.jobs.problems import MOST_ERRORS
+from app.jobs.waiting import Waiting
 from app.web.auth import current_key
-from app.web.json_bodies import has_more_values, want_json
-from app.web.limits import Room, give_way, limited_time
-from app.web.metrics import note_wait
+from app.web.json_bodies import check_json, has_more_values
+from app.web.limits import ByteAllowance, limit_receive_time, yield_to_others
+from app.web.metrics import count_wait
 from app.web.request_ids import current_request_id
 
 
-@contextmanager
-def received_body(settings: Settings) -> Iterator[bytes]:
-    """The body, which is JSON text.
+def current_jobs() -> Jobs:
+    """The jobs of the present app."""
+    jobs: Jobs = current_app.extensions["jobs"]
+    return jobs
+
+
+def current_enqueuer() -> Enqueuer:
+    """The present app's maker of jobs."""
+    enqueuer: Enqueuer = current_app.extensions["enqueuer"]
+    return enqueuer
+
+
+def current_waiting() -> Waiting:
+    """The waiting clients of the present app."""
+    waiting: Waiting = current_app.extensions["waiting"]
+    return waiting
+
+
+def refuse_repeated_options() -> None:
+    """Refuse `?queue=a&queue=b`, since the client cannot know which of them would count.
 
     Raises:
-        UnsupportedMediaType, InvalidJson, BadRequest: it is no JSON, or not said to be, or did not come to its end.
+        InvalidRequest: an option stands in the query more than once.
+    """
+    if b"&" not in request.query_string:
+        return
+    errors: list[problems.ErrorItem] = [
+        {"loc": ["query", name], "msg": "It is there more than once."}
+        for name, values in request.args.lists()
+        if len(values) > 1
+    ]
+    if errors:
+        raise problems.InvalidRequest("The query has an option more than once.", errors=errors[:MOST_ERRORS])
+
+
+@contextmanager
+def read_json_body(settings: Settings) -> Iterator[bytes]:
+    """The body of the request, which is JSON text. Its bytes are counted until the end of the `with` block.
+
+    Raises:
+        UnsupportedMediaType: the header Content-Type does not say JSON.
+        InvalidJson, BadRequest: it is not JSON, or did not arrive as a whole.
         RequestEntityTooLarge, PayloadTooLarge: it has more bytes, or values, than the settings allow.
         TooManyRequests: there are too many large bodies.
     """
@@ -35,51 +74,51 @@ def received_body(settings: Settings) -> Iterator[bytes]:
     limit, length = settings.max_payload_bytes, request.content_length
     if length is not None and length > limit:
         raise RequestEntityTooLarge
-    # gunicorn takes any coding before `chunked`, and decodes none of them.
+    # gunicorn accepts any coding before `chunked`, and decodes none of them.
     if length is None and (coding := request.headers.get("Transfer-Encoding", "chunked")).lower() != "chunked":
         raise problems.BadRequest(f"The body's Transfer-Encoding is {coding!r}; only chunked is known.")
-    room = Room()
+    allowance = ByteAllowance()
     try:
-        # Of a body without a length one byte more, to see that there is more.
-        body = _read(limit + 1 if length is None else length, room)
+        # A body without a length: one byte more, to see whether there is more.
+        body = _read(limit + 1 if length is None else length, allowance)
         if len(body) > limit:
             raise RequestEntityTooLarge
         if len(body) < (length or 0):  # cut short, which gunicorn does not say
             raise problems.BadRequest("The body is shorter than its Content-Length.")
         if len(body) > LARGE:
-            give_way()
+            yield_to_others()
         if has_more_values(body, most := settings.max_payload_values):
             detail = f"The body has more than {most} values."
             raise problems.PayloadTooLarge(detail, limit_bytes=limit, limit_values=most)
-        want_json(body)
+        check_json(body)
         if len(body) > LARGE:
-            give_way()
+            yield_to_others()
         yield body
     finally:
-        room.give_back()
+        allowance.give_back()
 
 
-def _read(most: int, room: Room) -> bytes:
-    """So many bytes of the body, or all of it; what is above the first LARGE takes room as it comes."""
-    # Without a length, and a server that knows where a body ends, there is none.
+def _read(most: int, allowance: ByteAllowance) -> bytes:
+    """Read the body, at most `most` bytes; beyond the first LARGE ones they are counted as they arrive."""
+    # Without a length, and without a server that knows where a body ends, the request has no body.
     if request.content_length is None and not request.environ.get("wsgi.input_terminated"):
         return b""
-    stream = request.environ["wsgi.input"]  # werkzeug's own stream around it takes 25 µs
+    stream = request.environ["wsgi.input"]  # without werkzeug's own stream around it, which is slow
     try:
-        with limited_time(most):
+        with limit_receive_time(most):
             body: bytes = stream.read(min(most, LARGE))
             if LARGE <= len(body) < most:
-                body = _read_on(stream, body, most, room)
-    except (OSError, ParseException) as error:  # a time-out; gunicorn's word for chunks that are none, or endless
+                body = _read_on(stream, body, most, allowance)
+    except (OSError, ParseException) as error:  # a time-out; gunicorn's word for malformed or endless chunks
         raise problems.BadRequest("The body could not be read to its end.") from error
     return body
 
 
-def _read_on(stream: IO[bytes], begin: bytes, most: int, room: Room) -> bytes:
-    whole = BytesIO()  # not a list of parts, which would be there beside the whole
+def _read_on(stream: IO[bytes], begin: bytes, most: int, allowance: ByteAllowance) -> bytes:
+    whole = BytesIO()  # a list of parts would need twice the memory once they are joined
     size = whole.write(begin)
     while size < most:
-        room.take(step := min(most - size, LARGE))
+        allowance.take(step := min(most - size, LARGE))
         if not (part := stream.read(step)):
             break
         size += whole.write(part)
@@ -95,19 +134,24 @@ def _preferred_wait() -> float | None:
     return None
 
 
-def wait_seconds(asked: float | None, settings: Settings) -> float:
-    """How long to wait: the option wins over the preference, and the answer says if it was the latter."""
+def read_wait(asked: float | None, settings: Settings) -> float:
+    """The seconds that the request waits. The option wins over the preference; the answer names an applied preference.
+
+    Args:
+        asked: the option `wait`, if the request has it.
+        settings: their MAX_WAIT is the upper bound.
+    """
     preferred = _preferred_wait() if asked is None else None
     seconds = min(asked if asked is not None else preferred or 0, settings.max_wait)
     if preferred is not None:
         add_header("Preference-Applied", f"wait={seconds:.0f}")
     if seconds > 0:
-        note_wait(request)
+        count_wait(request)
     return seconds
 
 
 def add_header(name: str, value: str) -> None:
-    """Give the answer to the present request a header, whether it is a good one or a problem."""
+    """Add a header to the answer of the present request, also if that is a problem."""
 
     @after_this_request
     def add(answer: Response) -> Response:
@@ -115,8 +159,8 @@ def add_header(name: str, value: str) -> None:
         return answer
 
 
-def idempotency_key() -> str | None:
-    """The `Idempotency-Key` of the request, bare or quoted; a quoted one is the same key.
+def _read_idempotency_key() -> str | None:
+    """The `Idempotency-Key` of the request, bare or quoted; both are the same key.
 
     Source: draft-ietf-httpapi-idempotency-key-header, and RFC 8941 for the quoted form.
 
@@ -130,7 +174,7 @@ def idempotency_key() -> str | None:
     if given.startswith('"'):
         quoted = re.fullmatch(r'"((?:[^"\\]|\\["\\])*)"', given)
         key = re.sub(r"\\(.)", r"\1", quoted[1]) if quoted else ""
-    # A header that is there twice comes as one, with a comma: which of them would win is anybody's guess.
+    # A repeated header arrives as one, with a comma. The client could not know which of them would count.
     if not re.fullmatch(r"[!-~]{1,255}", key) or ("," in key and key is given):
         what = "one key of 1 to 255 visible characters, in quotes if it has a comma"
         error: problems.ErrorItem = {"loc": ["header", "Idempotency-Key"], "msg": what}
@@ -138,16 +182,16 @@ def idempotency_key() -> str | None:
     return key
 
 
-def origin() -> Origin:
-    """Where the jobs come from that the present request makes.
+def read_origin() -> Origin:
+    """The origin of the jobs that the present request makes.
 
     Raises:
-        InvalidRequest: as `idempotency_key`.
+        InvalidRequest: the header Idempotency-Key is malformed.
     """
-    return Origin(current_key().name, idempotency_key(), current_request_id())
+    return Origin(current_key().name, _read_idempotency_key(), current_request_id())
 
 
-def reader() -> str | None:
-    """Whose jobs the present request may see and control: those of one owner, or (None) all."""
+def visible_owner() -> str | None:
+    """The owner whose jobs the present request may see and control; None for all owners (an admin key)."""
     key = current_key()
     return None if key.admin else key.name

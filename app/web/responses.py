@@ -1,4 +1,4 @@
-"""How the service answers: JSON, and each error, the framework's own included, as a problem (RFC 9457)."""
+"""Responses: JSON, and every error as a problem (RFC 9457), those of Flask and werkzeug included."""
 
 import hashlib
 import json
@@ -9,19 +9,19 @@ from typing import Any
 
 from apiflask import APIFlask, HTTPError
 from flask import Response, current_app, request
+from pydantic import BaseModel
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from werkzeug.datastructures import Headers
 from werkzeug.exceptions import HTTPException, InternalServerError, MethodNotAllowed, NotFound, RequestEntityTooLarge
 
-from app.core.transitions import TERMINAL
+from app.config import LARGE
+from app.core.scripts import TERMINAL
 from app.jobs import problems
-from app.jobs.enqueue import LARGE, MOST_ERRORS
-from app.jobs.jobs import POLL_AGAIN, TRY_AGAIN
+from app.jobs.problems import MOST_ERRORS, POLL_AGAIN, PROBLEM_JSON, TRY_AGAIN
 from app.jobs.status import StatusObject
-from app.web.limits import large_answer, limit_sending
-from app.web.openapi import PROBLEM_JSON
+from app.web.limits import count_large_response, limit_send_time
 from app.web.request_ids import current_request_id
 
 logger = logging.getLogger(__name__)
@@ -34,17 +34,21 @@ _NOT_NOW_CLASSES = {
     "OutOfMemoryError", "ReadOnlyError", "NoPermissionError", "ClusterDownError", "MasterDownError", "TryAgainError",
 }  # fmt: skip
 
+_encode_json = json.JSONEncoder(separators=(",", ":")).encode
 
-encode_json = json.JSONEncoder(separators=(",", ":")).encode
+
+def encode_json(data: Any) -> bytes:
+    """JSON text of a pydantic model, or of JSON data."""
+    return (data.model_dump_json() if isinstance(data, BaseModel) else _encode_json(data)).encode()
 
 
 def make_etag(text: bytes) -> str:
-    """What changes with the text."""
+    """A digest of the text, as an ETag."""
     return hashlib.blake2b(text, digest_size=12).hexdigest()
 
 
-class JsonAnswer(Response):
-    """An answer whose headers are complete. werkzeug looks through them once more at the end (28 µs)."""
+class JsonResponse(Response):
+    """A response with complete headers. werkzeug would look through them once more at the end, which is slow."""
 
     default_mimetype = "application/json"
 
@@ -53,36 +57,36 @@ class JsonAnswer(Response):
         return super().get_wsgi_headers(environ) if self.status_code == HTTPStatus.NOT_MODIFIED else self.headers
 
 
-def json_answer(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """An answer of JSON, its members in the order they were given."""
-    text = encode_json(data).encode()
-    answer = JsonAnswer(text, status, headers)
-    return limit_sending(answer) if len(text) > LARGE else answer
+def json_response(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A JSON response of a pydantic model, or of JSON data."""
+    text = encode_json(data)
+    response = JsonResponse(text, status, headers)
+    return limit_send_time(response) if len(text) > LARGE else response
 
 
-def text_answer(text: bytes) -> Response:
-    """An answer of JSON as it is, for its owner only.
+def stored_json_response(text: bytes) -> Response:
+    """A response of JSON text as it is stored, which no proxy may cache.
 
     Raises:
-        TooManyRequests: as `large_answer`.
+        TooManyRequests: as `count_large_response`.
     """
     headers = {"Cache-Control": "private, no-cache"}
-    return limit_sending(large_answer(Response(text, 200, headers, mimetype="application/json")))
+    return limit_send_time(count_large_response(Response(text, 200, headers, mimetype="application/json")))
 
 
-def ask_again(status: StatusObject) -> dict[str, str]:
-    """The header that says when to ask for a job's status again, while it has not ended."""
-    return {} if status["job_status"] in TERMINAL else {"Retry-After": str(POLL_AGAIN)}
+def poll_headers(status: StatusObject) -> dict[str, str]:
+    """The header that says when to ask for the job's status again; none if the job has ended."""
+    return {} if status.job_status in TERMINAL else {"Retry-After": str(POLL_AGAIN)}
 
 
-def _problem_answer(problem: problems.Problem) -> Response:
-    # Not `json_answer`: the framework may throw it away, and nobody would end what limits the sending of it.
-    answer = JsonAnswer(encode_json(problem.body()), problem.status, mimetype=PROBLEM_JSON)
+def _answer_problem(problem: problems.Problem) -> Response:
+    # Not `json_response`: Flask may drop this response, and then nothing would end the timer of its sending.
+    response = JsonResponse(encode_json(problem.body()), problem.status, mimetype=PROBLEM_JSON)
     if problem.retry_after is not None:
-        answer.headers["Retry-After"] = str(problem.retry_after)
+        response.headers["Retry-After"] = str(problem.retry_after)
     if isinstance(problem, problems.Unauthorized):
-        answer.headers["WWW-Authenticate"] = "Bearer"
-    return answer
+        response.headers["WWW-Authenticate"] = "Bearer"
+    return response
 
 
 def _is_outage(error: RedisError) -> bool:
@@ -93,22 +97,22 @@ def _is_outage(error: RedisError) -> bool:
     )
 
 
-def _redis_answer(error: RedisError) -> Response:
+def _answer_redis_error(error: RedisError) -> Response:
     if not _is_outage(error):
-        return _bug_answer(error)
+        return _answer_bug(error)
     logger.error("%s %r: Redis: %s", request.method, request.path, error)
-    detail = "Redis did not do what it was asked."
-    return _problem_answer(problems.RedisUnavailable(detail, retry_after=TRY_AGAIN))
+    detail = "Redis did not carry out the command."
+    return _answer_problem(problems.RedisUnavailable(detail, retry_after=TRY_AGAIN))
 
 
-def _bug_answer(error: Exception) -> Response:
+def _answer_bug(error: Exception) -> Response:
     request_id = current_request_id()
     logger.error("request %s: %s %r", request_id, request.method, request.path, exc_info=error)
-    return _problem_answer(problems.InternalError("Something went wrong on our side.", request_id=request_id))
+    return _answer_problem(problems.InternalError("Something went wrong on our side.", request_id=request_id))
 
 
-def _http_answer(error: HTTPException) -> Response:
-    """What Flask and werkzeug refuse by themselves."""
+def _answer_http_error(error: HTTPException) -> Response:
+    """The response to what Flask and werkzeug refuse by themselves."""
     problem: problems.Problem
     match error:
         case NotFound():
@@ -120,31 +124,31 @@ def _http_answer(error: HTTPException) -> Response:
             problem = problems.PayloadTooLarge(f"The body has more than {limit} bytes.", limit_bytes=limit)
         case InternalServerError():  # raised while another error, or an answer, was dealt with
             bug = error.original_exception
-            return _bug_answer(bug if isinstance(bug, Exception) else error)
+            return _answer_bug(bug if isinstance(bug, Exception) else error)
         case _:
             problem = problems.BadRequest(f"{error.description or error.name}")
-    answer = _problem_answer(problem)
+    response = _answer_problem(problem)
     if isinstance(error, MethodNotAllowed):
-        answer.headers["Allow"] = ", ".join(sorted(error.valid_methods or ()))
-    return answer
+        response.headers["Allow"] = ", ".join(sorted(error.valid_methods or ()))
+    return response
 
 
-def _validation_answer(error: HTTPError) -> tuple[bytes, int, dict[str, str]]:
-    """What APIFlask found wrong with the query."""
+def _answer_invalid_query(error: HTTPError) -> tuple[bytes, int, dict[str, str]]:
+    """The response to a query that APIFlask refused."""
     errors = [
         {"loc": [location, field], "msg": message.removeprefix("Value error, ")}
         for location, fields in error.detail.items()
         for field, messages in fields.items()
         for message in messages
     ][:MOST_ERRORS]
-    answer = _problem_answer(problems.InvalidRequest("The query has a value that is not allowed.", errors=errors))
-    return answer.get_data(), answer.status_code, dict(answer.headers)
+    response = _answer_problem(problems.InvalidRequest("The query has a value that is not allowed.", errors=errors))
+    return response.get_data(), response.status_code, dict(response.headers)
 
 
-def answer_errors(app: APIFlask) -> None:
-    """Let the app answer each error as a problem."""
-    app.error_processor(_validation_answer)  # first: it puts a handler for HTTPException, too
-    app.register_error_handler(problems.Problem, _problem_answer)
-    app.register_error_handler(RedisError, _redis_answer)
-    app.register_error_handler(HTTPException, _http_answer)
-    app.register_error_handler(Exception, _bug_answer)
+def register_error_handlers(app: APIFlask) -> None:
+    """Make the app answer every error as a problem."""
+    app.error_processor(_answer_invalid_query)  # first: it registers a handler for HTTPException, too
+    app.register_error_handler(problems.Problem, _answer_problem)
+    app.register_error_handler(RedisError, _answer_redis_error)
+    app.register_error_handler(HTTPException, _answer_http_error)
+    app.register_error_handler(Exception, _answer_bug)

@@ -1,9 +1,14 @@
-"""Pydantic models of what clients send and get; the OpenAPI document is made from them."""
+"""Pydantic models of the queries that clients send and the answers that they get, but for the status object.
+
+The OpenAPI document is made from them. Answers are open: a later release may add members.
+"""
 
 import re
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 
+from flask import current_app
 from pydantic import (
     AfterValidator,
     AwareDatetime,
@@ -11,16 +16,18 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    FiniteFloat,
+    ValidationError,
     ValidationInfo,
     create_model,
 )
 
-from app.config import Settings
+from app.config import MAX_RETRIES, MAX_SECONDS, Settings
+from app.job_function import JobFunction
+from app.jobs.status import StatusObject, Time
 
 
 class Query(BaseModel):
-    """Query parameters; an unknown one is refused, since it is most often a typo that would do nothing."""
+    """Query parameters. An unknown one is refused: most often it is a typo, and would do nothing."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -66,17 +73,56 @@ class JobsQuery(Query):
     ) = None
 
 
-def _read_time(value: object) -> object:
-    """Want RFC 3339 (pydantic takes numbers, too), and forgive a `+` that came as a space, as in many a URL."""
+def _check_rfc3339(value: object) -> object:
+    """Accept RFC 3339 only (pydantic takes numbers, too), also with a space for the `+`, as in many a URL."""
     text = re.sub(r" (\d\d:\d\d)$", r"+\1", str(value))
     if not re.fullmatch(r"(?ai)\d{4}-\d\d-\d\d[t ]\d\d:\d\d:\d\d(\.\d+)?(z|[+-]\d\d:\d\d)", text):
         raise ValueError("a time as in RFC 3339 is wanted: 2026-11-23T10:00:00Z")
     return text
 
 
-def job_options(settings: Settings) -> type[Query]:
-    """The options that a new job may have, with the bounds that are configured."""
+class _BoundedQuery(Query):
+    """A query whose bounds are settings. Each app has its own model; this one stands for it in the views."""
 
+    @classmethod
+    def _find_model(cls) -> type[Query]:
+        models: dict[type[Query], type[Query]] = current_app.extensions["job_options"]
+        return models[cls]
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Any:
+        """As the app's own model."""
+        return cls._find_model().model_validate(obj, **options)
+
+    @classmethod
+    def model_json_schema(cls, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """As the app's own model."""
+        return cls._find_model().model_json_schema(*arguments, **options)
+
+
+class JobOptions(_BoundedQuery):
+    """How a job is enqueued, run and kept."""
+
+
+class EnqueueQuery(_BoundedQuery):
+    """The options of a job, and how long to wait for its end."""
+
+
+def make_job_options(settings: Settings) -> dict[type[Query], type[Query]]:
+    """Make an app's models for JobOptions and EnqueueQuery, with the bounds that are configured."""
+    options = _make_options_model(
+        settings.queues, settings.max_job_timeout, settings.max_ttl, settings.max_retries, settings.max_delay
+    )
+    wait: Any = (Wait | None, None)
+    return {
+        JobOptions: options,
+        EnqueueQuery: create_model("EnqueueQuery", __base__=options, __doc__=EnqueueQuery.__doc__, wait=wait),
+    }
+
+
+def _make_options_model(
+    queues: tuple[str, ...], max_timeout: int, max_ttl: int, max_retries: int, max_delay: int
+) -> type[Query]:
     def option(kind: Any, meaning: str, **limits: Any) -> Any:
         return (Annotated[kind, Field(description=meaning, **limits)] | None, None)
 
@@ -86,100 +132,58 @@ def job_options(settings: Settings) -> type[Query]:
     def check_at(at: datetime, info: ValidationInfo) -> datetime:
         if info.data.get("delay") is not None:
             raise ValueError("delay and at are both given, one is wanted")
-        if at - datetime.now(UTC) > timedelta(seconds=settings.max_delay):
-            raise ValueError(f"at most {settings.max_delay} s from now")
+        if at - datetime.now(UTC) > timedelta(seconds=max_delay):
+            raise ValueError(f"at most {max_delay} s from now")
         return at
 
-    time = Annotated[AwareDatetime, BeforeValidator(_read_time), AfterValidator(check_at)]
+    time = Annotated[AwareDatetime, BeforeValidator(_check_rfc3339), AfterValidator(check_at)]
     return create_model(
         "JobOptions",
         __base__=Query,
-        __doc__="How a job is enqueued, run and kept.",
-        queue=option(Literal[settings.queues], "one of the configured queues"),
+        __doc__=JobOptions.__doc__,
+        queue=option(Literal[queues], "one of the configured queues"),
         at_front=option(bool, "ahead of what waits in that queue"),
-        timeout=seconds(settings.max_job_timeout, "the job's run limit in s"),
-        result_ttl=seconds(settings.max_ttl, "how long a result is kept, in s"),
-        failure_ttl=seconds(settings.max_ttl, "how long a failure is kept, in s"),
-        ttl=seconds(settings.max_ttl, "drop the job if no worker took it within so many s"),
-        retries=option(int, "how often it is run again if it raises", ge=0, le=settings.max_retries),
-        delay=option(float, "not before so many seconds from now", ge=0, le=settings.max_delay, allow_inf_nan=False),
+        timeout=seconds(max_timeout, "the job's run limit in s"),
+        result_ttl=seconds(max_ttl, "how long a result is kept, in s"),
+        failure_ttl=seconds(max_ttl, "how long a failure is kept, in s"),
+        ttl=seconds(max_ttl, "drop the job if no worker took it within so many s"),
+        retries=option(int, "how often it is run again if it raises", ge=0, le=max_retries),
+        delay=option(float, "not before so many seconds from now", ge=0, le=max_delay, allow_inf_nan=False),
         at=option(time, "not before this time (RFC 3339)"),
-        webhook=option(str, "URL that is told when the job has ended", max_length=2000),
+        webhook=option(str, "URL that is called when the job has ended", max_length=2000),
     )
 
 
-def enqueue_query(settings: Settings) -> type[Query]:
-    """The options of `/enqueue`: those of a new job, and how long to wait for its end."""
-    return create_model(
-        "EnqueueQuery", __base__=job_options(settings), __doc__="How a job is enqueued.", wait=(Wait | None, None)
-    )
+def check_defaults(functions: Iterable[JobFunction], queues: tuple[str, ...]) -> None:
+    """Check the defaults that job functions declare for their options.
+
+    The limits of the settings (MAX_JOB_TIMEOUT, …) are for requests. A function may go beyond them.
+
+    Raises:
+        SystemExit: a default is not a value of its option.
+    """
+    model = _make_options_model(queues, MAX_SECONDS, MAX_SECONDS, MAX_RETRIES, MAX_SECONDS)
+    for function in functions:
+        # In a request None means that the option is missing. A default of None is an error: a text fits no option.
+        given = {name: "None" if value is None else value for name, value in function.defaults.items()}
+        try:
+            model.model_validate(given, strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(map(str, first["loc"]))
+            raise SystemExit(
+                f"The job function {function.name} has the default {name}={first['input']!r}: {first['msg']}."
+            ) from None
 
 
-class Answer(BaseModel):
-    """JSON that the service answers with."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class JobError(Answer):
-    """Why a job failed."""
-
-    type: str = Field(description="class of the exception", examples=["ValueError"])
-    message: str = Field(description="text of the exception; the traceback is in the service's log")
-
-
-class JobProgress(Answer):
-    """How far a job is, as its function reports it."""
-
-    done: FiniteFloat | int
-    total: FiniteFloat | int
-    message: str
-
-
-class JobLinks(Answer):
-    """Where to go on with this job."""
-
-    check_status: str
-    get_result: str
-    cancel: str
-
-
-Time = Annotated[str, Field(json_schema_extra={"format": "date-time"}, description="RFC 3339, in UTC")]
-
-
-class StatusObject(Answer):
-    """Where a job is. The payload is never in it."""
-
-    job_id: str
-    job_status: str = Field(
-        description="RQ's word: queued, started, deferred, scheduled; terminal: finished, failed, stopped, canceled",
-        examples=["started"],
-    )
-    function: str | None = Field(description="name of the job function")
-    queue: str | None
-    enqueued_at: Time | None
-    started_at: Time | None
-    ended_at: Time | None
-    progress: JobProgress | None
-    retries_left: int | None = Field(description="how often it may be run again if it raises")
-    error: JobError | None = Field(description="once the job has failed")
-    links: JobLinks
-
-
-class StatusWithResult(StatusObject):
-    """The status of a job that was waited for; with its return value if it finished in time."""
-
-    result: Any = Field(default=None, description="the function's return value")
-
-
-class EnqueuedGroup(Answer):
+class EnqueuedGroup(BaseModel):
     """The jobs of one /enqueue_many."""
 
     group_id: str
     job_ids: list[str] = Field(description="in the order of the payloads")
 
 
-class WebhookTry(Answer):
+class WebhookTry(BaseModel):
     """One try to deliver a message."""
 
     at: Time
@@ -188,25 +192,25 @@ class WebhookTry(Answer):
     seconds: float | None
 
 
-class WebhookMessage(Answer):
-    """A message that tells of a job's end."""
+class WebhookMessage(BaseModel):
+    """A message about a job's end."""
 
     webhook_id: str
     type: str = Field(examples=["job.finished"])
-    status: str | None = Field(description="RQ's word: finished once it was taken; null: kept no longer")
+    status: str | None = Field(description="RQ's word: finished once it was delivered; null: kept no longer")
     next_try_at: Time | None
     tries: list[WebhookTry]
 
 
-class WebhookLog(Answer):
-    """The messages that told of a job's ends, the first one first: a job that is retried ends more than once."""
+class WebhookLog(BaseModel):
+    """The messages about a job's ends, the first one first: a job that is retried ends more than once."""
 
     job_id: str
     messages: list[WebhookMessage]
 
 
-class GroupObject(Answer):
-    """Where the jobs of a group are."""
+class GroupObject(BaseModel):
+    """The jobs of a group, counted by status."""
 
     group_id: str
     total: int
@@ -215,7 +219,7 @@ class GroupObject(Answer):
     )
 
 
-class JobPage(Answer):
+class JobPage(BaseModel):
     """A page of jobs, newest first."""
 
     jobs: list[StatusObject] = Field(
@@ -224,7 +228,7 @@ class JobPage(Answer):
     next: str | None = Field(description="URL of the next page", examples=["/jobs?limit=20&cursor=MTc2Mz"])
 
 
-class FunctionObject(Answer):
+class FunctionObject(BaseModel):
     """A job function."""
 
     name: str
@@ -233,13 +237,13 @@ class FunctionObject(Answer):
     defaults: dict[str, Any] = Field(description="its own defaults for the options of /enqueue")
 
 
-class FunctionList(Answer):
+class FunctionList(BaseModel):
     """All job functions, by name."""
 
     functions: list[FunctionObject]
 
 
-class QueueObject(Answer):
+class QueueObject(BaseModel):
     """A queue at one moment."""
 
     name: str
@@ -252,7 +256,7 @@ class QueueObject(Answer):
     mean_run_seconds: float | None = Field(description="of these")
 
 
-class WorkerObject(Answer):
+class WorkerObject(BaseModel):
     """A live worker."""
 
     name: str
@@ -261,20 +265,20 @@ class WorkerObject(Answer):
     job_ids: list[str] = Field(description="the job that it runs, and maybe the next one, which it has taken already")
 
 
-class Queues(Answer):
+class Queues(BaseModel):
     """The queues, in the configured order, and the workers."""
 
     queues: list[QueueObject]
     workers: list[WorkerObject]
 
 
-class Health(Answer):
+class Health(BaseModel):
     """The process serves."""
 
     status: Literal["ok"]
 
 
-class Readiness(Answer):
+class Readiness(BaseModel):
     """Jobs that are enqueued now would run."""
 
     status: Literal["ready"]
@@ -282,11 +286,11 @@ class Readiness(Answer):
 
 
 class ProblemObject(BaseModel):
-    """An error, as RFC 9457 has it; some problems have members of their own."""
+    """An error (RFC 9457). Some problems have members of their own."""
 
     model_config = ConfigDict(extra="allow")
 
-    type: str = Field(description="its page: GET it for what it means and what to do")
+    type: str = Field(description="its page: GET it to read what it means and what to do")
     title: str
     status: int
     detail: str

@@ -5,99 +5,32 @@ module's `deliver`, which is no job function that clients can enqueue.
 """
 
 import inspect
-import ipaddress
 import json
 import re
 import socket
 import ssl
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 from rq import get_current_job
 from rq.timeouts import JobTimeoutException
 from standardwebhooks import Webhook
 
 from app.config import get_settings
-from app.core.transitions import MESSAGES_KEPT, deliveries_key, tries_key
+from app.core.scripts import MESSAGES_KEPT, deliveries_key, tries_key
 from app.job_function import GiveUp, JobFunction, TryAgain
-from app.jobs.status import make_status_object
+from app.jobs.status import make_status
 from app.redis_resc import redis_conn
+from app.webhooks.addresses import Refused, check_url
 
 #: Seconds that a receiver may take for each of: connection, each part of its answer.
 PATIENCE = 10.0
 #: Longest pause, in seconds, that a receiver's `Retry-After` may ask for.
 LONGEST_PAUSE = 24 * 3600
-
-#: What is not public, and Python 3.11's `is_global` lets pass: IETF protocol assignments (RFC 6890), 6to4 relays
-#: (RFC 7526), site-local addresses (RFC 3879), documentation (RFC 9637), segment routing (RFC 9602), and the one
-#: address that serves Azure's hosts from inside.
-_NOT_PUBLIC = tuple(
-    ipaddress.ip_network(network)
-    for network in ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32", "fec0::/10", "3fff::/20", "5f00::/16")
-)
-
-
-class Refused(ValueError):
-    """Nobody is told at this address; the text says why."""
-
-
-def _is_public(address: str) -> bool:
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        # An IPv4 address in the clothes of IPv6 is judged as what it is (RFC 4291, 6052, 3056, 4380).
-        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
-        if ip in ipaddress.ip_network("64:ff9b::/96") or ip in ipaddress.ip_network("::/96"):
-            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        if inner is not None and not _is_public(str(inner)):
-            return False
-    if any(ip in network for network in _NOT_PUBLIC):
-        return False
-    return ip.is_global and not ip.is_multicast and not ip.is_reserved
-
-
-class Receiver(NamedTuple):
-    """What a URL that may be told leads to: where to dial, and what to ask for."""
-
-    scheme: str
-    host: str
-    port: int
-    path: str
-    addresses: list[str]
-
-
-def check_url(url: str, *, allow_private: bool) -> Receiver:
-    """Let this URL be told.
-
-    Raises:
-        Refused: it is no URL of http or https, or its host has no address, or one that is not public.
-    """
-    if len(url) > 2000 or not re.fullmatch(r"[!-~]+", url):
-        raise Refused("a URL of visible ASCII characters is wanted, 2000 at most")
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        raise Refused("it is no URL") from None
-    if parts.scheme not in ("http", "https") or not host or port == 0:
-        raise Refused("it is no URL of http or https")
-    if parts.username is not None or parts.password is not None or "\\" in url:
-        raise Refused("it has a user, a password or a backslash")
-    port = port or (443 if parts.scheme == "https" else 80)
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
-        raise Refused(f"the host {host!r} is not known") from None
-    addresses = [str(address[0]) for *_, address in found]
-    if not allow_private and not all(map(_is_public, addresses)):
-        raise Refused(f"the host {host!r} is not a public one")
-    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    return Receiver(parts.scheme, host, port, path, addresses)
 
 
 class Answer(NamedTuple):
@@ -153,7 +86,7 @@ def _dial(addresses: list[str], port: int) -> socket.socket:
 def make_body(payload: dict[str, Any]) -> bytes:
     """What is sent, the same at each try: the script sent the fields of the job's hash as they were when it ended."""
     fields = {**payload["fields"], "status": payload["status"]}
-    data = make_status_object(redis_conn, payload["job_id"], fields, is_listed=True)
+    data = make_status(redis_conn, payload["job_id"], fields, is_listed=True).model_dump(mode="json")
     event = {"type": f"job.{payload['status']}", "timestamp": data["ended_at"], "data": data}
     return json.dumps(event, separators=(",", ":")).encode()
 
@@ -210,14 +143,3 @@ def _log(job_id: str, webhook_id: str, tried: dict[str, Any], kept: int) -> None
 
 #: What a work-horse runs for a delivery. It is in no list of job functions.
 DELIVERY = JobFunction("deliver_webhook", deliver, None, {}, inspect.signature(deliver))
-
-
-def read_tries(entries: list[bytes]) -> Iterator[dict[str, Any]]:
-    """The log of tries, without what we did not write."""
-    for entry in entries:
-        try:
-            found = json.loads(entry)
-        except ValueError:
-            continue
-        if isinstance(found, dict):
-            yield {name: found.get(name) for name in ("at", "status_code", "error", "seconds")}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+from app.logs import describe_exit
 from app.worker.channel import Channel
 from app.worker.fork_server import ForkServer
 
@@ -22,14 +23,6 @@ LOOK_AWAY_EVERY = 1.0
 #: Seconds that the fork server has to tell of a death, which takes it a millisecond unless the machine is busy. After
 #: them it is not known how the process ended.
 TOLD_WITHIN = 5.0
-
-
-def describe_exit(code: int) -> str:
-    """How a process ended, by the return code that `subprocess` gives."""
-    if code >= 0:
-        return f"exit code {code}"
-    name = f" ({signal.Signals(-code).name})" if -code in set(signal.Signals) else ""  # not so for real-time signals
-    return f"signal {-code}{name}"
 
 
 class HorseDied(Exception):

@@ -13,8 +13,9 @@ from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 from rq.utils import now as utc_now
 
-from app.core import transitions
-from app.core.transitions import STOPPED, Ending, Failure, Run, describe_failure
+from app.core import scripts, transitions
+from app.core.scripts import STOPPED, Failure, describe_failure
+from app.core.transitions import Ending, Run
 from app.worker.channel import Header
 from app.worker.rq_worker import SteadyWorker
 
@@ -115,7 +116,7 @@ class EndingWorker(SteadyWorker):
 
     def _end_as_rq(self, run: Run, ending: Ending, crashes: int) -> str:
         if crashes:  # in Redis, since `finish` looks there if RQ cannot do it
-            self.connection.hset(transitions.job_key(run.job_id), mapping={"crashes": crashes, "retries_left": 0})
+            self.connection.hset(scripts.job_key(run.job_id), mapping={"crashes": crashes, "retries_left": 0})
         queue = next(queue for queue in self.queues if queue.name == run.queue)
         execution = Execution(run.execution, run.job_id, self.connection, run.worker)
         job = Job.fetch(run.job_id, connection=self.connection, serializer=JSONSerializer)

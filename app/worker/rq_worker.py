@@ -21,8 +21,9 @@ from rq.utils import now as utc_now
 from rq.utils import utcformat
 
 from app.config import get_settings
-from app.core import transitions
-from app.redis_resc import Queue, connect
+from app.core import scripts
+from app.core.connections import connect
+from app.core.queue import Queue
 
 #: Seconds between two looks at what is due: leases, delayed jobs, its own heartbeat. Also the longest block.
 TICK = 1.0
@@ -145,14 +146,14 @@ class SteadyWorker(rq.Worker):
         job_ids = [job_id.decode(errors="surrogateescape") for job_id in due]
         with self.connection.pipeline() as pipeline:
             for job_id in job_ids:
-                pipeline.ttl(transitions.job_key(job_id))
+                pipeline.ttl(scripts.job_key(job_id))
             for job_id, left in zip(job_ids, pipeline.execute(), strict=True):
                 if left == -2:  # the job is gone
                     pipeline.zrem(key, job_id)
                     continue
                 if left == -1:  # it has no end yet
                     left = self.settings.failure_ttl
-                    pipeline.expire(transitions.job_key(job_id), left)
+                    pipeline.expire(scripts.job_key(job_id), left)
                 pipeline.zadd(key, {job_id: now + max(1, left)})
             pipeline.execute()
         return len(job_ids)

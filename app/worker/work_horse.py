@@ -24,12 +24,12 @@ from rq.serializers import JSONSerializer
 from rq.timeouts import JobTimeoutException, UnixSignalDeathPenalty
 
 from app.config import get_settings
-from app.core.transitions import DELIVER
+from app.core.scripts import DELIVER
 from app.job_function import ForeseenFailure, GiveUp, JobFunction, Progress, TryAgain, load_functions, progress_goes_to
 from app.logs import configure_logs, process_members, start_sentry, tell_sentry
 from app.redis_resc import redis_conn
-from app.web.json_bodies import dump_result
 from app.worker.channel import Channel, Header
+from app.worker.results import dump_result
 
 #: Characters of an exception's text that are kept.
 LONGEST_MESSAGE = 2000

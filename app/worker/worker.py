@@ -29,7 +29,8 @@ from rq.utils import parse_timeout
 from rq.worker import WorkerStatus
 
 from app.core import transitions
-from app.core.transitions import DOORBELL_KEY, Ending, Run, describe_failure
+from app.core.scripts import DOORBELL_KEY, describe_failure
+from app.core.transitions import Ending, Run
 from app.logs import configure_logs, start_sentry
 from app.worker.channel import Header
 from app.worker.fork_server import ForkServerDied

@@ -7,7 +7,7 @@ from wsgiref.types import StartResponse, WSGIEnvironment
 from flask import Flask, Response
 
 from app.config import get_settings
-from app.redis_resc import connect
+from app.core.connections import connect
 
 #: As long as the status object of a job that waits.
 _ANSWER = json.dumps({"job_status": "queued", "": "." * 420})

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from app.core.transitions import TERMINAL
+from app.core.scripts import TERMINAL
 
 #: The list to which the jobs of the fault suite write that they run.
 RUNS_KEY = "faults:runs"

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import requests
 
-from app.core.transitions import EVENTS_KEY, TERMINAL
+from app.core.scripts import EVENTS_KEY, TERMINAL
 from tests.faults.conftest import Rounds, Row
 from tests.faults.ledger import Job, Run, Tally
 from tests.faults.site import FRAGILE, Clients, Site, Staff

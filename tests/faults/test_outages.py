@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import requests
 
-from app.core.transitions import TERMINAL
+from app.core.scripts import TERMINAL
 from tests.faults.conftest import Form, Rounds, Row
 from tests.faults.ledger import Tally
 from tests.faults.site import FRAGILE, OUTAGE, Clients, Site, ask_until_answered

@@ -1,4 +1,4 @@
-"""The control routes: cancel, retry, enqueue many, lists of jobs, and live events."""
+"""The control routes: cancel, retry, enqueue many, lists of jobs, live events, and the messages to webhooks."""
 
 import logging
 from collections.abc import Iterator
@@ -9,29 +9,160 @@ from apiflask import APIBlueprint
 from flask import Response, request
 from redis.exceptions import RedisError
 
-from app.core.transitions import TERMINAL
-from app.jobs.jobs import POLL_AGAIN, Jobs
-from app.jobs.problems import Problem
-from app.jobs.status import StatusObject
-from app.jobs.waiting import Waiting
+from app.core.scripts import TERMINAL
+from app.jobs import problems
+from app.jobs.problems import POLL_AGAIN
+from app.jobs.status import EXAMPLE_ID, StatusObject
 from app.web.auth import check_function, current_key
 from app.web.metrics import count_listener
-from app.web.requests import add_header, origin, reader, received_body
-from app.web.responses import ask_again, encode_json, json_answer, make_etag
-from app.web.schemas import GroupQuery, JobQuery, JobsQuery, Query
+from app.web.openapi import IDEMPOTENCY_KEY, LAST_EVENT_ID, MAKES_JOBS, READS_JOB, Answer, answers
+from app.web.requests import (
+    add_header,
+    current_enqueuer,
+    current_jobs,
+    current_waiting,
+    read_json_body,
+    read_origin,
+    visible_owner,
+)
+from app.web.responses import encode_json, json_response, make_etag, poll_headers
+from app.web.schemas import (
+    EnqueuedGroup,
+    GroupObject,
+    GroupQuery,
+    JobOptions,
+    JobPage,
+    JobQuery,
+    JobsQuery,
+    WebhookLog,
+)
+from app.webhooks.addresses import check_webhook
 
 logger = logging.getLogger(__name__)
 
 #: Seconds that a listener may take to read one message.
 SLOWEST = 10.0
-#: What the id of an end has, which that of a status has not.
+#: The end of the id of an `end` event. The id of a `status` event does not have it.
 ENDED = ".end"
+#: For answers that no proxy may cache.
+_PRIVATE = {"Cache-Control": "private, no-cache"}
+
+control = APIBlueprint("control", __name__, tag="Control")
+
+
+@control.post("/cancel")
+@control.input(JobQuery, location="query", arg_name="query")
+@answers(
+    {
+        200: Answer("it has ended, and has not finished", StatusObject),
+        202: Answer("it runs, and its worker is stopping it", StatusObject, ("Retry-After",)),
+    },
+    problems=(*READS_JOB, problems.JobAlreadyEnded),
+)
+def cancel(query: JobQuery) -> Response:
+    """Cancel a job: one that waits never runs, one that runs is stopped."""
+    has_ended, status = current_jobs().cancel(query.job_id, visible_owner())
+    return json_response(status, 200 if has_ended else 202, poll_headers(status))
+
+
+@control.post("/retry")
+@control.input(JobQuery, location="query", arg_name="query")
+@answers(
+    {202: Answer("it waits again", StatusObject, ("Location", "Retry-After"))},
+    problems=(*READS_JOB, problems.JobNotRetryable, problems.QueueFull),
+)
+def retry(query: JobQuery) -> Response:
+    """Run a job again that failed, was stopped or canceled."""
+    jobs = current_jobs()
+    if current_key().functions is not None:
+        check_function(jobs.read_status(query.job_id, visible_owner()).function or "")
+    status = jobs.retry(query.job_id, visible_owner())
+    return json_response(status, 202, {"Location": status.links.check_status, **poll_headers(status)})
+
+
+@control.post("/enqueue_many/<function>")
+@control.input(JobOptions, location="query", arg_name="options")
+@answers(
+    {
+        202: Answer(
+            "enqueued, all of them",
+            EnqueuedGroup,
+            ("Location", "Retry-After", "Idempotent-Replayed"),
+            EnqueuedGroup(group_id="f4a1d4a8-8f0e-9f7b-5f05-1f6f3c9d2a10", job_ids=[EXAMPLE_ID]),
+        )
+    },
+    problems=MAKES_JOBS,
+    headers=(IDEMPOTENCY_KEY,),
+)
+def enqueue_many(function: str, options: Any) -> Response:
+    """Enqueue a job for each payload of the body, an array: all or none."""
+    enqueuer = current_enqueuer()
+    found = enqueuer.find_function(function)
+    check_function(function)
+    asked = options.model_dump(exclude_none=True)
+    with read_json_body(enqueuer.settings) as payloads:
+        origin = read_origin()
+        check_webhook(asked.get("webhook"), enqueuer.settings)
+        receipt = enqueuer.enqueue_many(found, payloads, asked, origin)
+    if receipt.is_replay:
+        add_header("Idempotent-Replayed", "true")
+    group = EnqueuedGroup(group_id=receipt.group_id, job_ids=receipt.job_ids)
+    location = f"/check_group?group_id={receipt.group_id}"
+    return json_response(group, 202, {"Location": location, "Retry-After": str(POLL_AGAIN)})
+
+
+@control.get("/check_group")
+@control.input(GroupQuery, location="query", arg_name="query")
+@answers(
+    {200: Answer("its jobs, counted by status", GroupObject)},
+    problems=(problems.InvalidRequest, problems.GroupNotFound, problems.ResultExpired, problems.RedisUnavailable),
+)
+def check_group(query: GroupQuery) -> Response:
+    """Count the jobs of a group by status."""
+    return json_response(current_jobs().read_group(query.group_id, visible_owner()), headers=_PRIVATE)
+
+
+@control.get("/jobs")
+@control.input(JobsQuery, location="query", arg_name="query")
+@answers(
+    {200: Answer("a page of jobs, newest first", JobPage)},
+    problems=(problems.InvalidRequest, problems.RedisUnavailable),
+)
+def list_jobs(query: JobsQuery) -> Response:
+    """List jobs, newest first, a page at a time."""
+    filters = query.model_dump(include={"status", "queue", "function"}, exclude_none=True)
+    listed, cursor = current_jobs().list_jobs(filters, query.limit, query.cursor, visible_owner())
+    following = f"/jobs?{urlencode({**filters, 'limit': query.limit, 'cursor': cursor})}" if cursor else None
+    return json_response(JobPage(jobs=listed, next=following), headers=_PRIVATE)
+
+
+@control.get("/events")
+@control.input(JobQuery, location="query", arg_name="query")
+@answers(
+    {
+        200: Answer("`event: status` at each change, and `event: end`", {"text/event-stream": {"schema": {}}}),
+        204: Answer("the client has received the end"),
+    },
+    problems=READS_JOB,
+    headers=(LAST_EVENT_ID,),
+)
+def events(query: JobQuery) -> Response:
+    """Send each change of a job's status as it happens."""
+    last = request.headers.get("Last-Event-ID")
+    current_jobs().read_status(query.job_id, visible_owner())  # a problem cannot be sent once the stream has begun
+    if last and last.endswith(ENDED):
+        return Response(status=204)  # without it `EventSource` connects again after the end
+    if connection := request.environ.get("gunicorn.socket"):
+        connection.settimeout(SLOWEST)  # for each write: a client that reads nothing is dropped
+    found = count_listener(current_waiting().follow(query.job_id, visible_owner()))
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return Response(_encode_events(found, last), 200, headers, mimetype="text/event-stream")
 
 
 def _encode_events(found: Iterator[StatusObject | None], last: str | None) -> Iterator[str]:
     """The event stream (https://html.spec.whatwg.org/multipage/server-sent-events.html).
 
-    An event's id is a digest of what it says, so that one which the client has had is not told again.
+    An event's id is a digest of its data, so that a client that connects again does not get the same status twice.
     """
     yield f"retry: {POLL_AGAIN * 1000}\n\n"
     try:
@@ -40,90 +171,29 @@ def _encode_events(found: Iterator[StatusObject | None], last: str | None) -> It
                 yield ": still here\n\n"
                 continue
             text = encode_json(status)
-            told = make_etag(text.encode())
-            if told != last:
-                yield f"event: status\nid: {told}\ndata: {text}\n\n"
-            if status["job_status"] in TERMINAL:
-                yield f"event: end\nid: {told}{ENDED}\ndata: {text}\n\n"
-    except (Problem, RedisError) as error:  # the answer has begun: the client comes again, and is told then
+            event_id = make_etag(text)
+            if event_id != last:
+                yield f"event: status\nid: {event_id}\ndata: {text.decode()}\n\n"
+            if status.job_status in TERMINAL:
+                yield f"event: end\nid: {event_id}{ENDED}\ndata: {text.decode()}\n\n"
+    except (problems.Problem, RedisError) as error:  # the client connects again, and gets the problem as its answer
         logger.warning("the events of a job end early: %s", error)
 
 
-def make_control(jobs: Jobs, waiting: Waiting, options: type[Query]) -> APIBlueprint:
-    """The routes, for these jobs and the options that new ones may have."""
-    control = APIBlueprint("control", __name__, tag="Control")
+@control.get("/webhooks")
+@control.input(JobQuery, location="query", arg_name="query")
+@answers({200: Answer("the messages about its ends", WebhookLog)}, problems=READS_JOB)
+def list_webhooks(query: JobQuery) -> Response:
+    """List the messages about a job's ends, and the tries to deliver them."""
+    return json_response(current_jobs().read_webhooks(query.job_id, visible_owner()), headers=_PRIVATE)
 
-    @control.post("/cancel")
-    @control.input(JobQuery, location="query", arg_name="query")
-    def cancel(query: JobQuery) -> Response:
-        """Cancel a job: one that waits never runs, one that runs is stopped."""
-        has_ended, status = jobs.cancel(query.job_id, reader())
-        return json_answer(status, 200 if has_ended else 202, ask_again(status))
 
-    @control.post("/retry")
-    @control.input(JobQuery, location="query", arg_name="query")
-    def retry(query: JobQuery) -> Response:
-        """Run a job again that failed, was stopped or canceled."""
-        if current_key().functions is not None:
-            check_function(jobs.read_status(query.job_id, reader())["function"])
-        status = jobs.retry(query.job_id, reader())
-        return json_answer(status, 202, {"Location": status["links"]["check_status"], **ask_again(status)})
-
-    @control.post("/enqueue_many/<function>")
-    @control.input(options, location="query", arg_name="options")
-    def enqueue_many(function: str, options: Any) -> Response:
-        """Enqueue a job for each payload of the body, an array: all or none."""
-        found = jobs.find_function(function)
-        check_function(function)
-        asked = options.model_dump(exclude_none=True)
-        with received_body(jobs.settings) as payloads:
-            receipt = jobs.enqueue_many(found, payloads, asked, origin())
-        if receipt.is_replay:
-            add_header("Idempotent-Replayed", "true")
-        answer = {"group_id": receipt.group_id, "job_ids": receipt.job_ids}
-        location = f"/check_group?group_id={receipt.group_id}"
-        return json_answer(answer, 202, {"Location": location, "Retry-After": str(POLL_AGAIN)})
-
-    @control.get("/check_group")
-    @control.input(GroupQuery, location="query", arg_name="query")
-    def check_group(query: GroupQuery) -> Response:
-        """Tell how many jobs of a group there are in each status."""
-        return json_answer(jobs.read_group(query.group_id, reader()), headers={"Cache-Control": "private, no-cache"})
-
-    @control.get("/events")
-    @control.input(JobQuery, location="query", arg_name="query")
-    def events(query: JobQuery) -> Response:
-        """Tell whatever happens to a job, as it happens."""
-        last = request.headers.get("Last-Event-ID")
-        jobs.read_status(query.job_id, reader())  # what is wrong is told before the stream begins
-        if last and last.endswith(ENDED):
-            return Response(status=204)  # `EventSource` comes again after an end, unless it is told so
-        if connection := request.environ.get("gunicorn.socket"):
-            connection.settimeout(SLOWEST)  # for each write: who reads nothing is dropped
-        found = count_listener(waiting.follow(query.job_id, reader()))
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return Response(_encode_events(found, last), 200, headers, mimetype="text/event-stream")
-
-    @control.get("/webhooks")
-    @control.input(JobQuery, location="query", arg_name="query")
-    def list_webhooks(query: JobQuery) -> Response:
-        """List the messages that told of a job's ends, and the tries to deliver them."""
-        found = jobs.read_webhooks(query.job_id, reader())
-        return json_answer(found, headers={"Cache-Control": "private, no-cache"})
-
-    @control.post("/webhooks/redeliver")
-    @control.input(JobQuery, location="query", arg_name="query")
-    def redeliver(query: JobQuery) -> Response:
-        """Deliver the message that tells of a job's last end once more."""
-        return json_answer(jobs.redeliver(query.job_id, reader()), 202)
-
-    @control.get("/jobs")
-    @control.input(JobsQuery, location="query", arg_name="query")
-    def list_jobs(query: JobsQuery) -> Response:
-        """List jobs, newest first, a page at a time."""
-        filters = query.model_dump(include={"status", "queue", "function"}, exclude_none=True)
-        listed, cursor = jobs.list_jobs(filters, query.limit, query.cursor, reader())
-        following = f"/jobs?{urlencode({**filters, 'limit': query.limit, 'cursor': cursor})}" if cursor else None
-        return json_answer({"jobs": listed, "next": following}, headers={"Cache-Control": "private, no-cache"})
-
-    return control
+@control.post("/webhooks/redeliver")
+@control.input(JobQuery, location="query", arg_name="query")
+@answers(
+    {202: Answer("the last message is delivered once more", WebhookLog)},
+    problems=(*READS_JOB, problems.WebhookNotFound, problems.QueueFull),
+)
+def redeliver(query: JobQuery) -> Response:
+    """Deliver the message about a job's last end once more."""
+    return json_response(current_jobs().redeliver(query.job_id, visible_owner()), 202)

@@ -1,41 +1,44 @@
-"""Operating the service: is it up, would a job run, how are the queues and the workers."""
+"""The routes for operators: is the service up, would a job run, how are the queues and the workers."""
 
 from typing import Any
 
 from apiflask import APIBlueprint
-from flask import Response, current_app
+from flask import Response
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from redis.exceptions import RedisError
 
 from app.core.queries import read_overview
-from app.core.transitions import PROBE_KEY, workers_key
+from app.core.scripts import PROBE_KEY, workers_key
 from app.jobs import problems
-from app.jobs.jobs import TRY_AGAIN, Jobs
-from app.jobs.waiting import Waiting
-from app.web.auth import want_admin
+from app.jobs.problems import TRY_AGAIN
+from app.web.auth import require_admin
 from app.web.metrics import render_metrics
-from app.web.responses import json_answer
+from app.web.openapi import TEXT, Answer, answers
+from app.web.requests import current_jobs, current_waiting
+from app.web.responses import json_response
+from app.web.schemas import Health, Queues, Readiness
 
 ops = APIBlueprint("ops", __name__, tag="Operating")
 
 
 @ops.get("/healthz")
 @ops.doc()
+@answers({200: Answer("the process serves", Health, example=Health(status="ok"))})
 def healthz() -> Response:
-    """Tell that the process serves, whatever Redis does."""
-    return json_answer({"status": "ok"})
+    """Say that the process serves, whatever Redis does."""
+    return json_response(Health(status="ok"))
 
 
 @ops.get("/readyz")
 @ops.doc()
+@answers({200: Answer("Redis takes writes and every queue has a live worker", Readiness)}, problems=[problems.NotReady])
 def readyz() -> Response:
-    """Tell whether a job that is enqueued now would run.
+    """Say whether a job that is enqueued now would run.
 
     It would if Redis answers and takes writes, and every configured queue has a live worker.
     """
-    jobs: Jobs = current_app.extensions["jobs"]
-    waiting: Waiting = current_app.extensions["waiting"]
-    checks = {"web": "draining"} if waiting.is_draining() else {}
+    jobs = current_jobs()
+    checks = {"web": "draining"} if current_waiting().is_draining() else {}
     try:
         with jobs.connection.pipeline() as pipeline:
             pipeline.set(PROBE_KEY, 1, ex=60)
@@ -43,7 +46,7 @@ def readyz() -> Response:
                 pipeline.smembers(workers_key(queue))
             _, *workers = pipeline.execute()
             for members in workers:
-                # A worker that died without a word is in the set, but its own key has run out.
+                # A worker that died suddenly is still in the set, but its own key has expired.
                 pipeline.exists(*members or [PROBE_KEY + ":none"])
             alive: list[Any] = pipeline.execute()
     except RedisError as error:
@@ -55,15 +58,16 @@ def readyz() -> Response:
     if any(check != "ok" for check in checks.values()):
         failed = ", ".join(f"{name}: {check}" for name, check in checks.items() if check != "ok")
         raise problems.NotReady(f"Not ready: {failed}.", checks=checks, retry_after=TRY_AGAIN)
-    return json_answer({"status": "ready", "checks": checks})
+    return json_response(Readiness(status="ready", checks=checks))
 
 
 @ops.get("/queues")
 @ops.doc()
+@answers({200: Answer("the queues and workers at this moment", Queues)}, problems=[problems.RedisUnavailable])
 def queues() -> Response:
-    """Tell how the queues and workers are."""
-    want_admin()
-    jobs: Jobs = current_app.extensions["jobs"]
+    """Describe the queues and workers."""
+    require_admin()
+    jobs = current_jobs()
     overview = read_overview(jobs.connection, jobs.settings.all_queues)
     listed = [
         {
@@ -77,13 +81,14 @@ def queues() -> Response:
         for queue in overview.queues
     ]
     workers = [worker._asdict() for worker in sorted(overview.workers)]
-    return json_answer({"queues": listed, "workers": workers}, headers={"Cache-Control": "private, no-cache"})
+    return json_response({"queues": listed, "workers": workers}, headers={"Cache-Control": "private, no-cache"})
 
 
 @ops.get("/metrics")
 @ops.doc()
+@answers({200: Answer("Prometheus' text format", TEXT)})
 def metrics() -> Response:
-    """Tell Prometheus how the service is."""
-    want_admin()
-    jobs: Jobs = current_app.extensions["jobs"]
+    """Return the metrics of the service for Prometheus."""
+    require_admin()
+    jobs = current_jobs()
     return Response(render_metrics(jobs.settings, jobs.connection), content_type=CONTENT_TYPE_PLAIN_0_0_4)

@@ -1,0 +1,164 @@
+"""The core routes: enqueue a job, check its status, get its result and its payload."""
+
+from contextlib import suppress
+from typing import Any
+
+from apiflask import APIBlueprint
+from flask import Response, request
+
+from app.core.scripts import TERMINAL
+from app.jobs import problems
+from app.jobs.status import EXAMPLE, StatusObject, StatusWithResult
+from app.web.auth import check_function, current_key
+from app.web.limits import count_large_response
+from app.web.openapi import (
+    ANY_JSON,
+    IDEMPOTENCY_KEY,
+    IF_NONE_MATCH,
+    MAKES_JOBS,
+    PREFER,
+    READS_JOB,
+    TEXT,
+    Answer,
+    answers,
+)
+from app.web.requests import (
+    add_header,
+    current_enqueuer,
+    current_jobs,
+    current_waiting,
+    read_json_body,
+    read_origin,
+    read_wait,
+    visible_owner,
+)
+from app.web.responses import json_response, make_etag, poll_headers, stored_json_response
+from app.web.schemas import EnqueueQuery, FunctionList, JobQuery, WaitQuery
+from app.webhooks.addresses import check_webhook
+
+#: The job function that `POST /enqueue` without a name runs.
+DEFAULT_FUNCTION = "some_long_function"
+
+# The operation ids are those of earlier releases: generated clients name their methods after them.
+jobs = APIBlueprint("jobs", __name__, tag="Jobs")
+
+
+@jobs.get("/")
+@jobs.doc(operation_id="get_index")
+@answers({200: Answer("the app is up: `Running!`", TEXT)})
+def index() -> Response:
+    """Say that the app is up."""
+    return Response("Running!", mimetype="text/plain")
+
+
+@jobs.post("/enqueue")
+@jobs.post("/enqueue/<function>")
+@jobs.input(EnqueueQuery, location="query", arg_name="options")
+@answers(
+    {
+        202: Answer(
+            "enqueued",
+            StatusObject,
+            ("Location", "Retry-After", "Preference-Applied", "Idempotent-Replayed"),
+            EXAMPLE.model_copy(update={"job_status": "queued", "started_at": None, "progress": None}),
+        ),
+        200: Answer(
+            "waited for, and ended in time",
+            StatusWithResult,
+            ("Location", "Preference-Applied", "Idempotent-Replayed"),
+        ),
+    },
+    problems=(*MAKES_JOBS, problems.ResultExpired, problems.JobFailed),
+    headers=(PREFER, IDEMPOTENCY_KEY),
+)
+def enqueue(options: Any, function: str = DEFAULT_FUNCTION) -> Response:
+    """Enqueue a job: the body is its payload."""
+    enqueuer = current_enqueuer()
+    found = enqueuer.find_function(function)
+    check_function(function)
+    asked = options.model_dump(exclude_none=True)
+    wait = read_wait(asked.pop("wait", None), enqueuer.settings)
+    with read_json_body(enqueuer.settings) as payload:
+        origin = read_origin()
+        check_webhook(asked.get("webhook"), enqueuer.settings)
+        receipt = enqueuer.enqueue(found, payload, asked, origin)
+    del payload  # or it stays in memory for as long as this request waits
+    if receipt.is_replay:
+        add_header("Idempotent-Replayed", "true")
+    status = current_waiting().wait_for_new(receipt, wait, current_key().name)
+    headers = {"Location": status.links.check_status, **poll_headers(status)}
+    if wait and status.job_status in TERMINAL:
+        # Too many large answers: the job exists, so the client gets it without its result. On a 429 it would enqueue
+        # the job again.
+        with suppress(problems.TooManyRequests):
+            return count_large_response(json_response(status, 200, headers))
+        status = StatusObject(**status.model_dump(exclude={"result"}))
+    return json_response(status, 202, headers)
+
+
+@jobs.get("/check_status")
+@jobs.doc(operation_id="get_check_status")
+@jobs.input(WaitQuery, location="query", arg_name="query")
+@answers(
+    {
+        200: Answer("the status of the job", StatusObject, ("ETag", "Retry-After", "Preference-Applied"), EXAMPLE),
+        304: Answer("still the status that `If-None-Match` names", headers=("ETag",)),
+    },
+    problems=READS_JOB,
+    headers=(PREFER, IF_NONE_MATCH),
+)
+def check_status(query: WaitQuery) -> Response:
+    """Read the status of a job."""
+    waiting = current_waiting()
+    status = waiting.wait(query.job_id, read_wait(query.wait, waiting.jobs.settings), visible_owner())
+    response = json_response(status, headers={**poll_headers(status), "Cache-Control": "private, no-cache"})
+    response.set_etag(make_etag(response.get_data()))
+    if "If-None-Match" in request.headers:
+        response.make_conditional(request)
+    return response
+
+
+@jobs.get("/get_result")
+@jobs.doc(operation_id="get_get_result")
+@jobs.input(WaitQuery, location="query", arg_name="query")
+@answers(
+    {200: Answer("what the function returned", ANY_JSON, ("Preference-Applied",))},
+    problems=(*READS_JOB, problems.ResultNotReady, problems.JobFailed, problems.JobStopped, problems.JobCanceled),
+    headers=(PREFER,),
+)
+def get_result(query: WaitQuery) -> Response:
+    """Return what a job returned, as JSON, with nothing around it."""
+    waiting = current_waiting()
+    if wait := read_wait(query.wait, waiting.jobs.settings):
+        waiting.wait(query.job_id, wait, visible_owner())
+    return stored_json_response(waiting.jobs.read_result(query.job_id, visible_owner()))
+
+
+@jobs.get("/get_payload")
+@jobs.doc(operation_id="get_get_payload")
+@jobs.input(JobQuery, location="query", arg_name="query")
+@answers(
+    {200: Answer("the payload of the job", ANY_JSON)},
+    problems=(*READS_JOB, problems.PayloadNotFound),
+)
+def get_payload(query: JobQuery) -> Response:
+    """Return the payload of a job, as JSON, with nothing around it."""
+    return stored_json_response(current_jobs().read_payload(query.job_id, visible_owner()))
+
+
+@jobs.get("/functions")
+@jobs.doc(operation_id="get_list_functions")
+@answers({200: Answer("all job functions", FunctionList)})
+def list_functions() -> Response:
+    """List the job functions, with the schema of each one's payload."""
+    functions = current_enqueuer().functions.values()
+    listed = [
+        {
+            "name": function.name,
+            "description": function.description,
+            "payload_schema": function.payload_schema,
+            "defaults": function.defaults,
+        }
+        for function in sorted(functions, key=lambda function: function.name)
+    ]
+    return json_response({"functions": listed})
