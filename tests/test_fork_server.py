@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import socket
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ import pytest
 from redis import Redis
 
 from app.config import get_settings
+from app.worker.channel import Channel
 from app.worker.fork_server import ForkServerDied
-from app.worker.horse_process import WorkHorse
-from app.worker.horses import Stable
+from app.worker.horses import WorkHorseHandle, WorkHorses
 from app.worker.worker import Worker
 from tests.processes import ROOT, Process, environment, wait_until, worker
 from tests.test_worker import Bench, is_running, lines_of
@@ -113,15 +114,16 @@ def test_fork_server_without_a_free_file_descriptor_says_so_and_goes_on(own: Ben
 def test_job_is_not_put_back_before_its_work_horse_is_killed(own: Bench) -> None:
     job_id = own.enqueue("echo", 1)
     bereft = Worker(["default"], connection=own.redis)
-    horse = Mock(spec=WorkHorse, channel=Mock(), crash_limits={}, fresh=frozenset(), is_spent=False, jobs=0)
+    ours, its = socket.socketpair()
+    channel = Channel(ours)
+    horse = Mock(spec=WorkHorseHandle, channel=channel, crash_limits={}, fresh=frozenset(), is_spent=False, jobs=0)
     horse.has_died.side_effect = [False, False, ForkServerDied]
-    horse.channel.receive.return_value = None
     seen = []
     horse.kill.side_effect = lambda *_: seen.append(own.read(job_id)["status"])
-    bereft._stable.horse = horse
+    bereft._horses.horse = horse
     taken = bereft.dequeue_job_and_maintain_ttl(None)
     assert taken
-    with pytest.raises(ForkServerDied):
+    with ours, its, pytest.raises(ForkServerDied):
         bereft.execute_job(*taken)
     assert seen == ["started"]
     job = own.read(job_id)
@@ -129,12 +131,12 @@ def test_job_is_not_put_back_before_its_work_horse_is_killed(own: Bench) -> None
 
 
 def test_no_work_horse_is_left_where_the_fork_server_died() -> None:
-    stable = Stable(get_settings(), logging.getLogger("test"))
-    stable.horse, stable._next = horses = [Mock(spec=WorkHorse), Mock(spec=WorkHorse)]
-    for horse in horses:
-        horse.bury.side_effect = ForkServerDied
-    stable.close()
-    for horse in horses:
+    horses = WorkHorses(get_settings(), logging.getLogger("test"))
+    horses.horse, horses._next = both = [Mock(spec=WorkHorseHandle), Mock(spec=WorkHorseHandle)]
+    for horse in both:
+        horse.reap.side_effect = ForkServerDied
+    horses.close()
+    for horse in both:
         horse.kill.assert_called_once()
 
 

@@ -23,7 +23,7 @@ from rq.serializers import JSONSerializer, PickleSerializer, resolve_serializer
 from rq.utils import now
 
 from app.core import transitions
-from app.worker.rq_worker import SteadyWorker
+from app.worker.rq_worker import ResilientWorker
 from app.worker.worker import Worker
 from tests.processes import free_port
 
@@ -58,7 +58,7 @@ READ = {
 
 def overridden() -> dict[str, Callable[..., Any]]:
     """RQ's methods that ours replace or go around, by name."""
-    names = {name for own in (SteadyWorker, Worker) for name, value in vars(own).items() if callable(value)}
+    names = {name for own in (ResilientWorker, Worker) for name, value in vars(own).items() if callable(value)}
     return {name: getattr(rq.Worker, name) for name in names if hasattr(rq.Worker, name)}
 
 
@@ -80,7 +80,7 @@ def test_rqs_own_method_is_still_what_was_read_as_it_was_overridden(name: str) -
 
 
 def test_each_override_says_what_it_answers() -> None:
-    for own in (SteadyWorker, Worker):
+    for own in (ResilientWorker, Worker):
         for name in overridden().keys() & vars(own).keys() - {"__init__"}:
             assert "RQ" in (vars(own)[name].__doc__ or ""), f"{own.__name__}.{name}"
 

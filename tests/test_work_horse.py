@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from rq import get_current_job
 
 from app.functions import PiPayload, WordsPayload, count_words, estimate_pi, some_long_function
-from app.job_function import FUNCTIONS, JobFunction, job_function, load_functions, progress_goes_to, report_progress
+from app.job_function import FUNCTIONS, JobFunction, job_function, load_functions, report_progress, send_progress_to
 from app.worker.channel import Channel
 from app.worker.results import ResultNotJSON, ResultTooLarge, dump_result
 from app.worker.work_horse import run_job
@@ -192,7 +192,7 @@ def test_run_job_without_a_limit(ends: tuple[Channel, Channel]) -> None:
         ("tests.job_functions.die", {"how": "sys.exit"}, ("SystemExit", "3")),
         ("tests.job_functions.return_bytes_of", 20_000_000, ("ResultTooLarge", "The return value has 20000002 bytes")),
         ("tests.job_functions.return_unjsonable", "nan", ("ResultNotJSON", "The return value is not JSON: $.a[1]")),
-        ("tests.job_functions.report", {"done": math.nan, "total": 1}, ("ValueError", "Progress is told in finite")),
+        ("tests.job_functions.report", {"done": math.nan, "total": 1}, ("ValueError", "Progress must be finite")),
         ("app.functions.estimate_pi", {"samples": 0}, ("ValidationError", "1 validation error")),
         ("os.system", "true", ("UnknownFunction", "'os.system' is not a job function here")),
         ("builtins.eval", "1", ("UnknownFunction", "'builtins.eval' is not a job function here")),
@@ -233,7 +233,7 @@ def test_run_job_survives_an_exception_without_a_text(
     monkeypatch.setitem(BY_PATH, "broken", broken)
     kind, message = _failure(ends, "broken", 1)
     assert kind.endswith("Unprintable")
-    assert message == "(its text cannot be had)"
+    assert message == "(its text cannot be read)"
 
 
 # What makes a job function
@@ -260,7 +260,7 @@ def test_job_function_leaves_the_callable_as_it_is_and_keeps_its_defaults() -> N
 
 @pytest.mark.parametrize("limit", [-1, True, 1.0, "1"])
 def test_job_function_wants_a_number_of_crashes(limit: Any) -> None:
-    with pytest.raises(ValueError, match="max_crashes is an integer from 0 on"):
+    with pytest.raises(ValueError, match="max_crashes must be an integer of 0 or more"):
         job_function(max_crashes=limit)
 
 
@@ -292,7 +292,7 @@ def test_load_functions_says_that_there_is_no_such_module() -> None:
 def test_report_progress_outside_of_a_job_does_nothing() -> None:
     report_progress(1, 2)
     seen: list[Any] = []
-    with progress_goes_to(seen.append):
+    with send_progress_to(seen.append):
         report_progress(1, 2, "x")
     report_progress(2, 2)
     assert seen == [{"done": 1, "total": 2, "message": "x"}]
@@ -303,7 +303,7 @@ def test_report_progress_outside_of_a_job_does_nothing() -> None:
 
 def test_some_long_function_returns_its_input_and_reports_ten_steps() -> None:
     seen: list[Any] = []
-    with progress_goes_to(seen.append):
+    with send_progress_to(seen.append):
         result = some_long_function({"hello": "world"})
     assert result == {
         "job_id": None, "job_enqueued_at": None, "job_started_at": None,
@@ -314,7 +314,7 @@ def test_some_long_function_returns_its_input_and_reports_ten_steps() -> None:
 
 def test_estimate_pi_is_near_pi_and_repeatable() -> None:
     seen: list[Any] = []
-    with progress_goes_to(seen.append):
+    with send_progress_to(seen.append):
         first = estimate_pi(PiPayload(samples=20_050, seed=1))
     assert abs(first["pi"] - math.pi) < 0.05
     assert first["samples"] == seen[-1]["done"] == 20_050

@@ -34,8 +34,9 @@ from app.core.queue import Queue
 from app.core.scripts import EVENTS_KEY, TERMINAL
 from app.jobs.jobs import Jobs
 from app.worker.channel import Channel
-from app.worker.horse_process import WorkHorse
-from app.worker.worker import Unsettled, Worker
+from app.worker.horses import WorkHorseHandle
+from app.worker.take_ahead import PendingFinish
+from app.worker.worker import Worker
 from tests.processes import ROOT, Process, environment, python, running, valkey_server, wait_until, worker
 
 SETTINGS: dict[str, Any] = {
@@ -476,7 +477,7 @@ def test_job_that_must_not_run_twice_is_not_put_back_on_sigterm(own: Bench, tmp_
 def stand_in() -> Iterator[tuple[Mock, Channel]]:
     """A work-horse that a test plays, and its end of the channel."""
     ours, its = (Channel(end) for end in socket.socketpair())
-    horse = Mock(spec=WorkHorse, channel=ours, crash_limits={}, fresh=frozenset(), is_spent=False, jobs=0)
+    horse = Mock(spec=WorkHorseHandle, channel=ours, crash_limits={}, fresh=frozenset(), is_spent=False, jobs=0)
     horse.has_died.return_value = False
     yield horse, its
     ours.close()
@@ -488,8 +489,8 @@ def test_job_that_was_lost_before_it_began_is_not_run(real_redis: "Redis") -> No
     bench = Bench(real_redis, "")
     job_id = bench.enqueue("echo", 1)
     first = Worker(["default"], connection=real_redis)
-    horse = Mock(spec=WorkHorse, channel=Mock(), crash_limits={}, fresh=frozenset(), is_spent=False, jobs=0)
-    first._stable.horse = horse
+    horse = Mock(spec=WorkHorseHandle, channel=Mock(), crash_limits={}, fresh=frozenset(), is_spent=False, jobs=0)
+    first._horses.horse = horse
     horse.has_died.return_value = False
     taken = first.dequeue_job_and_maintain_ttl(None)
     assert taken
@@ -497,7 +498,7 @@ def test_job_that_was_lost_before_it_began_is_not_run(real_redis: "Redis") -> No
     run = transitions.Run(job_id, execution.rpartition(":")[2], "default", first.name)
     failure = scripts.describe_failure("WorkHorseDied", "lost")
     assert transitions.release(real_redis, run, crashed=True, limit=3, failure=failure, failure_ttl=9) == "queued"
-    first._taken_at -= 2  # seconds
+    first._runs[0]._taken_since -= 2  # seconds
     first.execute_job(*taken)
     assert not horse.channel.send.called
     assert bench.read(job_id)["status"] == "queued"
@@ -511,13 +512,13 @@ def test_job_that_has_not_begun_is_not_begun_once_the_worker_is_told_to_end(
     bench = Bench(real_redis, "")
     job_id = bench.enqueue("echo", 1)
     ending = Worker(["default"], connection=real_redis)
-    horse = Mock(spec=WorkHorse, channel=Mock(), crash_limits={}, fresh=frozenset(), is_spent=False, jobs=0)
+    horse = Mock(spec=WorkHorseHandle, channel=Mock(), crash_limits={}, fresh=frozenset(), is_spent=False, jobs=0)
 
-    def ready_horse(*_: Any, **__: Any) -> WorkHorse:
+    def get_ready(*_: Any, **__: Any) -> WorkHorseHandle:
         ending._stop_requested = bool(bench.read(job_id)["status"] == ("started" if is_taken else "queued"))
         return horse
 
-    monkeypatch.setattr(ending._stable, "ready_horse", ready_horse)
+    monkeypatch.setattr(ending._horses, "get_ready", get_ready)
     if is_taken:
         taken = ending.dequeue_job_and_maintain_ttl(None)
         assert taken
@@ -547,11 +548,11 @@ def test_outcome_that_was_sent_just_before_the_work_horse_died_counts(
     bench = Bench(real_redis, "")
     job_id = bench.enqueue("echo", 1)
     loyal = Worker(["default"], connection=real_redis)
-    loyal._stable.horse = horse
+    loyal._horses.horse = horse
     taken = loyal.dequeue_job_and_maintain_ttl(None)
     assert taken
     loyal.execute_job(*taken)
-    loyal._settle()
+    loyal._ahead.confirm_last_finish()
     assert bench.result_of(job_id) == 1
     assert "crashes" not in bench.read(job_id)
 
@@ -794,7 +795,7 @@ def test_stop_is_not_lost_as_an_earlier_job_is_written_down_as_stopped(
     horse.kill.side_effect = lambda *_: its.close()
     bench = Bench(real_redis, "")
     busy = Worker(["default"], connection=real_redis)
-    busy._stable.horse = horse
+    busy._horses.horse = horse
     earlier = bench.enqueue("echo", 1)
     bench.enqueue("echo", 1, depends_on=earlier)
     transitions.take(real_redis, busy.name, "e", 30, ["default"])
@@ -802,7 +803,7 @@ def test_stop_is_not_lost_as_an_earlier_job_is_written_down_as_stopped(
     later = bench.enqueue("echo", 2)
     taken = busy.dequeue_job_and_maintain_ttl(None)
     assert taken
-    busy._unsettled = Unsettled(
+    busy._ahead.pending = PendingFinish(
         transitions.Run(earlier, "e", "default", busy.name), transitions.Ending("finished", 9, 9), is_answered=False
     )
     finish = transitions.finish

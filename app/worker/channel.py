@@ -1,15 +1,22 @@
-"""What worker and work-horse say to each other: frames of a JSON header and raw bytes over a socket pair."""
+"""The channel between worker and work-horse: frames of a JSON header and raw bytes, over a socket pair.
+
+docs/lifecycle.md lists the messages.
+"""
 
 import json
+import select
 import socket
 import struct
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any
 
+#: Before each frame: the sizes of header and body, in bytes.
 _SIZES = struct.Struct("!II")
 
 Header = dict[str, Any]
+Frame = tuple[Header, bytes]
 
 
 class Channel:
@@ -32,15 +39,15 @@ class Channel:
         """Send a frame.
 
         Raises:
-            OSError: the other end is closed, or did not read it within so many seconds.
+            OSError: the other end is closed, or did not read the frame within `timeout` seconds (TimeoutError).
         """
         head = json.dumps(header).encode()
         with self._sending:
             self._socket.settimeout(timeout)
             self._socket.sendall(_SIZES.pack(len(head), len(body)) + head + body)
 
-    def receive(self, timeout: float | None = None) -> tuple[Header, bytes] | None:
-        """The next frame; None if none was complete within so many seconds.
+    def receive(self, timeout: float | None = None) -> Frame | None:
+        """The next frame; None if none is complete within `timeout` seconds. With 0 it does not wait at all.
 
         Raises:
             EOFError: the other end is closed.
@@ -48,9 +55,10 @@ class Channel:
         deadline = None if timeout is None else time.monotonic() + timeout
         while (frame := self._complete_frame()) is None:
             try:
-                self._socket.settimeout(None if deadline is None else max(deadline - time.monotonic(), 0.0001))
+                left = None if deadline is None else max(deadline - time.monotonic(), 0.0001)
+                self._socket.settimeout(left if timeout else timeout)
                 received = self._socket.recv(1 << 18)
-            except TimeoutError:
+            except (TimeoutError, BlockingIOError):
                 return None
             except ConnectionError:
                 received = b""
@@ -59,7 +67,7 @@ class Channel:
             self._received += received
         return frame
 
-    def _complete_frame(self) -> tuple[Header, bytes] | None:
+    def _complete_frame(self) -> Frame | None:
         if len(self._received) < _SIZES.size:
             return None
         head, body = _SIZES.unpack_from(self._received)
@@ -69,3 +77,11 @@ class Channel:
         frame = json.loads(self._received[_SIZES.size : start]), bytes(self._received[start:end])
         del self._received[:end]
         return frame
+
+
+def wait_for_any(channels: Iterable[Channel], timeout: float) -> None:
+    """Wait until one of the channels has something to receive, or is closed; at most `timeout` seconds."""
+    poll = select.poll()
+    for channel in channels:
+        poll.register(channel.fileno(), select.POLLIN)
+    poll.poll(timeout * 1000)

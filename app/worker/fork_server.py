@@ -1,8 +1,8 @@
-"""The fork server: a process that the worker forks off while it has no threads, and that forks the work-horses.
+"""The fork server: a process that forks the work-horses. The worker forks it off while it has no threads.
 
-A work-horse is ready within milliseconds that way, where a fresh interpreter takes a third of a second, and shares most
-of its memory with the worker. RQ forks the worker itself for each job; with the threads that it has by then (RQ's
-pubsub) that can deadlock the child.
+A forked work-horse is ready within milliseconds, where a fresh interpreter takes a third of a second, and shares most
+of its memory with the worker. RQ forks the worker itself for each job. By then the worker has threads (RQ's pubsub), so
+the child may deadlock.
 """
 
 import contextlib
@@ -19,8 +19,8 @@ import traceback
 from collections.abc import Callable
 from typing import Literal, NoReturn
 
-#: What the server says of a process: `b` for born or `d` for dead, its id, and its exit code; or `n` if none could be
-#: born, with the error's number in place of the code.
+#: A message of the server about a process: `b` (born) or `d` (dead), its id, and its exit code. Or `n`: no process
+#: could be started, with the error's number in place of the code.
 _NEWS = struct.Struct("!cii")
 
 
@@ -35,10 +35,10 @@ class ForkServer:
         """Fork. Each of the server's own children calls `run` with the socket that it was started with."""
         self._control, its = socket.socketpair()
         self._dead: dict[int, int] = {}
-        sys.stdout.flush()  # what waits there would be written by each process
+        sys.stdout.flush()  # or each process would write the buffered text
         sys.stderr.flush()
         gc.collect()
-        gc.freeze()  # a collection would write to memory that all of them share: 5 MB of it
+        gc.freeze()  # or a collection would write to the memory that all of them share
         self._pid = os.fork()
         if self._pid == 0:
             self._control.close()
@@ -51,14 +51,14 @@ class ForkServer:
         Raises:
             OSError: the system has no room for it.
         """
-        with contextlib.suppress(ConnectionError):  # `_read` will say it
+        with contextlib.suppress(ConnectionError):  # `_read` raises then
             socket.send_fds(self._control, [b"s"], [end.fileno()])
         while (news := self._read())[0] == b"d":
             pass
         word, pid, code = news
         if word == b"n":
             raise OSError(code, os.strerror(code))
-        self._dead.pop(pid, None)  # of another one, long ago
+        self._dead.pop(pid, None)  # an earlier process had the same id
         return pid
 
     def poll(self, pid: int) -> int | None:
@@ -69,14 +69,14 @@ class ForkServer:
         return self._dead.get(pid)
 
     def wait(self, pid: int, seconds: float) -> int | None:
-        """As `poll`, once it has ended, or after so many seconds."""
+        """As `poll`, but wait for the end of the process, at most `seconds`."""
         deadline = time.monotonic() + seconds
         while (code := self.poll(pid)) is None and time.monotonic() < deadline:
             time.sleep(0.001)
         return code
 
     def forget(self, pid: int) -> None:
-        """Nobody will ask for this process again."""
+        """Drop the exit code of this process: nobody will ask for it again."""
         self._dead.pop(pid, None)
 
     def close(self) -> None:
@@ -98,65 +98,91 @@ class ForkServer:
         return word, pid, code
 
 
+class _Server:
+    """The fork server itself, in its own process."""
+
+    def __init__(self, control: socket.socket, run: Callable[[socket.socket], None]) -> None:
+        self._control, self._run = control, run
+        self._children: set[int] = set()
+        # A signal handler alone would run after the next order if the signal came just before the wait for it.
+        self._wakes, self._wake = socket.socketpair()
+        self._wake.setblocking(False)
+        signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+
+    def serve(self) -> None:
+        """Start processes and report their ends, until the worker closes its end of the socket."""
+        while True:
+            ready, _, _ = select.select([self._control, self._wakes], [], [])
+            if self._wakes in ready:
+                self._wakes.recv(4096)
+                self._report_ends()
+            if self._control in ready:
+                order, files, _, _ = socket.recv_fds(self._control, 1, 1)
+                if not order:
+                    return
+                self._start(files)
+                for file in files:
+                    os.close(file)
+
+    def kill_children(self) -> None:
+        """Kill them. Each ends itself as its worker does, but a job that holds the GIL keeps it from that."""
+        for pid in self._children:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+
+    def _report(self, word: Literal[b"b", b"d", b"n"], pid: int, code: int = 0) -> None:
+        self._control.send(_NEWS.pack(word, pid, code))
+
+    def _report_ends(self) -> None:
+        with contextlib.suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                self._children.discard(ended[0])
+                self._report(b"d", ended[0], os.waitstatus_to_exitcode(ended[1]))
+
+    def _start(self, files: list[int]) -> None:
+        try:
+            if not files:  # the kernel drops a file that this process has no number left for
+                raise OSError(errno.EMFILE, "")
+            pid = os.fork()
+        except OSError as error:
+            self._report(b"n", 0, error.errno or 0)
+            return
+        if pid == 0:
+            self._become_child(files[0])
+        self._children.add(pid)
+        self._report(b"b", pid)
+
+    def _become_child(self, file: int) -> NoReturn:
+        self._children.clear()
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGCHLD, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        os.setpgid(0, 0)
+        for inherited in (self._control, self._wakes, self._wake):
+            inherited.close()
+        _run_child(socket.socket(fileno=file), self._run)
+
+
 def _serve(control: socket.socket, run: Callable[[socket.socket], None]) -> NoReturn:
-    children: set[int] = set()
-    with contextlib.suppress(BaseException):  # a bug, or a worker that ended as we spoke to it: not into its code
+    with contextlib.suppress(BaseException):  # a bug, or the worker's end: this process must not run the worker's code
         os.setpgid(0, 0)  # a Ctrl-C in a terminal is the worker's to handle
-        for number in (signal.SIGINT, signal.SIGTERM):  # as when all processes of a service are told to end
+        for number in (signal.SIGINT, signal.SIGTERM):  # when a service is stopped, all its processes may get them
             signal.signal(number, signal.SIG_IGN)
         _let_go_of_files(control)
-
-        def tell(word: Literal[b"b", b"d", b"n"], pid: int, code: int = 0) -> None:
-            control.send(_NEWS.pack(word, pid, code))
-
-        # A handler alone would run only after the wait for the next order if the signal came just before that.
-        wakes, wake = socket.socketpair()
-        wake.setblocking(False)
-        signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        while True:
-            ready, _, _ = select.select([control, wakes], [], [])
-            if wakes in ready:
-                wakes.recv(4096)
-                with contextlib.suppress(ChildProcessError):
-                    while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                        children.discard(ended[0])
-                        tell(b"d", ended[0], os.waitstatus_to_exitcode(ended[1]))
-            if control not in ready:
-                continue
-            order, files, _, _ = socket.recv_fds(control, 1, 1)
-            if not order:
-                break
-            try:
-                if not files:  # the kernel drops what there is no number for
-                    raise OSError(errno.EMFILE, "")
-                pid = os.fork()
-            except OSError as error:
-                tell(b"n", 0, error.errno or 0)
-            else:
-                if pid == 0:
-                    children.clear()
-                    signal.set_wakeup_fd(-1)
-                    for number in (signal.SIGCHLD, signal.SIGTERM):
-                        signal.signal(number, signal.SIG_DFL)
-                    os.setpgid(0, 0)
-                    for inherited in (control, wakes, wake):
-                        inherited.close()
-                    _be_child(socket.socket(fileno=files[0]), run)
-                children.add(pid)
-                tell(b"b", pid)
-            for file in files:
-                os.close(file)
-    for pid in children:  # each ends itself as its worker does, but not while its job keeps all threads from running
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
+        server = _Server(control, run)
+        try:
+            server.serve()
+        finally:
+            server.kill_children()
     os._exit(0)
 
 
 def _let_go_of_files(control: socket.socket) -> None:
-    """Put an empty file in the place of each that the worker has open, its connections to Redis and stdin among them.
+    """Replace each file that the worker has open with an empty one, its connections to Redis and stdin among them.
 
-    They are not closed: an object of the worker's that is thrown away here would close what has its number by then.
+    They are replaced, not closed: an object of the worker that is destroyed here closes its file number once more, and
+    that number might belong to another file by then.
     """
     with open(os.devnull, "r+b", buffering=0) as nothing:  # noqa: PTH123  # a descriptor is wanted
         for name in os.listdir("/dev/fd"):  # noqa: PTH208  # its names are the numbers
@@ -166,7 +192,7 @@ def _let_go_of_files(control: socket.socket) -> None:
                     os.dup2(nothing.fileno(), int(name), inheritable=False)
 
 
-def _be_child(end: socket.socket, run: Callable[[socket.socket], None]) -> NoReturn:
+def _run_child(end: socket.socket, run: Callable[[socket.socket], None]) -> NoReturn:
     code = 1
     try:
         run(end)

@@ -1,31 +1,34 @@
-"""RQ's worker made steady: its loop, registration, signals and maintenance, where an outage or a restart ends nothing.
+"""RQ's worker, made resilient: its loop, registration, signals and maintenance survive outages and restarts of Redis.
 
-Each override says which behaviour of RQ 3.0.0 it answers; tests/test_rq_overrides.py fails when an upgrade of RQ
-changes one of the methods below them.
+Each override names the behaviour of RQ 3.0.0 that it changes. tests/test_rq_overrides.py fails when an upgrade of RQ
+changes one of these methods.
 """
 
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import rq
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 from redis.retry import Retry
 from rq import worker_registration
+from rq.exceptions import StopRequested
 from rq.registry import CanceledJobRegistry, FailedJobRegistry, FinishedJobRegistry, ReadyJobRegistry
 from rq.serializers import JSONSerializer
 from rq.utils import now as utc_now
 from rq.utils import utcformat
 
 from app.config import get_settings
-from app.core import scripts
+from app.core import scripts, transitions
 from app.core.connections import connect
 from app.core.queue import Queue
+from app.core.transitions import Run
 
-#: Seconds between two looks at what is due: leases, delayed jobs, its own heartbeat. Also the longest block.
+#: Seconds between two ticks, which renew leases, send the heartbeat, and look for jobs that are due. Also the longest
+#: block.
 TICK = 1.0
 #: Seconds after its last heartbeat at which a worker counts as dead in `/readyz` and `rq info`.
 ALIVE = 35
@@ -35,37 +38,41 @@ MOST_CANCELED = 1000
 LONGEST_PAUSE = 5.0
 
 Answer = TypeVar("Answer")
+Held = Literal["held", "lost", "stop"]
 
 
-class SteadyWorker(rq.Worker):
-    """An RQ worker that outlives Redis' absence, and ends in a bounded time once it is told to."""
+class ResilientWorker(rq.Worker):
+    """An RQ worker that survives outages of Redis, and ends in a bounded time after SIGTERM."""
 
     def __init__(self, queues: Any, name: str | None = None, **kwargs: Any) -> None:
         """Take what `rq worker` passes; JSON is forced, whatever serializer it names (RQ's default is pickle)."""
         queues = [queues] if isinstance(queues, str | rq.Queue) else list(queues)
         connection = kwargs.pop("connection", None) or queues[0].connection
         self.settings = get_settings()
-        if self.settings.redis_sentinels:  # RQ's command has made one of redis-py's (see app/sentinel.py)
+        if self.settings.redis_sentinels:  # RQ's command has made one of redis-py's (see core/connections.py)
             connection = connect(self.settings)
         kwargs |= {"serializer": JSONSerializer, "queue_class": Queue, "default_result_ttl": self.settings.result_ttl}
         own = [Queue(queue if isinstance(queue, str) else queue.name, connection=connection) for queue in queues]
         super().__init__(own, name, connection=connection, **kwargs)
         self._is_suspended = True  # until the first `take` knows
         self._last_beat = 0.0
+        #: When the worker was told to end (time.monotonic); None until then.
         self._stopping_since: float | None = None
+        #: After a failed call, leave Redis alone until this time, so the loop can still enforce the job's limits.
+        self._backoff_until = 0.0
 
     def work(self, *args: Any, **kwargs: Any) -> bool:
         """As RQ's, without its scheduler: `promote` does that work.
 
-        Between the scheduler's reading of the due ids and its writing, a worker may have taken one of those jobs, which
-        would then run twice (scheduler.py, `enqueue_scheduled_jobs`).
+        RQ's scheduler reads the due ids and enqueues them later. A worker that takes one of those jobs in between runs
+        it, and then it runs again (scheduler.py, `enqueue_scheduled_jobs`).
         """
         if kwargs.pop("with_scheduler", False):
-            self.log.info("Worker %s: needs no scheduler, each worker looks after delayed jobs", self.name)
+            self.log.info("Worker %s: needs no scheduler, since each worker enqueues delayed jobs", self.name)
         return super().work(*args, **kwargs)
 
     def _set_connection(self, connection: Redis) -> Redis:
-        """RQ waits 415 s for an answer, and redis-py tries ten times. Nothing here blocks longer than a tick."""
+        """RQ waits 415 s for an answer, and redis-py tries ten times. Here no command blocks longer than a tick."""
         pool = connection.connection_pool
         retry = Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,))
         pool.connection_kwargs.update(socket_timeout=TICK + 2, retry=retry)
@@ -80,7 +87,7 @@ class SteadyWorker(rq.Worker):
             self.log.warning("Worker %s: could not sign off: %s", self.name, error)
 
     def check_for_suspension(self, burst: bool) -> None:
-        """RQ asks Redis before each job; here `take` says it with its answer."""
+        """RQ asks Redis before each job; here the answer of `take` says whether the workers are suspended."""
         if self._is_suspended:
             self._is_suspended = False
             try:
@@ -91,7 +98,7 @@ class SteadyWorker(rq.Worker):
     def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
         """RQ sends three commands five times a job; here one round trip a tick.
 
-        A worker that Redis has forgotten (it was flushed, or lost its disk) signs on again.
+        A worker that Redis has forgotten (after a flush, or a lost disk) registers again.
         """
         if pipeline is not None:
             super().heartbeat(timeout, pipeline)
@@ -110,8 +117,8 @@ class SteadyWorker(rq.Worker):
             beat.hexists(self.key, "birth")
             # RQ adds to the counts in Redis with each job, which is three commands more for it.
             counts = ("successful_job_count", "failed_job_count", "total_working_time")
-            told: dict[Any, Any] = {name: getattr(self, name) for name in counts}
-            beat.hset(self.key, mapping={"last_heartbeat": utcformat(self.last_heartbeat), **told})
+            counted: dict[Any, Any] = {name: getattr(self, name) for name in counts}
+            beat.hset(self.key, mapping={"last_heartbeat": utcformat(self.last_heartbeat), **counted})
             beat.expire(self.key, ALIVE)
             if self._shutdown_requested_date:
                 beat.hset(self.key, "shutdown_requested_date", utcformat(self._shutdown_requested_date))
@@ -122,15 +129,15 @@ class SteadyWorker(rq.Worker):
                 beat.execute()
 
     def clean_registries(self) -> None:
-        """As RQ's, without what would fail the jobs of dead workers: `recover` runs them again."""
+        """As RQ's, but it does not fail the jobs of dead workers: `recover` runs them again."""
         for queue in self.queues:
             if queue.acquire_maintenance_lock():
-                # By Redis' clock, as the scores were made: with its own RQ would drop entries of jobs that are there.
+                # The scores are times of Redis' clock. RQ compares them with its own clock, and may drop live entries.
                 now: Any = self.connection.time()
                 for registry in (FinishedJobRegistry, FailedJobRegistry, ReadyJobRegistry):
                     registry(queue=queue).cleanup(now[0])
-                enough = time.monotonic() + 2  # seconds: a job that was taken ahead may wait, under its lease
-                while self._clean_canceled(queue, now[0]) == MOST_CANCELED and time.monotonic() < enough:
+                until = time.monotonic() + 2  # seconds: a job that was taken ahead may wait, under its lease
+                while self._clean_canceled(queue, now[0]) == MOST_CANCELED and time.monotonic() < until:
                     self.heartbeat()
                 worker_registration.clean_worker_registry(queue)
                 queue.release_maintenance_lock()
@@ -139,7 +146,7 @@ class SteadyWorker(rq.Worker):
     def _clean_canceled(self, queue: rq.Queue, now: int) -> int:
         """Let canceled jobs expire as failed ones do. RQ 3.0.0 keeps those of `Job.cancel` for ever.
 
-        Looks at a bounded number of them, and returns how many these were.
+        Looks at MOST_CANCELED of them at most, and returns at how many.
         """
         key = CanceledJobRegistry(queue=queue).key
         due: Any = self.connection.zrangebyscore(key, "-inf", now, start=0, num=MOST_CANCELED)
@@ -159,7 +166,7 @@ class SteadyWorker(rq.Worker):
         return len(job_ids)
 
     def run_maintenance_tasks(self) -> None:
-        """As RQ's; an outage in the middle of it does not end the worker."""
+        """As RQ's; an outage during it does not end the worker."""
         try:
             super().run_maintenance_tasks()
         except RedisError as error:
@@ -171,33 +178,82 @@ class SteadyWorker(rq.Worker):
         self._stopping_since = time.monotonic()
         super().request_stop(signum, frame)
 
+    def note_stop(self) -> None:
+        """Bound the time that the worker still waits for Redis, if no signal did so."""
+        self._stopping_since = self._stopping_since or time.monotonic()
+
+    def raise_if_stopping(self) -> None:
+        """No job is begun any more once the worker was told to end.
+
+        Raises:
+            StopRequested: it was.
+        """
+        # `_stopping_since` too: an `except Exception` may have swallowed the StopRequested of RQ's signal handler.
+        if self._stop_requested or self._stopping_since is not None:
+            raise StopRequested
+
     def _pubsub_exception_handler(self, exc: Exception, pubsub: Any, pubsub_thread: Any) -> None:
-        """As RQ's, which ends the thread on a time-out or a malformed command, and never hears another one."""
-        self.log.error("Worker %s: a command was not heard or not understood: %r", self.name, exc)
+        """RQ ends the thread on a time-out or a malformed command, and receives no further one; here it goes on."""
+        self.log.error("Worker %s: a command was not received or not understood: %r", self.name, exc)
         if isinstance(exc, RedisError):
             time.sleep(2 * TICK)
 
-    def _is_out_of_time(self) -> bool:
+    def is_out_of_time(self) -> bool:
+        """Whether WORKER_SHUTDOWN_SECONDS have passed since the worker was told to end."""
         since = self._stopping_since
         return since is not None and time.monotonic() - since > self.settings.worker_shutdown_seconds
 
     def set_shutdown_requested_date(self) -> None:
-        """RQ speaks to Redis here, inside the signal handler; the next heartbeat does it.
+        """RQ writes to Redis here, inside the signal handler; the next heartbeat does it.
 
-        An outage would raise there; and the handler may have cut into the connection pool, whose lock it would await
-        for ever (redis-py's BlockingConnectionPool).
+        In the handler an outage would raise. And the signal may have interrupted the connection pool, for whose lock
+        the handler would wait for ever (redis-py's BlockingConnectionPool).
         """
 
-    def _insist(self, call: Callable[[], Answer], *, is_patient: bool = True) -> Answer:
-        """Do it as soon as Redis lets us: what a job computed during an outage is not thrown away."""
+    # Redis, present or not
+
+    def retry_until_stored(self, call: Callable[[], Answer], *, is_patient: bool = True) -> Answer:
+        """Call until Redis answers, so that an outage throws away nothing that a job has computed.
+
+        Args:
+            call: sends one transition. It may run several times.
+            is_patient: False to call once.
+
+        Raises:
+            RedisError: not patient, or the worker must end, or a key has another type, which no waiting changes.
+        """
         pause = 0.1
         while True:
             try:
                 return call()
             except RedisError as error:
-                # A key of another type stays one: somebody else wrote it, and no waiting helps.
-                if not is_patient or self._is_out_of_time() or "WRONGTYPE" in str(error):
+                if not is_patient or self.is_out_of_time() or "WRONGTYPE" in str(error):
                     raise
                 self.log.error("Worker %s: %s; trying again in %.1f s", self.name, error, pause)
                 time.sleep(pause)
                 pause = min(pause * 2, LONGEST_PAUSE)
+
+    def renew(self, run: Run, progress: str = "") -> Held:
+        """Extend the lease of a run. `held` also if Redis does not answer: the end of the run will show what holds."""
+        try:
+            return transitions.renew(self.connection, run, self.settings.worker_lease, progress)
+        except RedisError as error:
+            self.log.error("%s: its lease could not be renewed: %s", run, error)
+            self._back_off(error)
+            return "held"
+
+    def log_redis_error(self, call: Callable[[], None]) -> None:
+        """Call, and log an error of Redis instead of raising it."""
+        try:
+            call()
+        except RedisError as error:
+            self.log.error("Worker %s: %s", self.name, error)
+            self._back_off(error)
+
+    def is_backing_off(self) -> bool:
+        """Whether to leave Redis alone, since it just did not answer."""
+        return time.monotonic() < self._backoff_until
+
+    def _back_off(self, error: RedisError) -> None:
+        if not isinstance(error, ResponseError):  # which is an answer
+            self._backoff_until = time.monotonic() + min(2 * TICK, self.settings.worker_lease / 6)

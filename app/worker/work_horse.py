@@ -1,8 +1,8 @@
 """The work-horse: the process that runs job functions, and nothing else.
 
-It gets a job over a socket pair, runs it if its function is one of `FUNCTIONS`, and sends back progress and the return
-value as strict JSON. It lives on between jobs, so what a function loaded once stays loaded. It speaks to Redis only if
-a function asks for it through `rq.get_current_job()`.
+It receives a job over a socket pair, runs it if its function is one of `FUNCTIONS`, and sends back progress and the
+return value as strict JSON. The process lives on between jobs, so what a function loaded once stays loaded. It does not
+speak to Redis, unless a function does, as through `rq.get_current_job()`.
 """
 
 import copy
@@ -25,8 +25,8 @@ from rq.timeouts import JobTimeoutException, UnixSignalDeathPenalty
 
 from app.config import get_settings
 from app.core.scripts import DELIVER
-from app.job_function import ForeseenFailure, GiveUp, JobFunction, Progress, TryAgain, load_functions, progress_goes_to
-from app.logs import configure_logs, process_members, start_sentry, tell_sentry
+from app.job_function import ForeseenFailure, GiveUp, JobFunction, Progress, TryAgain, load_functions, send_progress_to
+from app.logs import configure_logs, process_members, report_to_sentry, start_sentry
 from app.redis_resc import redis_conn
 from app.worker.channel import Channel, Header
 from app.worker.results import dump_result
@@ -47,7 +47,7 @@ class UnknownFunction(Exception):
 
 
 class UnreadablePayload(Exception):
-    """The job's data are not what RQ's JSON serializer writes."""
+    """The job's data is not as RQ's JSON serializer writes it."""
 
 
 class _RunLimit(UnixSignalDeathPenalty):
@@ -64,7 +64,7 @@ def _describe(error: BaseException) -> dict[str, str]:
     try:
         message = str(error)
     except Exception:  # noqa: BLE001  # a job's own exception class may do anything
-        message = "(its text cannot be had)"
+        message = "(its text cannot be read)"
     return {"type": type(error).__qualname__, "message": _cut(message, LONGEST_MESSAGE)}
 
 
@@ -89,9 +89,9 @@ def _make_job(header: Header) -> Job:
 def _run(header: Header, data: bytes, functions: Mapping[str, JobFunction], channel: Channel) -> bytes:
     def send(progress: Progress) -> None:
         if not (math.isfinite(progress["done"]) and math.isfinite(progress["total"])):
-            raise ValueError(f"Progress is told in finite numbers, not {progress['done']} of {progress['total']}.")
-        told = {**progress, "message": _cut(progress["message"], LONGEST_PROGRESS)}
-        channel.send({"progress": told, "job_id": header["job_id"]})
+            raise ValueError(f"Progress must be finite numbers, not {progress['done']} of {progress['total']}.")
+        report = {**progress, "message": _cut(progress["message"], LONGEST_PROGRESS)}
+        channel.send({"progress": report, "job_id": header["job_id"]})
 
     try:
         path, _instance, args, kwargs = json.loads(data)
@@ -103,14 +103,14 @@ def _run(header: Header, data: bytes, functions: Mapping[str, JobFunction], chan
     job._func_name, job._args, job._kwargs = path, args, kwargs
     token, pid = _current_job.set(job), os.getpid()
     try:
-        with progress_goes_to(send):
-            if header["timeout"] < 0:  # RQ's word for no limit
+        with send_progress_to(send):
+            if header["timeout"] < 0:  # RQ's -1 is no limit
                 value = functions[path].run(args, kwargs)
             else:
                 with _RunLimit(header["timeout"], JobTimeoutException):
                     value = functions[path].run(args, kwargs)
     finally:
-        if os.getpid() != pid:  # the function forked, and this is the child: the outcome is not its to send
+        if os.getpid() != pid:  # the function forked, and this is the child, which must not send an outcome
             raised = sys.exc_info()[1]
             code = raised.code if isinstance(raised, SystemExit) else raised and 1
             os._exit(code if isinstance(code, int) else code is not None)
@@ -126,16 +126,16 @@ def run_job(header: Header, data: bytes, functions: Mapping[str, JobFunction], c
     except BaseException as error:  # noqa: BLE001  # sys.exit() in a job ends the job, not the work-horse
         is_foreseen = isinstance(error, ForeseenFailure)
         if not is_foreseen:
-            tell_sentry(error)
+            report_to_sentry(error)
         lines = traceback.format_exception_only(error) if is_foreseen else traceback.format_exception(error)
         trace = "".join(lines).encode(errors="backslashreplace")
-        ended = {
+        outcome = {
             "outcome": "failed",
             "error": _describe(error),
             "is_foreseen": is_foreseen,
             "after": _pause_after(error),
         }
-        channel.send(ended, trace[-LONGEST_TRACE:])
+        channel.send(outcome, trace[-LONGEST_TRACE:])
     else:
         channel.send({"outcome": "finished"}, text)
     finally:
@@ -145,7 +145,7 @@ def run_job(header: Header, data: bytes, functions: Mapping[str, JobFunction], c
 def _die_with_worker(channel: Channel) -> None:
     """End this process, and its group, when the worker's end of the socket is closed, also in the middle of a job."""
     poll = select.poll()
-    poll.register(channel.fileno(), 0)  # hang-ups are reported always; data is none of this thread's business
+    poll.register(channel.fileno(), 0)  # a hang-up is reported always; data is for the main thread
     poll.poll()
     os.killpg(0, signal.SIGKILL)  # with what the job started: another worker may run it again
 
@@ -156,11 +156,11 @@ def main(end: socket.socket) -> None:
     start_sentry(get_settings())
     channel = Channel(end)
     threading.Thread(target=_die_with_worker, args=(channel,), daemon=True).start()
-    # Ctrl-C in a terminal is the worker's to handle.
+    # The worker handles Ctrl-C in a terminal.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     functions = {function.path: function for function in load_functions(get_settings().function_modules).values()}
     if get_settings().webhook_secrets:
-        from app.webhooks.delivery import DELIVERY  # it loads what others do not need
+        from app.webhooks.delivery import DELIVERY  # without webhooks a work-horse need not load its imports
 
         functions[DELIVER] = DELIVERY
     limits = {path: each.max_crashes for path, each in functions.items() if each.max_crashes is not None}
