@@ -284,7 +284,7 @@ def test_take_of_nothing_tells_from_where_to_listen(redis: Any) -> None:
 def test_take_of_nothing_misses_no_ring_after_it(redis: Any) -> None:
     nothing = take(redis)
     add(redis)
-    assert redis.xread({DOORBELL_KEY: nothing.rung})
+    assert redis.xread({DOORBELL_KEY: nothing.doorbell_id})
     assert redis.xlen(DOORBELL_KEY) == 1
 
 

@@ -1,23 +1,84 @@
--- What the transitions share. transitions.py puts this text in front of each script and RQ's key prefix in place of
--- {RQ}. Keys are built here from ids: one Redis, not a cluster, as with RQ itself.
+-- The part that all scripts share: keys, times, counts and the steps of a job's life. app/core/scripts.py puts this
+-- text in front of each script and replaces the words in braces, such as {RQ}. The scripts build all keys from ids, so
+-- they need one Redis and not a cluster, as RQ itself does.
+--
+-- KEYS: all that the scripts and the service use. Each name begins with RQ's prefix (`rq:` by default), left out here.
+-- "scripts" are the files of this folder; a .py file is one of `app/`. "RQ" is RQ's own code: in our worker, in a stock
+-- worker, in the command `rq`.
+--   TTL (1): while the job waits, its `ttl`, if it has one; none while it runs; then its `result_ttl` or `failure_ttl`.
+--   TTL (2): the lease and GRACE, or a minute more.
+--
+-- key                                          type    TTL          who writes it: what it holds
+-- job:<job>                                    hash    (1)          scripts, RQ, worker/outcomes.py: the job's fields
+-- job:<job>:dependents                         set     (1)          RQ: ids of the jobs that wait for this one
+-- job::<job>:dependencies                      set     (1)          RQ: ids of the jobs that this one waits for
+-- results:<job>                                stream  (1)          finish, release, cancel, RQ: its last ten results
+-- queues                                       set     none         scripts, RQ: the keys of all queues
+-- queue:<queue>                                list    none         scripts, RQ: ids of waiting jobs, the next first
+-- queue:<queue>:intermediate                   list    none         RQ: ids that a stock worker popped; see recover
+-- queue:<queue>:intermediate:first_seen:<job>  string  1 day        recover, RQ: when such an id was seen first
+-- wip:<queue>                                  zset    none         scripts, RQ: <job>:<execution> by lease end + GRACE
+-- scheduled:<queue>                            zset    none         scripts, RQ: ids of jobs by the time they are due
+-- deferred:<queue>                             zset    none         RQ: ids of jobs that wait for other jobs
+-- ready:<queue>                                zset    none         RQ: ids of such jobs on their way to a queue
+-- finished:<queue>                             zset    none         finish, RQ: ids of jobs by the end of their TTL
+-- failed:<queue>                               zset    none         scripts, RQ: likewise, failed and stopped ones
+-- canceled:<queue>                             zset    none         cancel, RQ, worker/rq_worker.py: likewise
+-- executions:<job>                             zset    (2)          scripts, RQ: ids of the job's executions
+-- execution:<job>:<execution>                  hash    (2)          scripts, RQ: one run, with `lease_until`
+-- worker:<worker>                              hash    35 s         take, RQ, worker/rq_worker.py: a live worker
+-- worker:<worker>:executions                   set     (2)          scripts, RQ: the <job>:<execution>s that it holds
+-- workers                                      set     none         RQ, worker/rq_worker.py: the keys of all workers
+-- workers:<queue>                              set     none         RQ, worker/rq_worker.py: those of a queue
+-- suspended                                    string  as asked     RQ: `rq suspend` was run; take gives no job
+-- clean_registries:<queue>                     string  899 s        RQ: the lock of a worker that cleans registries
+-- clean_groups                                 string  600 s        RQ: a lock, so that groups are cleaned now and then
+-- groups                                       set     none         enqueue, RQ: ids of all groups
+-- group:<group>                                set     `group_ttl`  enqueue, RQ: ids of the group's jobs
+-- api:group:<group>                            string  `group_ttl`  enqueue: how many jobs the group had at first
+-- api:key:<key id>                             string  `key_ttl`    enqueue: fingerprint of an idempotent request
+-- api:events                                   stream  none         scripts: the event log, its last 10000 or so
+-- api:doorbell                                 stream  none         scripts: one entry, which wakes idle workers
+-- api:metrics                                  hash    none         scripts: counts for /metrics (`count`, `observe`)
+-- api:minute:<queue>:<minute>                  hash    180 s        finish: runs that ended in that minute
+-- api:jobs:<owner or nothing>:<status>         zset    none         scripts: ids of jobs by creation, for /jobs
+-- api:owners                                   set     none         scripts: owners who have such an index
+-- api:sweep                                    hash    none         sweep: where it stopped in each index
+-- api:swept                                    string  1 s          sweep: a lock, so that it runs once a second
+-- api:secret                                   string  none         core/job_ids.py: the secret that signs job ids
+-- api:probe                                    string  60 s         web/routes/ops.py: proof that Redis takes writes
+-- api:webhooks:<job>                           list    11 days      scripts, webhooks/delivery.py: ids of its messages
+-- api:tries:<message>                          list    11 days      webhooks/delivery.py: a message's tries, as JSON
+--
+-- The last two live for RESULT_TTL once the message is delivered; a worker's hash lives for 60 s once it has ended.
+-- pubsub:<worker> is no key but a channel: `cancel` and RQ send commands to a worker on it. Flask-Limiter counts
+-- requests for RATE_LIMIT in strings below LIMITS:, without RQ's prefix. Only RQ's own code uses its keys for rate
+-- limits (rl-keys, rl:*), its scheduler (scheduler*) and `rq cron` (cron_*).
 
 local RQ = '{RQ}'
-local EVENTS = RQ .. ':api:events'     -- the event log: what happened to which job, bounded
-local DOORBELL = RQ .. ':api:doorbell' -- a stream of length 1: "some queue has a job"
+local EVENTS = RQ .. ':api:events'
+local DOORBELL = RQ .. ':api:doorbell'
 local EVENTS_KEPT = 10000
 
--- RQ's cleaners fail a job once its score in the started registry has passed. Ours is this many seconds later than the
--- lease, so that `recover` comes first: also when `rq info` runs RQ's cleanup while all workers are away for the night.
--- What the run has of its own is kept as long.
+-- RQ's cleanup fails a job once its score in the started registry has passed. Our score is this many seconds later than
+-- the end of the lease, so that `recover` comes first, even if `rq info` runs RQ's cleanup while no worker is up all
+-- night. The keys of the run live as long.
 local GRACE = 86400
 
 local function job_key(id) return RQ .. ':job:' .. id end
 local function queue_key(queue) return RQ .. ':queue:' .. queue end
-local function registry(name, queue) return RQ .. ':' .. name .. ':' .. queue end
+local function registry_key(name, queue) return RQ .. ':' .. name .. ':' .. queue end
+local function results_key(id) return RQ .. ':results:' .. id end
+local function executions_key(id) return RQ .. ':executions:' .. id end
+local function execution_key(id, execution) return RQ .. ':execution:' .. id .. ':' .. execution end
 local function worker_key(worker) return RQ .. ':worker:' .. worker end
+local function worker_executions_key(worker) return worker_key(worker) .. ':executions' end
+local function group_key(group) return RQ .. ':group:' .. group end
+local function group_size_key(group) return RQ .. ':api:group:' .. group end
 
--- Fields of a job's hash. Anybody may have written to Redis: what is no hash has no fields, and what is no number is
--- the default. A script must not raise half-way, since what it did before stays done.
+-- Read fields of a job's hash. Other programs may write to Redis, too. So a key of another type counts as a hash
+-- without fields, and a text that is no number counts as the default: a script must not raise half-way, because Redis
+-- keeps what it wrote before.
 local function read(id, ...)
   local values = redis.pcall('HMGET', job_key(id), ...)
   return values.err and {} or values
@@ -29,16 +90,16 @@ local function number(value, default)
   return default
 end
 
-local function whole(value, default) return math.floor(number(value, default)) end
+local function integer(value, default) return math.floor(number(value, default)) end
 
--- Redis' clock, in seconds. Scripts use no other.
+-- The time by Redis' clock, in seconds since 1970. Scripts use no other clock.
 local function clock()
   local time = redis.call('TIME')
   return tonumber(time[1]) + tonumber(time[2]) / 1e6
 end
 
--- Seconds since 1970 as RQ writes a time: 2026-11-23T10:00:00.123456Z. The sandbox has no os.date; the calendar
--- arithmetic is that of H. Hinnant, "chrono-Compatible Low-Level Date Algorithms", civil_from_days.
+-- Format a time as RQ does: 2026-11-23T10:00:00.123456Z. The sandbox has no os.date. The calendar arithmetic is
+-- civil_from_days of H. Hinnant, "chrono-Compatible Low-Level Date Algorithms".
 local function timestamp(seconds)
   local whole = math.floor(seconds)
   local days = math.floor(whole / 86400)
@@ -55,7 +116,7 @@ local function timestamp(seconds)
     math.floor(rest / 3600), math.floor(rest / 60) % 60, rest % 60, math.floor((seconds - whole) * 1e6))
 end
 
--- The other way round; nil if it is no such time.
+-- Parse a time in that format; nil if the text is none.
 local function seconds_since_1970(stamp)
   local year, month, day, hour, minute, second =
     string.match(stamp or '', '^(%d%d%d%d)-(%d%d)-(%d%d)T(%d%d):(%d%d):(%d%d%.?%d*)Z$')
@@ -67,22 +128,23 @@ local function seconds_since_1970(stamp)
   return days * 86400 + hour * 3600 + minute * 60 + second
 end
 
--- A number of seconds with its microseconds (Lua's own tostring keeps 14 digits only).
+-- Format seconds with all their microseconds. Lua's own tostring keeps 14 digits only.
 local function exact(seconds) return string.format('%.6f', seconds) end
 
-local function tell(id, status)
+-- Add an entry to the event log. Web processes read it, to wake the clients that wait for this job.
+local function log_event(id, status)
   redis.call('XADD', EVENTS, 'MAXLEN', '~', EVENTS_KEPT, '*', 'job_id', id, 'status', status)
 end
 
--- What happened, for `/metrics`: a hash with a number for each `event:queue:function`. By `pcall`: no transition is held
--- up by what somebody may have written there.
+-- Count an event for `/metrics`, in a hash with a number for each `event:queue:function`. It uses `pcall`, so that no
+-- value that another program wrote there stops a transition.
 local METRICS = RQ .. ':api:metrics'
 local function count(event, queue, fn, by)
   redis.pcall('HINCRBY', METRICS, event .. ':' .. queue .. ':' .. (fn or ''), by or 1)
 end
 
--- How long jobs of a function wait, or run: in the same hash how many took no longer than each bound and longer than the
--- one before, as `wait:number of the bound:function`; and as number 0 the sum, in microseconds.
+-- Note how long a job waited or ran, in the same hash. `wait:<number>:<function>` counts the jobs that took at most the
+-- bound of this number and more than the bound before. Number 0 is the sum of all times, in microseconds.
 local function observe(what, fn, seconds)
   local bounds, number = {{BOUNDS}}, 1
   while bounds[number] and seconds > bounds[number] do number = number + 1 end
@@ -90,63 +152,66 @@ local function observe(what, fn, seconds)
   redis.pcall('HINCRBY', METRICS, what .. ':0:' .. (fn or ''), math.floor(seconds * 1e6))
 end
 
--- What `/queues` calls recent: how many runs of a queue's jobs ended in a minute, and their time in microseconds.
+-- For `/queues`: how many runs of a queue's jobs ended in this minute, and how many microseconds they took.
 local function minute_key(queue, now) return RQ .. ':api:minute:' .. queue .. ':' .. math.floor(now / 60) end
 
--- The index that `/jobs` reads: for each scope (the jobs of one owner, and '' for all jobs) and each status a sorted
--- set of job ids, by the microsecond of their creation. A job is in one set of a scope at a time, so its status is
--- found without looking at other jobs, and the jobs of all statuses are the merger of a few sets. An entry takes 111
--- bytes (benchmarks/RESULTS.md); a job of an owner has two.
+-- The index for `/jobs`: a sorted set of job ids, by the microsecond of their creation, for each scope and each status.
+-- A scope is one owner's jobs, or '' for all jobs. A job is in one set of a scope at a time. So a page of one status
+-- reads one set, and a page of all statuses merges a few sets. An entry takes 111 bytes (benchmarks/RESULTS.md); a job
+-- with an owner has two.
 local STATUSES = {'queued', 'started', 'deferred', 'scheduled', 'finished', 'failed', 'stopped', 'canceled'}
 local OWNERS = RQ .. ':api:owners'
-local NOBODY = 'webhooks:' -- the owner of messages to webhooks, which is no key's name; they are in no list
-local function index(scope, status) return RQ .. ':api:jobs:' .. scope .. ':' .. status end
+local WEBHOOK_OWNER = 'webhooks:' -- owns the messages to webhooks, which no list shows; no API key can have this name
+local function index_key(scope, status) return RQ .. ':api:jobs:' .. scope .. ':' .. status end
 
--- `owner` is that of the job's hash, if somebody has read it already.
-local function scopes(id, owner)
+-- The scopes that a job belongs to. A caller that has read the job's owner passes it; without it, this reads the hash.
+local function index_scopes(id, owner)
   if owner == nil then owner = read(id, 'owner')[1] end
   if not owner or owner == '' then return {''} end
-  if owner == NOBODY then return {} end
+  if owner == WEBHOOK_OWNER then return {} end
   return {'', owner}
 end
 
 local function microseconds(seconds) return string.format('%.0f', seconds * 1e6) end
 
--- Take a job out of a scope of the index. Answers the microsecond of its creation, nil if it was not there.
+-- Remove a job from a scope of the index. Returns the microsecond of its creation; nil if it was not there.
 local function remove_from_index(scope, id, status)
-  local created = redis.call('ZSCORE', index(scope, status), id)
+  local created = redis.call('ZSCORE', index_key(scope, status), id)
   if not created then
-    -- In another status' set if RQ's own code changed it meanwhile, which knows no index.
+    -- RQ's own code, which knows no index, may have changed the status: the job is in the set of an earlier one.
     for _, each in ipairs(STATUSES) do
-      status, created = each, redis.call('ZSCORE', index(scope, each), id)
+      status, created = each, redis.call('ZSCORE', index_key(scope, each), id)
       if created then break end
     end
   end
-  if created then redis.call('ZREM', index(scope, status), id) end
+  if created then redis.call('ZREM', index_key(scope, status), id) end
   return created
 end
 
--- A job goes from one status to another: the index follows, and the event log says so.
-local function move(id, was, status, owner)
-  for _, scope in ipairs(scopes(id, owner)) do
+-- Move a job in the index from one status to another, and log the event. The caller has written the status to the hash.
+local function change_status(id, was, status, owner)
+  for _, scope in ipairs(index_scopes(id, owner)) do
     local created = remove_from_index(scope, id, was)
     if not created and scope ~= '' then redis.call('SADD', OWNERS, scope) end
-    redis.call('ZADD', index(scope, status), created or microseconds(clock()), id)
+    redis.call('ZADD', index_key(scope, status), created or microseconds(clock()), id)
   end
-  tell(id, status)
+  log_event(id, status)
 end
 
--- Webhooks: a job that has `notify`, a URL, tells it of its end. The message is a job too, on this queue.
+-- Webhooks: if a job has the field `notify`, a URL, the service sends a message there when the job has ended. The
+-- message is a job, too, on this queue.
 local WEBHOOKS = '{WEBHOOKS}'
--- Seconds between its tries, as Standard Webhooks recommends (its section "Deliverability and reliability").
-local PAUSES = {5, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400}
-local TRIES = #PAUSES
--- Seconds that a job's messages are listed, if none is delivered: the tries, and the week that a failure is kept.
+-- Seconds between the tries of a message, as Standard Webhooks recommends ("Deliverability and reliability").
+local RETRY_PAUSES = {5, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400}
+local RETRIES = #RETRY_PAUSES
+-- Seconds that the list of a job's messages is kept while none is delivered: all the tries, and the week that a failure
+-- is kept.
 local MESSAGES_KEPT = {MESSAGES_KEPT}
 local function deliveries_key(id) return RQ .. ':api:webhooks:' .. id end
 local function tries_key(id) return RQ .. ':api:tries:' .. id end
 
-local function ring()
+-- Wake the idle workers: they block on this stream.
+local function wake_workers()
   redis.call('XADD', DOORBELL, 'MAXLEN', 1, '*', 'rung', 1)
 end
 
@@ -155,111 +220,116 @@ local function push(id, queue, at_front)
   redis.call(at_front and 'LPUSH' or 'RPUSH', queue_key(queue), id)
 end
 
--- A job that was elsewhere waits in its queue again.
+-- Put a job back into its queue, from another status or place.
 local function make_waiting(id, was, queue, at_front, now)
   redis.call('HSET', job_key(id), 'status', 'queued', 'enqueued_at', timestamp(now), 'started_at', '', 'ended_at', '',
     'worker_name', '')
   redis.call('HDEL', job_key(id), 'progress', 'error')
   push(id, queue, at_front)
-  ring()
-  move(id, was, 'queued')
+  wake_workers()
+  change_status(id, was, 'queued')
 end
 
--- Jobs that a queue holds, now and later: what MAX_QUEUE_LENGTH bounds.
-local function length(queue)
-  return redis.call('LLEN', queue_key(queue)) + redis.call('ZCARD', registry('scheduled', queue))
+-- The number of a queue's waiting and scheduled jobs, which MAX_QUEUE_LENGTH limits.
+local function queue_length(queue)
+  return redis.call('LLEN', queue_key(queue)) + redis.call('ZCARD', registry_key('scheduled', queue))
 end
 
-local function execution_key(id, execution) return RQ .. ':execution:' .. id .. ':' .. execution end
-
--- Whether this execution still has the job, which has this status. It is the fence in front of all that a worker
--- writes: `recover`, a cancel and RQ's own cleanup take the entry away, and a status that is not `started` means that
--- somebody else decided.
-local function holds(id, execution, queue, status)
-  return status == 'started' and redis.call('ZSCORE', registry('wip', queue), id .. ':' .. execution)
+-- Whether this execution still holds the lease of the job. This is the fence in front of everything that a worker
+-- writes: the execution must be in the started registry, and `status`, the job's status, must be `started`. `release`
+-- after a lost lease, `cancel` and RQ's own cleanup remove the entry. Any other status means that another actor has
+-- ended the run.
+local function owns_lease(id, execution, queue, status)
+  return status == 'started' and redis.call('ZSCORE', registry_key('wip', queue), id .. ':' .. execution)
 end
 
 local function extend_lease(id, execution, queue, worker, lease, now)
   local ttl = math.ceil(lease) + GRACE
-  -- First what needs no memory: after it a script may write also where Redis is full, and a lease must not run out there.
-  redis.call('EXPIRE', worker_key(worker) .. ':executions', ttl + 60)
-  -- All of it: what had expired would be half a run, which RQ cannot read and `cancel` takes for a dead worker's.
+  -- First a command that needs no memory: once a script has written, Redis refuses none of its later writes for want of
+  -- memory. So a full Redis lets no lease run out.
+  redis.call('EXPIRE', worker_executions_key(worker), ttl + 60)
+  -- Write all fields: the key may have expired. RQ cannot read a run with some fields missing, and `cancel` would take
+  -- it for the run of a dead worker.
   redis.call('HSET', execution_key(id, execution), 'id', execution, 'job_id', id, 'worker_name', worker,
     'last_heartbeat', exact(now), 'lease_until', exact(now + lease))
   redis.call('HSETNX', execution_key(id, execution), 'created_at', exact(now))
   redis.call('EXPIRE', execution_key(id, execution), ttl)
-  redis.call('ZADD', registry('wip', queue), exact(now + ttl), id .. ':' .. execution)
-  redis.call('ZADD', registry('executions', id), exact(now + ttl + 60), execution)
-  redis.call('EXPIRE', registry('executions', id), ttl + 60)
+  redis.call('ZADD', registry_key('wip', queue), exact(now + ttl), id .. ':' .. execution)
+  redis.call('ZADD', executions_key(id), exact(now + ttl + 60), execution)
+  redis.call('EXPIRE', executions_key(id), ttl + 60)
 end
 
+-- Delete all that a run has of its own: from now on it owns no lease.
 local function end_execution(id, execution, queue, worker)
   redis.call('DEL', execution_key(id, execution))
-  redis.call('ZREM', registry('wip', queue), id .. ':' .. execution)
-  redis.call('ZREM', registry('executions', id), execution)
-  redis.call('SREM', worker_key(worker) .. ':executions', id .. ':' .. execution)
+  redis.call('ZREM', registry_key('wip', queue), id .. ':' .. execution)
+  redis.call('ZREM', executions_key(id), execution)
+  redis.call('SREM', worker_executions_key(worker), id .. ':' .. execution)
 end
 
--- Whether this execution has the job no more; then nothing of it is left.
-local function is_lost(id, execution, queue, worker, status)
-  local is_held = holds(id, execution, queue, status)
+-- Whether this execution has lost the lease. If so, delete the rest of it.
+local function clear_if_lost(id, execution, queue, worker, status)
+  local is_held = owns_lease(id, execution, queue, status)
   if not is_held then end_execution(id, execution, queue, worker) end
   return not is_held
 end
 
--- Whether the job has what only RQ's own code handles: dependents, repeats, a rate limit, RQ's webhooks. All but the rate
--- limit wait for its last run; RQ writes a retry in several steps, and loses the job if it is killed between them.
-local function wants_rq(id, is_tried_again, repeats_left, rate_limit_key, webhooks)
+-- Whether RQ's own code must end this run, because the job has dependents, repeats, a rate limit or RQ's webhooks. If
+-- the job is tried again, only a rate limit counts, because the others matter after the last run only. And RQ writes a
+-- retry in several steps, and would lose the job if it was killed between them.
+local function needs_rq(id, is_tried_again, repeats_left, rate_limit_key, webhooks)
   if is_tried_again then return rate_limit_key end
   return repeats_left or rate_limit_key or webhooks or redis.call('EXISTS', job_key(id) .. ':dependents') == 1
 end
 
--- An ended job, its results and its entry in a registry are kept for so many seconds; for ever with RQ's -1.
-local function keep(id, queue, name, ttl, now)
-  for _, key in ipairs({job_key(id), registry('results', id)}) do
+-- Keep an ended job, its results and its entry in a registry for `ttl` seconds; for ever with RQ's -1.
+local function set_retention(id, queue, name, ttl, now)
+  for _, key in ipairs({job_key(id), results_key(id)}) do
     if ttl < 0 then redis.call('PERSIST', key) else redis.call('EXPIRE', key, ttl) end
   end
-  redis.call('ZADD', registry(name, queue), ttl < 0 and '+inf' or math.floor(now) + ttl, id)
+  redis.call('ZADD', registry_key(name, queue), ttl < 0 and '+inf' or math.floor(now) + ttl, id)
 end
 
--- The message that tells of a job's end, if somebody is to be told. It is in its queue as soon as the job has ended.
-local NOTICED = {'notify', 'function', 'origin', 'enqueued_at', 'started_at', 'ended_at', 'progress', 'retries_left', 'error',
-  'request_id'}
+-- Enqueue the message about a job's end, if the job has a webhook. The script that ends the job calls this, so that no
+-- end goes without its message. The message carries these fields of the job, as they are now.
+local WEBHOOK_FIELDS = {'notify', 'function', 'origin', 'enqueued_at', 'started_at', 'ended_at', 'progress',
+  'retries_left', 'error', 'request_id'}
 local function notify(id, status, now)
-  local job = read(id, unpack(NOTICED))
+  local job = read(id, unpack(WEBHOOK_FIELDS))
   if not job[1] then return end
   local fields = {}
-  for number, name in ipairs(NOTICED) do
+  for number, name in ipairs(WEBHOOK_FIELDS) do
     if number > 1 then fields[name] = job[number] or '' end
   end
   local message = 'msg_' .. id .. '_' .. microseconds(now)
-  -- Those that fail together do not all come back together: a tenth more or less.
+  -- Up to a tenth more or less, so that messages that failed together are not all tried again together.
   local pauses, jitter = {}, 0.9 + (math.floor(now * 1e6) % 1000) / 5000
-  for number, pause in ipairs(PAUSES) do pauses[number] = math.floor(pause * jitter * 10) / 10 end
+  for number, pause in ipairs(RETRY_PAUSES) do pauses[number] = math.floor(pause * jitter * 10) / 10 end
   local payload = {job_id = id, url = job[1], status = status, fields = fields}
   local stamp = timestamp(now)
-  redis.call('HSET', job_key(message), 'status', 'queued', 'created_at', stamp, 'enqueued_at', stamp, 'origin', WEBHOOKS,
-    'data', cjson.encode({'{DELIVER}', cjson.null, {payload}, cjson.decode('{}')}), 'description', 'deliver_webhook',
-    'function', 'deliver_webhook', 'timeout', {RUN_LIMIT}, 'owner', NOBODY, 'tells', status,
-    'retries', TRIES, 'retries_left', TRIES, 'retry_intervals', cjson.encode(pauses), 'request_id', job[10] or '')
+  redis.call('HSET', job_key(message), 'status', 'queued', 'created_at', stamp, 'enqueued_at', stamp,
+    'origin', WEBHOOKS, 'data', cjson.encode({'{DELIVER}', cjson.null, {payload}, cjson.decode('{}')}),
+    'description', 'deliver_webhook', 'function', 'deliver_webhook', 'timeout', {RUN_LIMIT},
+    'owner', WEBHOOK_OWNER, 'tells', status, 'retries', RETRIES, 'retries_left', RETRIES,
+    'retry_intervals', cjson.encode(pauses), 'request_id', job[10] or '')
   redis.call('RPUSH', deliveries_key(id), message)
   redis.call('EXPIRE', deliveries_key(id), MESSAGES_KEPT)
   push(message, WEBHOOKS, false)
-  ring()
-  tell(message, 'queued')
+  wake_workers()
+  log_event(message, 'queued')
   count('enqueued', WEBHOOKS, 'deliver_webhook')
 end
 
--- A job that ended without success: `failed`, or `stopped`, which RQ keeps in the same registry.
-local function end_badly(id, was, queue, status, failure_ttl, result, error, now, owner)
+-- End a job without success: as `failed`, or as `stopped`, which RQ keeps in the same registry.
+local function store_failure(id, was, queue, status, failure_ttl, result, error, now, owner)
   local key, stamp = job_key(id), timestamp(now)
   redis.call('HSET', key, 'status', status, 'ended_at', stamp, 'last_heartbeat', stamp, 'error', error)
-  redis.call('XADD', registry('results', id), 'MAXLEN', 10, '*', 'type', 2, unpack(result))
-  keep(id, queue, 'failed', failure_ttl, now)
-  move(id, was, status, owner)
+  redis.call('XADD', results_key(id), 'MAXLEN', 10, '*', 'type', 2, unpack(result))
+  set_retention(id, queue, 'failed', failure_ttl, now)
+  change_status(id, was, status, owner)
   count(status, queue, read(id, 'function')[1])
   notify(id, status, now)
 end
 
--- What a job that was stopped on request says of it: RQ's text of an exception, and our `error`.
+-- The failure of a job that was stopped on request: the exception's text for RQ, and `error` for the API.
 local STOPPED_EXCEPTION, STOPPED_ERROR = '{STOPPED_EXCEPTION}', '{STOPPED_ERROR}'

@@ -1,50 +1,55 @@
--- New jobs: one, or those of a group, all or none. Run twice with the same ids (a network write that is tried again),
--- it enqueues once.
--- ARGV: JSON of what holds for all of them, the number of strings that follow, the fields (and values) of the job's
--- hash that all share, as RQ writes them; then for each job its id, a number of strings, and its own fields.
---   count        how many jobs
---   queue        where they wait
---   owner        whose they are, as in the fields that they share
---   fn           name of their function, likewise
---   limit        how many jobs the queue may hold
---   at_front     ahead of what waits
---   ttl          seconds after which it is dropped if no worker took it
---   delay, at    not before so many seconds from now, or this time in seconds since 1970
---   group        id of the group, with group_ttl, the seconds that it is kept
---   key_id       stands for the request's idempotency key, if it has one (for a single job it is the job's id), with
---                the request's fingerprint and key_ttl, the seconds that the key is remembered at least
--- Answers {'created', time of it, status}, {'exists', fingerprint of the first request or ''} or {'full'}.
-local all = cjson.decode(ARGV[1])
+-- Create jobs: a single job, or all jobs of a group, or none. Sent twice with the same ids, because the first answer
+-- was lost, it creates the jobs once.
+-- ARGV: options as JSON (below); the length of the shared part; the shared part, which is the fields and values of all
+-- jobs, as RQ writes them; then for each job its id, the length of its own part, and its own fields and values. A
+-- length is a number of strings.
+--   count        number of jobs
+--   queue        name of their queue
+--   owner        name of the API key that they belong to, as in the shared fields
+--   fn           name of their function, as in the shared fields
+--   limit        most jobs that the queue may hold
+--   at_front     put them in front of the jobs that wait
+--   ttl          seconds after which Redis drops a job that no worker took
+--   delay, at    run them this many seconds from now, or at this time in seconds since 1970
+--   group        id of the group, and group_ttl, seconds that the group is kept
+--   key_id       id that was made from the request's idempotency key, if it has one (for a single job, the job's id)
+--   fingerprint  of the request, to compare with the next request with this key; with key_id only
+--   key_ttl      seconds that the key is remembered, or longer if the job is kept longer; with key_id only
+-- Answers {'created', time of creation, status}, {'exists', fingerprint of the first request or ''} or {'full'}.
+local options = cjson.decode(ARGV[1])
 local shared_end = 2 + ARGV[2]
-local key_mark, group_mark = RQ .. ':api:key:' .. (all.key_id or ''), RQ .. ':api:group:' .. (all.group or '')
+local idempotency_key = RQ .. ':api:key:' .. (options.key_id or '')
 
--- Each job is asked for its fingerprint, and so is the single job that the key may stand for: the mark may have run out
--- before them.
-local known, position = all.key_id and (redis.call('GET', key_mark) or read(all.key_id, 'fingerprint')[1]), shared_end + 1
-local is_known = known or (all.group and redis.call('EXISTS', group_mark) == 1)
-for _ = 1, all.count do
+-- The fingerprint of the first request. The idempotency key may have expired before the jobs, so look at the jobs, too.
+local fingerprint
+if options.key_id then
+  fingerprint = redis.call('GET', idempotency_key) or read(options.key_id, 'fingerprint')[1]
+end
+local exists = fingerprint or (options.group and redis.call('EXISTS', group_size_key(options.group)) == 1)
+local position = shared_end + 1
+for _ = 1, options.count do
   local id = ARGV[position]
   if redis.call('EXISTS', job_key(id)) == 1 then
-    is_known, known = true, known or read(id, 'fingerprint')[1]
+    exists, fingerprint = true, fingerprint or read(id, 'fingerprint')[1]
   end
   position = position + 2 + ARGV[position + 1]
 end
-if is_known then return {'exists', known or ''} end
-if length(all.queue) + all.count > all.limit then return {'full'} end
+if exists then return {'exists', fingerprint or ''} end
+if queue_length(options.queue) + options.count > options.limit then return {'full'} end
 
 local now = clock()
-local due = all.at or now + (all.delay or 0)
+local due = options.at or now + (options.delay or 0)
 local status = due > now and 'scheduled' or 'queued'
 local stamp = timestamp(now)
 
--- In slices: Lua's unpack has a limit, and a job may carry any number of fields.
+-- Write fields in slices: Lua's unpack has a limit, and a job may have any number of fields.
 local function write(key, first, last)
   for from = first, last, 100 do redis.call('HSET', key, unpack(ARGV, from, math.min(from + 99, last))) end
 end
 
-local ids, owners = {}, scopes(nil, all.owner or '')
+local ids, owners = {}, index_scopes(nil, options.owner or '')
 position = shared_end + 1
-for number = 1, all.count do
+for number = 1, options.count do
   local id, own_end = ARGV[position], position + 1 + ARGV[position + 1]
   local key = job_key(id)
   write(key, 3, shared_end)
@@ -53,30 +58,33 @@ for number = 1, all.count do
     redis.call('HSET', key, 'created_at', stamp, 'status', status, 'enqueued_at', stamp)
   else
     redis.call('HSET', key, 'created_at', stamp, 'status', status)
-    redis.call('ZADD', registry('scheduled', all.queue), exact(due + (number - 1) * 1e-6), id) -- in their order
+    -- A microsecond between two jobs keeps their order.
+    redis.call('ZADD', registry_key('scheduled', options.queue), exact(due + (number - 1) * 1e-6), id)
   end
-  if all.ttl then redis.call('EXPIRE', key, math.ceil(due > now and due - now or 0) + all.ttl) end
+  if options.ttl then redis.call('EXPIRE', key, math.ceil(due > now and due - now or 0) + options.ttl) end
   for _, scope in ipairs(owners) do
     if scope ~= '' then redis.call('SADD', OWNERS, scope) end
-    redis.call('ZADD', index(scope, status), microseconds(now) + number - 1, id)
+    redis.call('ZADD', index_key(scope, status), microseconds(now) + number - 1, id)
   end
-  tell(id, status)
+  log_event(id, status)
   ids[number], position = id, own_end + 1
 end
 
 if status == 'queued' then
-  -- The order of the jobs is the order in which they run, at the front too.
-  for number = 1, all.count do push(ids[all.at_front and all.count + 1 - number or number], all.queue, all.at_front) end
-  ring()
+  -- The jobs run in their order, even at the front of the queue: then the last one is pushed first.
+  for number = 1, options.count do
+    push(ids[options.at_front and options.count + 1 - number or number], options.queue, options.at_front)
+  end
+  wake_workers()
 else
-  redis.call('SADD', RQ .. ':queues', queue_key(all.queue))
+  redis.call('SADD', RQ .. ':queues', queue_key(options.queue))
 end
-if all.key_id then redis.call('SET', key_mark, all.fingerprint, 'EX', all.key_ttl) end
-if all.group then
-  redis.call('SADD', RQ .. ':groups', all.group)
-  for _, id in ipairs(ids) do redis.call('SADD', RQ .. ':group:' .. all.group, id) end
-  redis.call('EXPIRE', RQ .. ':group:' .. all.group, all.group_ttl)
-  redis.call('SET', group_mark, all.count, 'EX', all.group_ttl)
+if options.key_id then redis.call('SET', idempotency_key, options.fingerprint, 'EX', options.key_ttl) end
+if options.group then
+  redis.call('SADD', RQ .. ':groups', options.group)
+  for _, id in ipairs(ids) do redis.call('SADD', group_key(options.group), id) end
+  redis.call('EXPIRE', group_key(options.group), options.group_ttl)
+  redis.call('SET', group_size_key(options.group), options.count, 'EX', options.group_ttl)
 end
-count('enqueued', all.queue, all.fn, all.count)
+count('enqueued', options.queue, options.fn, options.count)
 return {'created', stamp, status}

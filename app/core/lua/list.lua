@@ -1,13 +1,14 @@
--- A page of jobs, newest first. It looks at a bounded number of jobs, however many there are and however few of them the
--- filters let through; then the page is short, and the cursor says where to go on.
--- ARGV: scope ('' for all jobs), owner whose jobs may be seen ('*' for anybody's), status, queue and function ('' for
--- any), most jobs of a page, most jobs to look at, the cursor's two parts (creation in microseconds or '', job id), and
--- the fields of the job's hash that are wanted; the first of them are status, function, origin, owner, created_at.
--- Answers {the next cursor's two parts, or '' and ''; then for each job its id and the fields}.
+-- Read a page of jobs, newest first. It looks at a limited number of jobs. If the filters let few of them through, the
+-- page is short, and the cursor says where the next page begins.
+-- ARGV: scope ('' for all jobs), owner ('*' for anybody; the page shows only jobs of this owner), status, queue and
+-- function ('' for any), most jobs on a page, most jobs to look at, the two parts of the cursor (creation in
+-- microseconds or '', job id), and the fields to read; they begin with status, function, origin, owner, created_at.
+-- Answers {the two parts of the next cursor, or '' and ''; then for each job its id and its fields}.
 local scope, owner, status, queue, fn, limit, most, from, after = unpack(ARGV)
 limit, most = tonumber(limit), tonumber(most)
 
--- The entries of one set, from the cursor on; those with the cursor's own microsecond are told apart by their id.
+-- Iterate over the entries of one set, from the cursor on. If an entry has the cursor's own microsecond, its id
+-- decides.
 local function newest_first(key)
   local page, at, offset = {}, 1, 0
   return function()
@@ -32,14 +33,14 @@ end
 
 local heads, nexts = {}, {}
 for number, each in ipairs(status == '' and STATUSES or {status}) do
-  nexts[number] = newest_first(index(scope, each))
+  nexts[number] = newest_first(index_key(scope, each))
   heads[number] = nexts[number]() or nil
 end
 
--- Jobs that are not kept any more leave the index where they are met, or the sweep may come to them in hours only.
+-- Jobs whose hash has expired. They leave the index here, because the sweep may need hours to get to them.
 local gone = {}
 local function answer(created, id, found)
-  for _, entry in ipairs(gone) do redis.pcall('ZREM', entry.key, entry.id) end -- if Redis takes writes at all
+  for _, entry in ipairs(gone) do redis.pcall('ZREM', entry.key, entry.id) end -- Redis may refuse writes
   return {created, id, unpack(found)}
 end
 

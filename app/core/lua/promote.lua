@@ -1,11 +1,11 @@
--- The delayed jobs and retries whose time has come wait in their queue from now on.
+-- Put the scheduled jobs that are due into their queues: delayed jobs, and retries after a pause.
 -- ARGV: queues.
--- Answers how many, and in how many seconds the next is due (0 if there are more that are due now, '' if there is none).
+-- Answers {number of these jobs, seconds until the next job is due (0 if more are due now, '' if none is scheduled)}.
 local now, promoted, due = clock(), 0, nil
 for _, queue in ipairs(ARGV) do
   local front = {}
-  for _, id in ipairs(redis.call('ZRANGEBYSCORE', registry('scheduled', queue), '-inf', now, 'LIMIT', 0, 1000)) do
-    redis.call('ZREM', registry('scheduled', queue), id)
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', registry_key('scheduled', queue), '-inf', now, 'LIMIT', 0, 1000)) do
+    redis.call('ZREM', registry_key('scheduled', queue), id)
     local job = read(id, 'status', 'enqueue_at_front', 'enqueue_at_front_on_retry')
     if job[1] == 'scheduled' then
       promoted = promoted + 1
@@ -16,9 +16,9 @@ for _, queue in ipairs(ARGV) do
       end
     end
   end
-  -- The one that is due first goes to the very front.
+  -- The job that was due first is pushed last, to the very front.
   for number = #front, 1, -1 do make_waiting(front[number], 'scheduled', queue, true, now) end
-  local first = redis.call('ZRANGE', registry('scheduled', queue), 0, 0, 'WITHSCORES')
+  local first = redis.call('ZRANGE', registry_key('scheduled', queue), 0, 0, 'WITHSCORES')
   if first[2] then due = math.min(due or math.huge, math.max(0, number(first[2], math.huge) - now)) end
 end
 return {promoted, due and exact(due) or ''}

@@ -1,18 +1,18 @@
--- Give a job back that its worker could not bring to an end: in front of its queue, or failed when its runs crashed
--- too often.
--- ARGV: job id, execution id, queue, worker, crashed (1 or 0), crash limit, exception (base64 of zlib), error (JSON),
--- default failure TTL.
--- Answers 'queued', 'failed', 'stopped' if it was asked to stop, 'lost', or 'rq' as `finish` does.
+-- End a run that has no outcome, because its worker ends, or because the work-horse or the worker died. The job goes to
+-- the front of its queue. If its runs crashed too often, it fails.
+-- ARGV: job id, execution id, queue, worker, crashed (1 to count a crash, else 0), crash limit, exception (base64 of
+-- zlib), error (JSON), default failure TTL.
+-- Answers 'queued'; 'failed'; 'stopped' if the run was asked to stop; 'lost' or 'rq', as `finish` does.
 local id, execution, queue, worker, crashed, limit, exception, error, failure_ttl = unpack(ARGV)
 local job = read(id, 'status', 'stop_requested', 'crashes', 'failure_ttl', 'repeats_left', 'rate_limit_key', 'webhooks',
   'function')
-if is_lost(id, execution, queue, worker, job[1]) then return 'lost' end
+if clear_if_lost(id, execution, queue, worker, job[1]) then return 'lost' end
 
-local crashes = whole(job[3], 0) + tonumber(crashed)
+local crashes = integer(job[3], 0) + tonumber(crashed)
 local status = 'failed'
 if job[2] == execution then status, exception, error = 'stopped', STOPPED_EXCEPTION, STOPPED_ERROR end
 local is_over = status == 'stopped' or (crashed == '1' and crashes > tonumber(limit))
-if is_over and wants_rq(id, false, unpack(job, 5, 7)) then return 'rq' end
+if is_over and needs_rq(id, false, unpack(job, 5, 7)) then return 'rq' end
 
 local now = clock()
 end_execution(id, execution, queue, worker)
@@ -22,7 +22,7 @@ if crashed == '1' then
 end
 if is_over then
   local result = {'worker_name', worker, 'execution_id', execution, 'exc_string', exception}
-  end_badly(id, 'started', queue, status, whole(job[4], failure_ttl), result, error, now)
+  store_failure(id, 'started', queue, status, integer(job[4], failure_ttl), result, error, now)
   return status
 end
 make_waiting(id, 'started', queue, true, now)

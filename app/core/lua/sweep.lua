@@ -1,16 +1,19 @@
--- Keep the index of `/jobs` in step with the jobs: those whose keys have run out leave it, and those that RQ's own code
--- moved (a stock worker, `Job.cancel`) are put right. Each call looks at a hundred jobs of each set, from where the last
--- one stopped, and at more while many of them are gone, as Redis itself expires keys; but at a bounded number in all, since
--- Redis serves nobody meanwhile. Once a second, whoever calls.
--- Answers how many entries it changed.
+-- Clean the index of `/jobs`: remove the jobs whose hash has expired, and move the jobs whose status RQ's own code
+-- changed (a stock worker, `Job.cancel`). Each call looks at a hundred jobs of each set, from the place where the last
+-- call stopped. It goes on while many of them are wrong, as Redis does when it expires keys. But the number of jobs is
+-- limited, because Redis serves no other client meanwhile. Many workers call it; it does its work once a second.
+-- ARGV: none.
+-- Answers the number of entries that it changed.
 if not redis.call('SET', RQ .. ':api:swept', 1, 'NX', 'PX', 1000) then return 0 end
 
 local POSITIONS = RQ .. ':api:sweep'
-local MOST = 3000 -- looked at, of all jobs and then of some owners' ones, after the first hundred of each set
+-- The most jobs that a call looks at: of all jobs, and again of a few owners' jobs. Each set gets its first hundred
+-- anyway.
+local MOST = 3000
 local changed, left = 0, MOST
 
 local function sweep(scope, status)
-  local key = index(scope, status)
+  local key = index_key(scope, status)
   local position = redis.call('HGET', POSITIONS, key) or '-inf'
   repeat
     local page = redis.call('ZRANGEBYSCORE', key, position, '+inf', 'WITHSCORES', 'LIMIT', 0, 100)
@@ -21,7 +24,7 @@ local function sweep(scope, status)
       if job[1] ~= status or not job[2] then
         wrong = wrong + 1
         redis.call('ZREM', key, id)
-        if job[1] and job[2] then redis.call('ZADD', index(scope, job[1]), page[at + 1], id) end
+        if job[1] and job[2] then redis.call('ZADD', index_key(scope, job[1]), page[at + 1], id) end
       end
     end
     changed, left = changed + wrong, left - #page / 2
@@ -40,7 +43,7 @@ for _, owner in ipairs(redis.call('SRANDMEMBER', OWNERS, 4)) do
   local entries = 0
   for _, status in ipairs(STATUSES) do
     sweep(owner, status)
-    entries = entries + redis.call('ZCARD', index(owner, status))
+    entries = entries + redis.call('ZCARD', index_key(owner, status))
   end
   if entries == 0 then redis.call('SREM', OWNERS, owner) end
 end
