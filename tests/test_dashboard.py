@@ -203,7 +203,7 @@ def test_a_payload_that_does_not_fit_is_told_at_its_field(visitor: Visitor) -> N
     field = page.get_by_label("samples (required)")
     expect(field).to_have_attribute("aria-invalid", "true")
     expect(field).to_be_focused()
-    expect(page.locator("#alert")).to_contain_text("a number is wanted")
+    expect(page.locator("#alert")).to_contain_text("must be a number")
     field.fill("0")  # which the service refuses
     page.get_by_role("button", name="Enqueue").click()
     expect(page.locator("#fields")).to_contain_text("greater than or equal to 1")
@@ -211,7 +211,7 @@ def test_a_payload_that_does_not_fit_is_told_at_its_field(visitor: Visitor) -> N
     page.get_by_label("JSON", exact=True).check()
     page.locator("#json").fill('{"samples": ')
     page.get_by_role("button", name="Enqueue").click()
-    expect(page.locator("#alert")).to_contain_text("The payload is no JSON")
+    expect(page.locator("#alert")).to_contain_text("The payload is not JSON")
     page.locator("#json").fill('{"samples": 10, "more": 1}')
     page.get_by_role("button", name="Enqueue").click()
     expect(page.locator("#alert")).to_contain_text("body.more")
@@ -274,7 +274,7 @@ def test_jobs_are_filtered_and_paged(visitor: Visitor) -> None:
     page.locator('#filters [name="function"]').select_option("")
     page.locator('#filters [name="status"]').select_option("")
     page.locator('#filters [name="queue"]').fill("nowhere")
-    expect(page.locator("#no-jobs")).to_have_text("No such jobs.")
+    expect(page.locator("#no-jobs")).to_have_text("No jobs match.")
     page.locator('#filters [name="queue"]').fill("no name!")
     expect(page.locator("#connection")).to_contain_text("Invalid request")
     page.locator('#filters [name="queue"]').fill("")
@@ -366,7 +366,7 @@ def test_with_keys_it_asks_for_one_and_keeps_it_in_memory_only(browser: Browser,
                 expect(page.get_by_label("Key")).to_be_focused()
                 found = Axe().run(page)
                 assert found.violations_count == 0, found.generate_report()
-                for wrong, words in (("nobody's", "not known"), ("schlüssel", "ASCII")):
+                for wrong, words in (("nobody's", "does not know"), ("schlüssel", "ASCII")):
                     page.get_by_label("Key").fill(wrong)
                     page.keyboard.press("Enter")
                     expect(page.locator("#alert")).to_contain_text(words)
@@ -453,7 +453,7 @@ def test_a_browser_misses_no_end_while_the_server_starts_anew(browser: Browser, 
             wait_until(lambda: page.evaluate("told.length"))
             process.kill()
             os.killpg(process.popen.pid, signal.SIGKILL)
-            expect(page.locator("#connection")).to_have_text("not reachable, trying again")
+            expect(page.locator("#connection")).to_have_text("service not reachable, trying again")
             go_on.touch()
             wait_until(lambda: status_of(redis_url, job_id) == "finished")
         with gunicorn(env, tmp_path / "again.log", "app.main:app", port=int(url.rpartition(":")[2])):

@@ -110,7 +110,7 @@ def test_delay_out_of_range_is_422(client: FlaskClient, delay: str) -> None:
 
 def test_delay_and_at_together_are_422(client: FlaskClient) -> None:
     problem = problem_of(enqueue(client, delay=1, at="2026-11-23T10:00:00Z"), 422, "invalid-request")
-    assert problem["errors"] == [{"loc": ["query", "at"], "msg": "delay and at are both given, one is wanted"}]
+    assert problem["errors"] == [{"loc": ["query", "at"], "msg": "Give delay or at, not both"}]
 
 
 def test_max_delay_bounds_both(redis: "Redis") -> None:

@@ -482,6 +482,6 @@ def test_enqueue_refuses_to_start_with_a_function_on_an_unknown_queue(redis: "Re
 def test_enqueue_refuses_an_option_that_is_there_twice(client: FlaskClient, redis: "Redis") -> None:
     answer = client.post("/enqueue/echo?queue=default&queue=default", json=1)
     assert problem_of(answer, 422, "invalid-request")["errors"] == [
-        {"loc": ["query", "queue"], "msg": "It is there more than once."}
+        {"loc": ["query", "queue"], "msg": "The option is given more than once."}
     ]
     assert redis.llen("rq:queue:default") == 0

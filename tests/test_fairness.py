@@ -15,13 +15,13 @@ from redis import Redis
 
 from app.config import LARGE, Settings
 from app.main import create_app
-from app.web.limits import LARGE_AT_ONCE, FairQuota, limit_send_time
+from app.web.limits import MAX_LARGE_BYTES, FairQuota, limit_send_time
 from tests.processes import end_run, json_of, problem_of, take_job, wait_until
 from tests.test_auth import ALICE, KEYS, OPS, _bearer
 
 
 def test_a_key_gets_as_much_as_it_leaves_for_the_others() -> None:
-    shares = FairQuota(100, of_several_keys=True)
+    shares = FairQuota(100, several_keys=True)
     assert [shares.take("alice", 10) for _ in range(6)] == [True] * 5 + [False]
     assert [shares.take("bob", 10) for _ in range(4)] == [True, True, False, False]
     assert shares.take("carol", 15)
@@ -30,7 +30,7 @@ def test_a_key_gets_as_much_as_it_leaves_for_the_others() -> None:
 
 
 def test_everybody_as_one_gets_all_of_it() -> None:
-    shares = FairQuota(100, of_several_keys=False)
+    shares = FairQuota(100, several_keys=False)
     assert [shares.take("", 10) for _ in range(11)] == [True] * 10 + [False]
     shares.give_back("", 10)
     assert shares.take("", 10)
@@ -47,7 +47,7 @@ def enqueue(client: FlaskClient, size: int, key: str = ALICE) -> Any:
 
 def test_large_bodies_of_one_key_leave_memory_to_the_others(client: FlaskClient, redis: "Redis") -> None:
     held = client.application.extensions["limits"].bytes
-    assert held.take("alice", LARGE_AT_ONCE // 2)
+    assert held.take("alice", MAX_LARGE_BYTES // 2)
     answer = enqueue(client, LARGE)
     assert "large" in problem_of(answer, 429, "too-many-requests")["detail"]
     assert answer.headers["Retry-After"] == "5"
@@ -63,7 +63,7 @@ def test_large_answers_of_one_key_leave_memory_to_the_others(client: FlaskClient
     job_id = json_of(enqueue(client, LARGE))["job_id"]
     assert end_run(redis, take_job(redis), value="x" * LARGE) == "finished"
     held = client.application.extensions["limits"].bytes
-    assert held.take("alice", LARGE_AT_ONCE // 2)
+    assert held.take("alice", MAX_LARGE_BYTES // 2)
     for path in ("/get_payload", "/get_result"):
         answer = client.get(f"{path}?job_id={job_id}", headers=_bearer(ALICE))
         problem_of(answer, 429, "too-many-requests")
@@ -107,7 +107,7 @@ def test_nothing_large_is_held_once_it_was_answered(client: FlaskClient) -> None
 
 def test_a_job_that_was_enqueued_is_told_also_where_its_result_has_no_room(client: FlaskClient, redis: "Redis") -> None:
     held = client.application.extensions["limits"].bytes
-    assert held.take("alice", LARGE_AT_ONCE // 2)
+    assert held.take("alice", MAX_LARGE_BYTES // 2)
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(client.post, "/enqueue/echo?wait=20", json=1, headers=_bearer(ALICE))
         wait_until(lambda: redis.llen("rq:queue:default"))

@@ -13,7 +13,7 @@ from redis.exceptions import NoScriptError, ResponseError
 
 from app.config import Settings
 from app.core.connections import connect
-from app.web.shared_round_trips import LARGE, PipelinedRedis
+from app.web.shared_round_trips import LARGE_ARGUMENT, PipelinedRedis
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_an_error_is_its_callers_alone(client: PipelinedRedis, real_redis: Redis
 
 def test_other_commands_and_large_ones_go_alone(client: PipelinedRedis, real_redis: Redis) -> None:
     script = real_redis.script_load("return {KEYS[1], #ARGV[1]}")
-    assert client.evalsha(script, 1, "key", b"x" * (LARGE + 1)) == [b"key", LARGE + 1]
+    assert client.evalsha(script, 1, "key", b"x" * (LARGE_ARGUMENT + 1)) == [b"key", LARGE_ARGUMENT + 1]
     assert client.set("a", "b") is True  # with redis-py's reading of the answer
     assert client.config_get("maxmemory") == {"maxmemory": "0"}
 

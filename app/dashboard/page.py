@@ -1,4 +1,4 @@
-"""The dashboard: one page that any browser can show, and its own files. All that it knows comes from the public API."""
+"""The dashboard: one page for any browser, and its files. All its data comes from the public API."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ from flask import Response, make_response, render_template, send_from_directory
 
 _STATIC = Path(__file__).parent / "static"
 
-#: What the page may load and do: its own files, and requests to where it comes from. Text can never become a script:
-#: https://www.w3.org/TR/CSP3/ and https://www.w3.org/TR/trusted-types/
+#: The page may load its own files and send requests to its own server. Text can never become a script.
+#: Sources: https://www.w3.org/TR/CSP3/ and https://www.w3.org/TR/trusted-types/
 POLICY = "; ".join((
     "default-src 'none'",
     "script-src 'self'",
@@ -33,13 +33,13 @@ dashboard = APIBlueprint("dashboard", __name__, template_folder="templates", ena
 
 @dashboard.get("/dashboard")
 def page() -> Response:
-    """The page."""
+    """Serve the page."""
     return make_response(render_template("dashboard.html"), _HEADERS)
 
 
 @dashboard.get("/dashboard/<name>")
 def page_file(name: str) -> Response:
-    """One of its files."""
-    answer = send_from_directory(_STATIC, name)
-    answer.headers.update(_HEADERS)
-    return answer
+    """Serve a file of the page."""
+    response = send_from_directory(_STATIC, name)
+    response.headers.update(_HEADERS)
+    return response

@@ -1,4 +1,4 @@
-"""API keys: which key a request has, and what it allows; and the rate limit."""
+"""API keys: the key of a request, what the key allows, and the rate limit."""
 
 import hashlib
 import hmac
@@ -13,7 +13,7 @@ from redis import Redis
 from app.config import ApiKey, is_loopback
 from app.jobs import problems
 
-#: The key of all requests where no keys are configured.
+#: The key of every request if no keys are configured.
 ANONYMOUS = ApiKey.model_construct(name="", functions=None, admin=False)
 
 #: The paths that need no key: load balancers and people read them, and they show nobody's jobs.
@@ -22,7 +22,7 @@ PUBLIC_BELOW = ("/docs/", "/problems/", "/dashboard/")
 
 
 def find_key(keys: Sequence[ApiKey], token: str) -> ApiKey | None:
-    """Find the key of this token, in a time that does not depend on how much of it is right."""
+    """Find the key of a token. The time does not depend on how much of it is right."""
     digest = hashlib.sha256(token.encode("latin-1", errors="replace")).digest()  # WSGI decodes headers as Latin-1
     matches = [key for key in keys if hmac.compare_digest(key.digest, digest)]
     return matches[0] if matches else None
@@ -56,7 +56,7 @@ def require_admin() -> None:
 
 
 def limit_rate(app: APIFlask, limit: str | None, connection: Redis) -> None:
-    """Limit the requests of each key (of each address, where there are no keys), counted in Redis."""
+    """Limit the requests of each key, or of each address if there are no keys. Redis counts them."""
     if limit is None:
         return
     from flask_limiter import Limiter, RequestLimit  # heavy, and off by default
@@ -99,7 +99,9 @@ def require_keys(app: APIFlask, keys: Sequence[ApiKey], functions: Collection[st
         if not keys:
             # `flask run --host` and other servers do not read HOST: they may listen to everybody.
             if not (allow_anonymous or is_loopback(request.remote_addr or "localhost")):
-                raise problems.Forbidden("Without API_KEYS only this machine is served, unless ALLOW_ANONYMOUS=true.")
+                raise problems.Forbidden(
+                    "Without API_KEYS or ALLOW_ANONYMOUS=true the service serves its own machine only."
+                )
             return
         # werkzeug's parser takes a second for a header with many parameters.
         scheme, _, token = request.environ.get("HTTP_AUTHORIZATION", "").partition(" ")

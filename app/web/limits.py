@@ -1,4 +1,7 @@
-"""No client takes a web process from all others: how much each may hold of it, and for how long."""
+"""Limits that keep one client from using up a web process: open requests, bytes of large bodies, and time.
+
+Words: a body or a response is *large* if it has more than `app.config.LARGE` bytes.
+"""
 
 import errno
 import threading
@@ -18,149 +21,158 @@ from app.jobs import problems
 from app.jobs.problems import TRY_AGAIN
 from app.web.auth import current_key, is_public
 
-#: Seconds that a client may take to send a body or to read an answer, and one more for each LEAST_RATE bytes.
-PATIENCE = 60
-LEAST_RATE = 16 * 1024
-#: Bytes of large bodies and answers that may be there at once; where the largest are very large, four of these.
-LARGE_AT_ONCE = 256 * 2**20
+#: Seconds that a client may take to send a body or to read a response. Each MIN_BYTES_PER_SECOND bytes add one second.
+BASE_SECONDS = 60
+MIN_BYTES_PER_SECOND = 16 * 1024
+#: Bytes of large bodies and responses that a process may hold at once. If the settings allow very large ones, it may
+#: hold four of the largest.
+MAX_LARGE_BYTES = 256 * 2**20
 
 
 class FairQuota:
-    """So much of something, of which each key may hold as much as it leaves for all others.
+    """A quota shared by API keys: a key may hold at most as much as then stays free.
 
-    So one key never has more than half of it; and where some have much, there is something left for the next one
-    (Choudhury and Hahne, Dynamic queue length thresholds, 1998). Where everybody is the same key, it may have all.
+    So no key ever has more than half of it, and something is left for the next key (Choudhury and Hahne, "Dynamic
+    queue length thresholds", 1998). If all requests have the same key, this key may hold the whole quota.
     """
 
-    def __init__(self, most: int, *, of_several_keys: bool) -> None:
-        self._most = most
-        self._of_several_keys = of_several_keys
+    def __init__(self, total: int, *, several_keys: bool) -> None:
+        self._total = total
+        self._several_keys = several_keys
         self._held: Counter[str] = Counter()
         self._lock = threading.Lock()
 
     def take(self, key: str, amount: int) -> bool:
-        """Whether the key got so much more of it."""
+        """Take an amount for the key. Return False, and take nothing, if that is too much."""
         with self._lock:
-            left = self._most - self._held.total()
-            if amount + (self._held[key] + amount) * self._of_several_keys > left:
+            free = self._total - self._held.total()
+            if amount + (self._held[key] + amount) * self._several_keys > free:
                 return False
             self._held[key] += amount
             return True
 
     def held(self, key: str) -> int:
-        """How much of it the key has."""
+        """How much the key holds."""
         return self._held[key]
 
     def give_back(self, key: str, amount: int) -> None:
-        """What it had."""
+        """Give back an amount that the key took."""
         with self._lock:
             self._held[key] -= amount
 
 
 class _Limits(NamedTuple):
+    #: open requests
     requests: FairQuota
-    #: of large bodies and answers
+    #: bytes of large bodies and responses
     bytes: FairQuota
     turn: threading.Lock
     turn_of_key: defaultdict[str, threading.Lock]
 
 
-def _longest(size: int) -> float:
-    return PATIENCE + size / LEAST_RATE
+def _transfer_seconds(size: int) -> float:
+    return BASE_SECONDS + size / MIN_BYTES_PER_SECOND
 
 
 def _too_many(what: str) -> problems.TooManyRequests:
     name = current_key().name
-    whose = f"The key {name!r} has as many {what} as are left for others." if name else f"There are too many {what}."
-    return problems.TooManyRequests(whose, retry_after=TRY_AGAIN)
+    detail = (
+        f"The key {name!r} has too many {what}: a key may have at most as many as are free."
+        if name
+        else f"There are too many {what}."
+    )
+    return problems.TooManyRequests(detail, retry_after=TRY_AGAIN)
 
 
 class ByteAllowance:
-    """The bytes of large bodies and answers that one request has."""
+    """The bytes that one request holds of the quota for large bodies and responses."""
 
     def __init__(self) -> None:
         self._give_back: list[Callable[[], None]] = []  # most requests have nothing large
 
     def take(self, size: int) -> None:
-        """So many more.
+        """Take bytes from the quota.
 
         Raises:
-            TooManyRequests: there are too many, of this key or of all together.
+            TooManyRequests: the key, or all keys together, hold too many already.
         """
-        shares: FairQuota = current_app.extensions["limits"].bytes
+        quota: FairQuota = current_app.extensions["limits"].bytes
         key = current_key().name
-        if not shares.take(key, size):
-            raise _too_many("bytes of large bodies and answers")
-        self._give_back.append(partial(shares.give_back, key, size))
+        if not quota.take(key, size):
+            raise _too_many("bytes of large bodies and responses")
+        self._give_back.append(partial(quota.give_back, key, size))
 
     def give_back(self) -> None:
-        """All of them."""
+        """Give back all bytes that the request took."""
         for give_back in self._give_back:
             give_back()
 
 
 def limit_receive_time(size: int) -> AbstractContextManager[object]:
-    """Where a client may send a body of so many bytes, but not for ever.
+    """Limit the time in which a client sends a body of `size` bytes, for the length of a `with` block.
 
-    gunicorn limits the time of a request's head only, and its socket's time-out (gunicorn.conf.py) silence only.
+    gunicorn limits the time of a request's head only, and the socket's time-out (app/web/server.py) limits silence
+    only.
 
     Raises:
-        TimeoutError: inside, if it takes too long.
+        TimeoutError: in the block, when the time is over.
     """
-    if "gunicorn.socket" not in request.environ:  # a server for developers, without gevent
+    if "gunicorn.socket" not in request.environ:  # a development server, without gevent
         return nullcontext()
-    return gevent.Timeout(_longest(size), TimeoutError("The body comes too slowly."))
+    return gevent.Timeout(_transfer_seconds(size), TimeoutError("The body arrives too slowly."))
 
 
 def yield_to_others() -> None:
-    """Let other requests of this process go first, and gunicorn's sign of life: what follows may take a second.
+    """Let other requests of this process run, and gunicorn's heartbeat: the caller's next step may take a second.
 
-    One at a time: gevent would go from one that slept to the next, and look for others at the end only. And one of
-    each key, so that none waits for all that another one sends.
+    One caller yields at a time. gevent would otherwise resume all sleeping callers in a row, and look for other
+    requests only after the last one. A key has one caller in this line: nobody waits for all requests of another key.
     """
     limits: _Limits = current_app.extensions["limits"]
     with limits.turn_of_key[current_key().name], limits.turn:
-        time.sleep(0.001)  # a whole round of gevent's loop; with 0 it would be none
+        time.sleep(0.001)  # one whole round of gevent's loop; `sleep(0)` would be less than one
 
 
-def limit_send_time(answer: Response) -> Response:
-    """The answer, whose client may take its time to read it, but not for ever.
+def limit_send_time(response: Response) -> Response:
+    """Limit the time in which the client reads a large response. Returns the response.
 
-    The socket's time-out is for each part of an answer: one for most of them, many for a file.
+    The socket's time-out holds for each part of a response. Most responses have one part, but a file has many.
     """
-    size = answer.content_length or 0
+    size = response.content_length or 0
     if size > LARGE and (connection := request.environ.get("gunicorn.socket")):
-        connection.settimeout(_longest(size))
-        # gunicorn takes it for a client that went away.
-        limit = gevent.Timeout.start_new(_longest(size), BrokenPipeError(errno.EPIPE, "The answer is read too slowly."))
-        answer.call_on_close(limit.close)
-        answer.direct_passthrough = False  # a file's answer would not be closed
-    return answer
+        seconds = _transfer_seconds(size)
+        connection.settimeout(seconds)
+        # gunicorn takes this error for a client that went away.
+        limit = gevent.Timeout.start_new(seconds, BrokenPipeError(errno.EPIPE, "The response is read too slowly."))
+        response.call_on_close(limit.close)
+        response.direct_passthrough = False  # otherwise the response of a file would not be closed
+    return response
 
 
-def count_large_response(answer: Response) -> Response:
-    """The answer, which is counted if it is large.
+def count_large_response(response: Response) -> Response:
+    """Count the bytes of a large response until it has been sent. Returns the response.
 
     Raises:
         TooManyRequests: as `ByteAllowance.take`.
     """
-    if (size := answer.content_length or 0) > LARGE:
-        room = ByteAllowance()
-        room.take(size)
-        answer.call_on_close(room.give_back)
-    return answer
+    if (size := response.content_length or 0) > LARGE:
+        allowance = ByteAllowance()
+        allowance.take(size)
+        response.call_on_close(allowance.give_back)
+    return response
 
 
 def enforce_limits(app: APIFlask, settings: Settings) -> None:
-    """Let each key hold as many requests of this process as are left for all others, and as many bytes of large ones.
+    """Give each API key a fair share of this process: of its open requests, and of the bytes of large ones.
 
-    Whatever it does with them: wait, listen, send or read slowly. Without keys a proxy in front knows clients apart.
+    A request is counted until its response has been sent, whether it waits, listens, sends or reads slowly. Without
+    several keys, requests are not counted: only a proxy in front can tell the clients apart.
     """
     several = len(settings.api_keys) > 1
     largest = max(settings.max_payload_bytes, settings.max_result_bytes)
     app.extensions["limits"] = limits = _Limits(
-        FairQuota(settings.max_connections, of_several_keys=several),
-        FairQuota(max(LARGE_AT_ONCE, 4 * largest), of_several_keys=several),
+        FairQuota(settings.max_connections, several_keys=several),
+        FairQuota(max(MAX_LARGE_BYTES, 4 * largest), several_keys=several),
         threading.Lock(),
         defaultdict(threading.Lock),
     )
@@ -173,11 +185,11 @@ def enforce_limits(app: APIFlask, settings: Settings) -> None:
         if is_public(request.path):
             return
         if not limits.requests.take(current_key().name, 1):
-            raise _too_many("requests")
-        g.is_open = True
+            raise _too_many("open requests")
+        g.is_counted = True
 
     @app.after_request
-    def end(answer: Response) -> Response:
-        if "is_open" in g:
-            answer.call_on_close(partial(limits.requests.give_back, current_key().name, 1))
-        return answer
+    def end(response: Response) -> Response:
+        if "is_counted" in g:
+            response.call_on_close(partial(limits.requests.give_back, current_key().name, 1))
+        return response

@@ -1,4 +1,4 @@
-"""The OpenAPI document: APIFlask's, completed with the answers that each view declares and a path for each function."""
+"""The OpenAPI document. APIFlask makes it; this adds the answers that views declare, and a path for each function."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -20,14 +20,14 @@ TEXT: Spec = {"text/plain": {"schema": {"type": "string"}}}
 ANY_JSON: Spec = {"application/json": {"schema": {}}}
 
 _RESPONSE_HEADERS = {
-    "Retry-After": {"description": "seconds after which to ask again", "schema": {"type": "integer"}},
+    "Retry-After": {"description": "seconds to wait before the next request", "schema": {"type": "integer"}},
     "Idempotent-Replayed": {
         "description": "`true` if the same request with the same key came before",
         "schema": {"type": "string"},
     },
-    "Location": {"description": "where to ask for the status", "schema": {"type": "string"}},
+    "Location": {"description": "URL of the job's or group's status", "schema": {"type": "string"}},
     "ETag": {"description": "changes with the status", "schema": {"type": "string"}},
-    "Preference-Applied": {"description": "the wait that was granted", "schema": {"type": "string"}},
+    "Preference-Applied": {"description": "the time that the request waits at most", "schema": {"type": "string"}},
 }
 
 
@@ -36,16 +36,16 @@ def _request_header(name: str, description: str, schema: Spec) -> Spec:
     return {"name": name, "in": "header", "required": False, "description": description, "schema": schema}
 
 
-#: A value that the service does not understand is ignored. HTTP allows visible ASCII in a header.
+#: The service ignores a value that it does not understand. HTTP allows visible ASCII in a header.
 _ANY_TEXT = {"pattern": "^[!-~]{0,200}$"}
 PREFER = _request_header(
     "Prefer", "`wait=SECONDS` (RFC 7240) means the same as the option `wait`", {**_ANY_TEXT, "examples": ["wait=10"]}
 )
 IF_NONE_MATCH = _request_header(
-    "If-None-Match", "an `ETag` that was received: answers 304 while the status is the same", _ANY_TEXT
+    "If-None-Match", "an `ETag` of an earlier response. The answer is 304 while the status is the same", _ANY_TEXT
 )
 LAST_EVENT_ID = _request_header(
-    "Last-Event-ID", "the `id` of the last event that the client received; that status is not sent again", _ANY_TEXT
+    "Last-Event-ID", "the `id` of the last event that the client received. That status is not sent again", _ANY_TEXT
 )
 IDEMPOTENCY_KEY = _request_header(
     "Idempotency-Key",
@@ -79,7 +79,7 @@ _ALWAYS = (problems.BadRequest, problems.InternalError)
 
 
 class Answer(NamedTuple):
-    """One answer of a view that is no problem."""
+    """One answer of a view. Problems are declared separately."""
 
     description: str
     #: the model of the JSON, or OpenAPI's `content`; None for an empty answer
@@ -124,7 +124,7 @@ def answers(
 
 
 def _problem_specs(kinds: Iterable[type[Problem]]) -> dict[str, Spec]:
-    """The problems by status; several of one status are several examples of one answer."""
+    """The answers of these problems, by status. Problems with the same status are examples of one answer."""
     specs: dict[str, Spec] = {}
     for kind in kinds:
         spec = specs.setdefault(
@@ -143,7 +143,7 @@ def _problem_specs(kinds: Iterable[type[Problem]]) -> dict[str, Spec]:
 
 
 def _find_declarations(app: Flask) -> dict[str, Declaration]:
-    """What the views declare, by method and path, as in `GET /problems/{name}`."""
+    """The declarations of all views, by method and path: `GET /problems/{name}`."""
     return {
         f"{method} {rule.rule.replace('<', '{').replace('>', '}')}": declaration
         for rule in app.url_map.iter_rules()
@@ -153,7 +153,7 @@ def _find_declarations(app: Flask) -> dict[str, Declaration]:
 
 
 def _model_schemas(declarations: Iterable[Declaration]) -> dict[str, Spec]:
-    """The schemas of the models that the answers are made of, and of the models in these."""
+    """The schemas of the models in the answers, and of the models within those."""
     models = [answer.content for declared in declarations for answer in declared.answers.values()]
     found: dict[str, Spec] = {}
     for model in (*models, schemas.ProblemObject):
@@ -164,13 +164,13 @@ def _model_schemas(declarations: Iterable[Declaration]) -> dict[str, Spec]:
 
 
 def complete(app: Flask, spec: Spec, functions: Mapping[str, JobFunction], default: str) -> Spec:
-    """Add to APIFlask's document what it cannot know: answers, problems, and a path for each job function.
+    """Add answers, problems, and a path for each job function to APIFlask's document.
 
     Args:
         app: with its views, and its settings in `extensions["jobs"]`.
         spec: APIFlask's document; it is changed.
         functions: the job functions.
-        default: name of the one that `/enqueue` runs.
+        default: name of the job function that `/enqueue` runs.
     """
     settings = app.extensions["jobs"].settings
     declarations = _find_declarations(app)
@@ -202,7 +202,7 @@ def complete(app: Flask, spec: Spec, functions: Mapping[str, JobFunction], defau
 
 
 def _without_null(parameter: Spec) -> Spec:
-    """An optional query parameter, without null: pydantic's schema is "this, or null", but no query has a null."""
+    """The parameter without null in its schema. pydantic allows null for an optional one, but no query can have it."""
     options = [option for option in parameter["schema"].get("anyOf", []) if option != {"type": "null"}]
     if len(options) != 1:
         return parameter
@@ -232,7 +232,7 @@ def _add_functions(spec: Spec, one: Spec, many: Spec, functions: Mapping[str, Jo
                 **many,
                 "operationId": f"enqueue_many_{name}",
                 "summary": f"Enqueue jobs of {name}, one for each payload",
-                "description": f"All or none of them. {function.description}",
+                "description": f"All jobs are enqueued or none. {function.description}",
                 "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
             }
         }
@@ -240,5 +240,5 @@ def _add_functions(spec: Spec, one: Spec, many: Spec, functions: Mapping[str, Jo
 
 def _payload_schema(function: JobFunction, place: str) -> Spec:
     schema = function.payload_schema
-    # A schema of its own: "#/$defs/…" in it would point to the document's root.
+    # With an `$id`, "#/$defs/…" points into this schema, and not to the root of the document.
     return {**schema, "$id": f"urn:job-function:{function.name}:{place}"} if "$defs" in schema else schema

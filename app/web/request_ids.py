@@ -1,4 +1,4 @@
-"""The id that follows a request: into its answer, its lines in the log, and the jobs that it makes."""
+"""The id of a request. Its response, its lines in the log and the jobs that it makes have the same id."""
 
 import logging
 import os
@@ -13,18 +13,17 @@ from app.web.metrics import observe_request
 
 logger = logging.getLogger(__name__)
 
-#: What a client's id may be: nothing that a log, a header or a shell would stumble over.
+#: A client's id must be harmless in a log, a header and a shell.
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-#: W3C Trace Context, version 00 and those that begin like it: https://www.w3.org/TR/trace-context/#traceparent-header
+#: W3C Trace Context, version 00 and later versions, which begin like it: https://www.w3.org/TR/trace-context/#traceparent-header
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
 
-
-#: Where a request keeps what is known of it: its WSGI environ, since each look at Flask's `g` or `request` takes 1 µs.
+#: Keys in the WSGI environ of a request. Flask's `g` would be a slower place.
 _ID_KEY, _BEGAN_KEY = "app.request_id", "app.began"
 
 
 def _choose_id(environ: WSGIEnvironment) -> str:
-    """The client's `X-Request-ID`, or the trace that the request is part of, or a new one."""
+    """The client's `X-Request-ID`, or else the trace id of its `traceparent`, or else a new id."""
     if "HTTP_X_REQUEST_ID" in environ and _ID.fullmatch(given := environ["HTTP_X_REQUEST_ID"]):
         return str(given)
     if "HTTP_TRACEPARENT" in environ and (trace := _TRACEPARENT.fullmatch(environ["HTTP_TRACEPARENT"])):
@@ -39,9 +38,9 @@ def current_request_id() -> str:
 
 
 def track_requests(app: Flask, *, access_log: bool) -> None:
-    """Give each request of the app its id, measure it, and write a line in the log if there is to be one."""
+    """Give each request an id, measure its time, and, with `access_log`, write a line about it in the log."""
 
-    # One function of each kind: each that Flask has to call takes some 3 µs.
+    # One hook of each kind does all of this, since each call of a hook costs time.
     @app.before_request
     def begin() -> None:
         environ = request.environ
@@ -54,20 +53,20 @@ def track_requests(app: Flask, *, access_log: bool) -> None:
         request_members.set({})
 
     @app.after_request
-    def end(answer: Response) -> Response:
+    def end(response: Response) -> Response:
         current: Request = request._get_current_object()  # type: ignore[attr-defined]  # of werkzeug's proxies
         seconds = time.perf_counter() - current.environ[_BEGAN_KEY]
-        answer.headers["X-Request-ID"] = current.environ[_ID_KEY]
-        observe_request(current, answer.status_code, seconds)
+        response.headers["X-Request-ID"] = current.environ[_ID_KEY]
+        observe_request(current, response.status_code, seconds)
         if access_log:
             members = {
                 "method": current.method,
                 "path": current.path,
-                "status": answer.status_code,
+                "status": response.status_code,
                 "ms": round(seconds * 1000, 1),
                 "key": g.api_key.name if "api_key" in g else "",
             }
-            # Not the query: it may hold what is nobody's business.
+            # Without the query, which may hold private data.
             text = "%(method)s %(path)s %(status)s in %(ms)s ms"
             logger.info(text, members, extra={"members": members})
-        return answer
+        return response

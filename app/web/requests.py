@@ -1,4 +1,4 @@
-"""What views read from a request: the JSON body, the time to wait, the idempotency key, and whose jobs it may see."""
+"""The parts of a request that views read: JSON body, time to wait, idempotency key, and the jobs that it may see."""
 
 import re
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ def current_jobs() -> Jobs:
 
 
 def current_enqueuer() -> Enqueuer:
-    """The present app's maker of jobs."""
+    """The enqueuer of the present app."""
     enqueuer: Enqueuer = current_app.extensions["enqueuer"]
     return enqueuer
 
@@ -42,15 +42,15 @@ def current_waiting() -> Waiting:
 
 
 def refuse_repeated_options() -> None:
-    """Refuse `?queue=a&queue=b`, since the client cannot know which of them would count.
+    """Refuse a query like `?queue=a&queue=b`: the client cannot know which value would count.
 
     Raises:
-        InvalidRequest: an option stands in the query more than once.
+        InvalidRequest: the query has an option more than once.
     """
     if b"&" not in request.query_string:
         return
     errors: list[problems.ErrorItem] = [
-        {"loc": ["query", name], "msg": "It is there more than once."}
+        {"loc": ["query", name], "msg": "The option is given more than once."}
         for name, values in request.args.lists()
         if len(values) > 1
     ]
@@ -64,9 +64,11 @@ def read_json_body(settings: Settings) -> Iterator[bytes]:
 
     Raises:
         UnsupportedMediaType: the header Content-Type does not say JSON.
-        InvalidJson, BadRequest: it is not JSON, or did not arrive as a whole.
-        RequestEntityTooLarge, PayloadTooLarge: it has more bytes, or values, than the settings allow.
-        TooManyRequests: there are too many large bodies.
+        InvalidJson: it is not JSON.
+        BadRequest: it did not arrive as a whole.
+        RequestEntityTooLarge: it has more bytes than the settings allow.
+        PayloadTooLarge: it has more values than the settings allow.
+        TooManyRequests: the process holds too many large bodies, all in all or of this key.
     """
     if not request.is_json:
         given = request.mimetype or "none"
@@ -79,11 +81,11 @@ def read_json_body(settings: Settings) -> Iterator[bytes]:
         raise problems.BadRequest(f"The body's Transfer-Encoding is {coding!r}; only chunked is known.")
     allowance = ByteAllowance()
     try:
-        # A body without a length: one byte more, to see whether there is more.
+        # If the length is not known, read one byte beyond the limit, to see whether the body is longer.
         body = _read(limit + 1 if length is None else length, allowance)
         if len(body) > limit:
             raise RequestEntityTooLarge
-        if len(body) < (length or 0):  # cut short, which gunicorn does not say
+        if len(body) < (length or 0):  # gunicorn does not report a body that was cut short
             raise problems.BadRequest("The body is shorter than its Content-Length.")
         if len(body) > LARGE:
             yield_to_others()
@@ -99,23 +101,23 @@ def read_json_body(settings: Settings) -> Iterator[bytes]:
 
 
 def _read(most: int, allowance: ByteAllowance) -> bytes:
-    """Read the body, at most `most` bytes; beyond the first LARGE ones they are counted as they arrive."""
-    # Without a length, and without a server that knows where a body ends, the request has no body.
+    """Read at most `most` bytes of the body. Those after the first LARGE bytes are counted as they arrive."""
+    # A request has no body if it has no length and the server does not mark the end of a body.
     if request.content_length is None and not request.environ.get("wsgi.input_terminated"):
         return b""
-    stream = request.environ["wsgi.input"]  # without werkzeug's own stream around it, which is slow
+    stream = request.environ["wsgi.input"]  # werkzeug's own stream around it is slow
     try:
         with limit_receive_time(most):
             body: bytes = stream.read(min(most, LARGE))
             if LARGE <= len(body) < most:
                 body = _read_on(stream, body, most, allowance)
-    except (OSError, ParseException) as error:  # a time-out; gunicorn's word for malformed or endless chunks
+    except (OSError, ParseException) as error:  # a time-out; or gunicorn found malformed chunks, or too many
         raise problems.BadRequest("The body could not be read to its end.") from error
     return body
 
 
 def _read_on(stream: IO[bytes], begin: bytes, most: int, allowance: ByteAllowance) -> bytes:
-    whole = BytesIO()  # a list of parts would need twice the memory once they are joined
+    whole = BytesIO()  # to join a list of parts would need twice the memory
     size = whole.write(begin)
     while size < most:
         allowance.take(step := min(most - size, LARGE))
@@ -126,7 +128,7 @@ def _read_on(stream: IO[bytes], begin: bytes, most: int, allowance: ByteAllowanc
 
 
 def _preferred_wait() -> float | None:
-    """The seconds of `Prefer: wait=SECONDS` (RFC 7240); a preference that is not understood is ignored."""
+    """The seconds of `Prefer: wait=SECONDS` (RFC 7240). Other preferences are ignored."""
     given = request.environ.get("HTTP_PREFER")
     for preference in given.split(",") if given else ():
         if match := re.fullmatch(r'wait="?(\d{1,9})"?', preference.partition(";")[0].replace(" ", ""), re.IGNORECASE):
@@ -135,11 +137,13 @@ def _preferred_wait() -> float | None:
 
 
 def read_wait(asked: float | None, settings: Settings) -> float:
-    """The seconds that the request waits. The option wins over the preference; the answer names an applied preference.
+    """The seconds that the request waits for a job's end: its option `wait`, or else its `Prefer: wait=SECONDS`.
+
+    If the preference counts, the response says so (`Preference-Applied`).
 
     Args:
-        asked: the option `wait`, if the request has it.
-        settings: their MAX_WAIT is the upper bound.
+        asked: the option `wait` in seconds, if the request has it.
+        settings: MAX_WAIT is the upper bound.
     """
     preferred = _preferred_wait() if asked is None else None
     seconds = min(asked if asked is not None else preferred or 0, settings.max_wait)
@@ -151,16 +155,16 @@ def read_wait(asked: float | None, settings: Settings) -> float:
 
 
 def add_header(name: str, value: str) -> None:
-    """Add a header to the answer of the present request, also if that is a problem."""
+    """Add a header to the response of the present request, also if that is a problem."""
 
     @after_this_request
-    def add(answer: Response) -> Response:
-        answer.headers[name] = value
-        return answer
+    def add(response: Response) -> Response:
+        response.headers[name] = value
+        return response
 
 
 def _read_idempotency_key() -> str | None:
-    """The `Idempotency-Key` of the request, bare or quoted; both are the same key.
+    """The `Idempotency-Key` of the request. A quoted key is the same key as a bare one.
 
     Source: draft-ietf-httpapi-idempotency-key-header, and RFC 8941 for the quoted form.
 
@@ -174,10 +178,10 @@ def _read_idempotency_key() -> str | None:
     if given.startswith('"'):
         quoted = re.fullmatch(r'"((?:[^"\\]|\\["\\])*)"', given)
         key = re.sub(r"\\(.)", r"\1", quoted[1]) if quoted else ""
-    # A repeated header arrives as one, with a comma. The client could not know which of them would count.
+    # A repeated header arrives as one header with a comma, and the client cannot know which key would count.
     if not re.fullmatch(r"[!-~]{1,255}", key) or ("," in key and key is given):
-        what = "one key of 1 to 255 visible characters, in quotes if it has a comma"
-        error: problems.ErrorItem = {"loc": ["header", "Idempotency-Key"], "msg": what}
+        expected = "The key must be 1 to 255 visible characters. A key with a comma must be in quotes."
+        error: problems.ErrorItem = {"loc": ["header", "Idempotency-Key"], "msg": expected}
         raise problems.InvalidRequest("The header Idempotency-Key is malformed.", errors=[error])
     return key
 

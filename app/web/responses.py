@@ -26,11 +26,11 @@ from app.web.request_ids import current_request_id
 
 logger = logging.getLogger(__name__)
 
-#: Redis' words for "not now": https://redis.io/docs/latest/develop/reference/protocol-spec/#simple-errors
-#: A script's error has the word in its middle.
-_NOT_NOW = re.compile(r"\b(OOM|READONLY|MISCONF|LOADING|BUSY|MASTERDOWN|NOREPLICAS|CLUSTERDOWN|NOAUTH|NOPERM)\b")
-#: redis-py has classes for some of them, and takes the word off their text.
-_NOT_NOW_CLASSES = {
+#: Redis' error codes that mean "not now": https://redis.io/docs/latest/develop/reference/protocol-spec/#simple-errors
+#: The error of a script has the code in its middle.
+_OUTAGE_CODES = re.compile(r"\b(OOM|READONLY|MISCONF|LOADING|BUSY|MASTERDOWN|NOREPLICAS|CLUSTERDOWN|NOAUTH|NOPERM)\b")
+#: redis-py has classes for some of these errors, and removes the code from their text.
+_OUTAGE_CLASSES = {
     "OutOfMemoryError", "ReadOnlyError", "NoPermissionError", "ClusterDownError", "MasterDownError", "TryAgainError",
 }  # fmt: skip
 
@@ -48,12 +48,12 @@ def make_etag(text: bytes) -> str:
 
 
 class JsonResponse(Response):
-    """A response with complete headers. werkzeug would look through them once more at the end, which is slow."""
+    """A response with complete headers. So werkzeug need not look through them once more, which is slow."""
 
     default_mimetype = "application/json"
 
     def get_wsgi_headers(self, environ: Any) -> Headers:
-        """The headers as they are; but a 304 must not have those of a body."""
+        """Return the headers as they are. Only a 304 must lose those that describe a body."""
         return super().get_wsgi_headers(environ) if self.status_code == HTTPStatus.NOT_MODIFIED else self.headers
 
 
@@ -65,7 +65,7 @@ def json_response(data: Any, status: int = 200, headers: dict[str, str] | None =
 
 
 def stored_json_response(text: bytes) -> Response:
-    """A response of JSON text as it is stored, which no proxy may cache.
+    """A response of JSON text, as it is stored. No proxy may cache it.
 
     Raises:
         TooManyRequests: as `count_large_response`.
@@ -75,12 +75,12 @@ def stored_json_response(text: bytes) -> Response:
 
 
 def poll_headers(status: StatusObject) -> dict[str, str]:
-    """The header that says when to ask for the job's status again; none if the job has ended."""
+    """The header that says when to ask again for the job's status. It is missing once the job has ended."""
     return {} if status.job_status in TERMINAL else {"Retry-After": str(POLL_AGAIN)}
 
 
 def _answer_problem(problem: problems.Problem) -> Response:
-    # Not `json_response`: Flask may drop this response, and then nothing would end the timer of its sending.
+    # `json_response` would start a timer. Flask may drop this response, and then nothing would end the timer.
     response = JsonResponse(encode_json(problem.body()), problem.status, mimetype=PROBLEM_JSON)
     if problem.retry_after is not None:
         response.headers["Retry-After"] = str(problem.retry_after)
@@ -92,8 +92,8 @@ def _answer_problem(problem: problems.Problem) -> Response:
 def _is_outage(error: RedisError) -> bool:
     return (
         isinstance(error, RedisConnectionError | RedisTimeoutError)
-        or type(error).__name__ in _NOT_NOW_CLASSES
-        or _NOT_NOW.search(str(error)) is not None
+        or type(error).__name__ in _OUTAGE_CLASSES
+        or _OUTAGE_CODES.search(str(error)) is not None
     )
 
 
@@ -108,11 +108,13 @@ def _answer_redis_error(error: RedisError) -> Response:
 def _answer_bug(error: Exception) -> Response:
     request_id = current_request_id()
     logger.error("request %s: %s %r", request_id, request.method, request.path, exc_info=error)
-    return _answer_problem(problems.InternalError("Something went wrong on our side.", request_id=request_id))
+    return _answer_problem(
+        problems.InternalError("An unexpected error occurred in the service.", request_id=request_id)
+    )
 
 
 def _answer_http_error(error: HTTPException) -> Response:
-    """The response to what Flask and werkzeug refuse by themselves."""
+    """The response to an error that Flask or werkzeug raised."""
     problem: problems.Problem
     match error:
         case NotFound():
@@ -122,7 +124,7 @@ def _answer_http_error(error: HTTPException) -> Response:
         case RequestEntityTooLarge():
             limit = current_app.extensions["jobs"].settings.max_payload_bytes
             problem = problems.PayloadTooLarge(f"The body has more than {limit} bytes.", limit_bytes=limit)
-        case InternalServerError():  # raised while another error, or an answer, was dealt with
+        case InternalServerError():  # Flask raises it when an error handler or a hook fails
             bug = error.original_exception
             return _answer_bug(bug if isinstance(bug, Exception) else error)
         case _:

@@ -1,6 +1,6 @@
-"""Pydantic models of the queries that clients send and the answers that they get, but for the status object.
+"""Pydantic models of queries and responses. The status object has its model in app/jobs/status.py.
 
-The OpenAPI document is made from them. Answers are open: a later release may add members.
+The OpenAPI document is made from them. Responses are open: a later release may add members.
 """
 
 import re
@@ -27,14 +27,14 @@ from app.jobs.status import StatusObject, Time
 
 
 class Query(BaseModel):
-    """Query parameters. An unknown one is refused: most often it is a typo, and would do nothing."""
+    """Query parameters. An unknown one is refused, since it is most likely a typo."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 Wait = Annotated[
     float,
-    Field(ge=0, le=60, allow_inf_nan=False, description="answer when the job has ended, at the latest after so many s"),
+    Field(ge=0, le=60, allow_inf_nan=False, description="seconds to wait for the job's end"),
 ]
 
 
@@ -74,15 +74,15 @@ class JobsQuery(Query):
 
 
 def _check_rfc3339(value: object) -> object:
-    """Accept RFC 3339 only (pydantic takes numbers, too), also with a space for the `+`, as in many a URL."""
+    """Accept RFC 3339 only: pydantic takes numbers, too. A `+` in a URL may have become a space."""
     text = re.sub(r" (\d\d:\d\d)$", r"+\1", str(value))
     if not re.fullmatch(r"(?ai)\d{4}-\d\d-\d\d[t ]\d\d:\d\d:\d\d(\.\d+)?(z|[+-]\d\d:\d\d)", text):
-        raise ValueError("a time as in RFC 3339 is wanted: 2026-11-23T10:00:00Z")
+        raise ValueError("Give a time of RFC 3339, for example 2026-11-23T10:00:00Z")
     return text
 
 
 class _BoundedQuery(Query):
-    """A query whose bounds are settings. Each app has its own model; this one stands for it in the views."""
+    """A query whose bounds are settings, so each app has its own model. Views name this class in its place."""
 
     @classmethod
     def _find_model(cls) -> type[Query]:
@@ -91,12 +91,12 @@ class _BoundedQuery(Query):
 
     @classmethod
     def model_validate(cls, obj: Any, **options: Any) -> Any:
-        """As the app's own model."""
+        """Validate with the model of the present app."""
         return cls._find_model().model_validate(obj, **options)
 
     @classmethod
     def model_json_schema(cls, *arguments: Any, **options: Any) -> dict[str, Any]:
-        """As the app's own model."""
+        """Make the schema of the present app's model."""
         return cls._find_model().model_json_schema(*arguments, **options)
 
 
@@ -109,7 +109,7 @@ class EnqueueQuery(_BoundedQuery):
 
 
 def make_job_options(settings: Settings) -> dict[type[Query], type[Query]]:
-    """Make an app's models for JobOptions and EnqueueQuery, with the bounds that are configured."""
+    """Make an app's models for JobOptions and EnqueueQuery, with the bounds of its settings."""
     options = _make_options_model(
         settings.queues, settings.max_job_timeout, settings.max_ttl, settings.max_retries, settings.max_delay
     )
@@ -131,9 +131,9 @@ def _make_options_model(
 
     def check_at(at: datetime, info: ValidationInfo) -> datetime:
         if info.data.get("delay") is not None:
-            raise ValueError("delay and at are both given, one is wanted")
+            raise ValueError("Give delay or at, not both")
         if at - datetime.now(UTC) > timedelta(seconds=max_delay):
-            raise ValueError(f"at most {max_delay} s from now")
+            raise ValueError(f"The time must be at most {max_delay} s from now")
         return at
 
     time = Annotated[AwareDatetime, BeforeValidator(_check_rfc3339), AfterValidator(check_at)]
@@ -142,14 +142,14 @@ def _make_options_model(
         __base__=Query,
         __doc__=JobOptions.__doc__,
         queue=option(Literal[queues], "one of the configured queues"),
-        at_front=option(bool, "ahead of what waits in that queue"),
-        timeout=seconds(max_timeout, "the job's run limit in s"),
-        result_ttl=seconds(max_ttl, "how long a result is kept, in s"),
-        failure_ttl=seconds(max_ttl, "how long a failure is kept, in s"),
-        ttl=seconds(max_ttl, "drop the job if no worker took it within so many s"),
-        retries=option(int, "how often it is run again if it raises", ge=0, le=max_retries),
-        delay=option(float, "not before so many seconds from now", ge=0, le=max_delay, allow_inf_nan=False),
-        at=option(time, "not before this time (RFC 3339)"),
+        at_front=option(bool, "put the job in front of the waiting jobs of its queue"),
+        timeout=seconds(max_timeout, "seconds that a run of the job may take"),
+        result_ttl=seconds(max_ttl, "seconds that a result is kept"),
+        failure_ttl=seconds(max_ttl, "seconds that a failure is kept"),
+        ttl=seconds(max_ttl, "seconds that the job may wait for a worker; then it is dropped"),
+        retries=option(int, "how often the job is run again if it raises", ge=0, le=max_retries),
+        delay=option(float, "seconds to wait before the job may run", ge=0, le=max_delay, allow_inf_nan=False),
+        at=option(time, "time before which the job does not run (RFC 3339)"),
         webhook=option(str, "URL that is called when the job has ended", max_length=2000),
     )
 
@@ -187,8 +187,8 @@ class WebhookTry(BaseModel):
     """One try to deliver a message."""
 
     at: Time
-    status_code: int | None = Field(description="what the receiver answered")
-    error: str | None = Field(description="why there was no answer")
+    status_code: int | None = Field(description="HTTP status of the receiver's response")
+    error: str | None = Field(description="why there was no response")
     seconds: float | None
 
 
@@ -197,13 +197,13 @@ class WebhookMessage(BaseModel):
 
     webhook_id: str
     type: str = Field(examples=["job.finished"])
-    status: str | None = Field(description="RQ's word: finished once it was delivered; null: kept no longer")
+    status: str | None = Field(description="RQ's status: `finished` means delivered; null: no longer kept")
     next_try_at: Time | None
     tries: list[WebhookTry]
 
 
 class WebhookLog(BaseModel):
-    """The messages about a job's ends, the first one first: a job that is retried ends more than once."""
+    """The messages about the ends of a job, oldest first. A job that is retried ends more than once."""
 
     job_id: str
     messages: list[WebhookMessage]
@@ -215,7 +215,7 @@ class GroupObject(BaseModel):
     group_id: str
     total: int
     counts: dict[str, int] = Field(
-        description="jobs by status; `expired` are those that are not kept any more", examples=[{"finished": 2}]
+        description="jobs by status; `expired` jobs are no longer kept", examples=[{"finished": 2}]
     )
 
 
@@ -223,9 +223,11 @@ class JobPage(BaseModel):
     """A page of jobs, newest first."""
 
     jobs: list[StatusObject] = Field(
-        description="as many as `limit` says, or fewer; `next` alone says if there are more"
+        description="at most `limit` jobs, maybe fewer; only `next` says whether there are more"
     )
-    next: str | None = Field(description="URL of the next page", examples=["/jobs?limit=20&cursor=MTc2Mz"])
+    next: str | None = Field(
+        description="URL of the next page; null on the last page", examples=["/jobs?limit=20&cursor=MTc2Mz"]
+    )
 
 
 class FunctionObject(BaseModel):
@@ -234,7 +236,7 @@ class FunctionObject(BaseModel):
     name: str
     description: str
     payload_schema: dict[str, Any] = Field(description="JSON Schema of the payload; {} allows any JSON")
-    defaults: dict[str, Any] = Field(description="its own defaults for the options of /enqueue")
+    defaults: dict[str, Any] = Field(description="the function's defaults for the options of /enqueue")
 
 
 class FunctionList(BaseModel):
@@ -248,21 +250,22 @@ class QueueObject(BaseModel):
 
     name: str
     jobs: dict[str, int] = Field(
-        description="by status; `failed` has those that were stopped, too", examples=[{"queued": 3, "started": 1}]
+        description="number of jobs by status; `failed` includes those that were stopped",
+        examples=[{"queued": 3, "started": 1}],
     )
-    workers: int = Field(description="live ones that take its jobs")
-    oldest_waiting_seconds: float | None = Field(description="age of the job that waits longest")
-    runs_per_minute: float = Field(description="runs that ended, in the last one to two minutes")
-    mean_run_seconds: float | None = Field(description="of these")
+    workers: int = Field(description="number of live workers that take jobs of this queue")
+    oldest_waiting_seconds: float | None = Field(description="age of the oldest waiting job")
+    runs_per_minute: float = Field(description="runs that ended, over the last one to two minutes")
+    mean_run_seconds: float | None = Field(description="mean time of these runs")
 
 
 class WorkerObject(BaseModel):
     """A live worker."""
 
     name: str
-    state: str = Field(description="RQ's word: busy, idle, suspended, started", examples=["busy"])
-    queues: list[str] = Field(description="in the order in which it looks")
-    job_ids: list[str] = Field(description="the job that it runs, and maybe the next one, which it has taken already")
+    state: str = Field(description="RQ's state: busy, idle, suspended, started", examples=["busy"])
+    queues: list[str] = Field(description="in the order in which the worker looks for jobs")
+    job_ids: list[str] = Field(description="the job that it runs, and the next job if it has taken that already")
 
 
 class Queues(BaseModel):
@@ -273,13 +276,13 @@ class Queues(BaseModel):
 
 
 class Health(BaseModel):
-    """The process serves."""
+    """The process answers requests."""
 
     status: Literal["ok"]
 
 
 class Readiness(BaseModel):
-    """Jobs that are enqueued now would run."""
+    """A job that is enqueued now would run."""
 
     status: Literal["ready"]
     checks: dict[str, str]
@@ -290,7 +293,7 @@ class ProblemObject(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    type: str = Field(description="its page: GET it to read what it means and what to do")
+    type: str = Field(description="URL of a page that explains the problem and what to do")
     title: str
     status: int
     detail: str

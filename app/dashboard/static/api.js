@@ -1,4 +1,4 @@
-// The public API, as any client uses it. The key is kept here and nowhere else: it is gone with the tab.
+// A client of the public API. Only this module keeps the key, and only in memory: it is gone with the tab.
 
 let key = null;
 
@@ -10,7 +10,7 @@ export function hasKey() {
   return key !== null;
 }
 
-/** What the service refused (RFC 9457), or that it did not answer (status 0). */
+/** An error response of the service (RFC 9457). Status 0 means that the service did not answer. */
 export class Problem extends Error {
   constructor(status, body, retryAfter) {
     super(body.detail ? `${body.title}: ${body.detail}` : body.title);
@@ -21,15 +21,15 @@ export class Problem extends Error {
   }
 }
 
-/** What a person wrote is not what is wanted. */
+/** An input of the person that is not valid. */
 export class Mistake extends Error {}
 
-/** Where a route is: beside this page, also where a proxy has put the whole service below a path. */
+/** The URL of a route. It is relative to this page, since a proxy may put the whole service below a path. */
 export function urlOf(path) {
   return new URL(path.slice(1), document.baseURI);
 }
 
-/** A response that is no problem; throws a Problem. */
+/** Send a request and return the response. Throws a Problem if it is an error. */
 export async function send(method, path, { body, headers = {}, signal } = {}) {
   const all = { ...headers };
   if (key !== null) all.Authorization = `Bearer ${key}`;
@@ -62,10 +62,11 @@ export function pause(seconds, signal) {
 }
 
 /**
- * Tell of each change of a job, until it has ended, and of each time that the service is lost meanwhile. It is not an
- * EventSource, which can send no key. Throws a Problem once there is nothing to follow.
+ * Call `changed` with the status of a job at each change, until the job has ended. Call `lost` with the error each time
+ * that the connection is lost. This is not an EventSource, since that cannot send a key. Throws a Problem if the
+ * service refuses the request.
  */
-export async function follow(jobId, told, lost, signal) {
+export async function follow(jobId, changed, lost, signal) {
   let last = null;
   while (!signal.aborted) {
     let wait = 2;
@@ -75,7 +76,7 @@ export async function follow(jobId, told, lost, signal) {
       if (response.status === 204) return;
       for await (const event of eventsOf(response.body)) {
         last = event.id ?? last;
-        if (event.data) told(JSON.parse(event.data));
+        if (event.data) changed(JSON.parse(event.data));
         if (event.event === "end") return;
       }
     } catch (error) {

@@ -1,4 +1,4 @@
-// The page begins here: it asks for a key if it has to, and shows the overview or a job.
+// The start of the page: it asks for a key if the service needs one, and shows the overview or a job.
 
 import { hasKey, pause, read, useKey } from "./api.js";
 import { setText } from "./elements.js";
@@ -12,7 +12,7 @@ const title = document.title;
 $("key-form").addEventListener("submit", async (event) => {
   event.preventDefault();
   if (!/^[ -~]+$/.test($("key").value)) {
-    askForKey("That is no key: one has ASCII characters only.");
+    askForKey("This is not a key: a key has ASCII characters only.");
     return;
   }
   useKey($("key").value);
@@ -21,9 +21,9 @@ $("key-form").addEventListener("submit", async (event) => {
   await begin();
 });
 
-let left = new AbortController(); // aborted when a job is left
+let left = new AbortController(); // aborted when the person leaves a job's page
 
-/** Show what the address names: a job, or the overview. */
+/** Show the job or the overview that the address names. */
 function route() {
   left.abort();
   left = new AbortController();
@@ -43,7 +43,7 @@ function route() {
 
 addEventListener("hashchange", () => {
   if (!$("key-form").hidden) return;
-  if (location.hash === "#main") return; // the link past the head
+  if (location.hash === "#main") return; // the link "Skip to the content"
   const wasJob = !$("job").hidden;
   route();
   if (wasJob && $("job").hidden) {
@@ -60,7 +60,7 @@ async function begin() {
       break;
     } catch (error) {
       if (error.status === 401) {
-        askForKey(hasKey() ? "The key is not known." : "");
+        askForKey(hasKey() ? "The service does not know this key." : "");
         return;
       }
       lost(error);

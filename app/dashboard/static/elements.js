@@ -1,6 +1,6 @@
-// Small pieces of the page. Whatever comes from the API goes in as text: nothing here reads markup.
+// Small pieces of the page. Data from the API is always added as text, never as markup.
 
-/** An element; attributes that are null or false are left out, functions listen to events. */
+/** Make an element. Null and false attributes are left out; functions become event listeners. */
 export function el(name, attributes = {}, ...children) {
   const element = document.createElement(name);
   for (const [key, value] of Object.entries(attributes)) {
@@ -11,7 +11,7 @@ export function el(name, attributes = {}, ...children) {
   return element;
 }
 
-/** Change what is there only if it differs: a screen reader says, and a selection loses, what is written anew. */
+/** Set a text only if it differs: a screen reader reads a new text aloud, and a selection in the old one is lost. */
 export function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
@@ -45,7 +45,7 @@ export function bytes(value) {
   return value < 1e6 ? `${(value / 1e3).toPrecision(3)} kB` : `${(value / 1e6).toPrecision(3)} MB`;
 }
 
-/** What a job is doing, in words. */
+/** Say in words what a job does or did, and since when. */
 export function describe(job, now) {
   if (job.started_at && job.ended_at) {
     return `ran ${seconds(between(job.started_at, job.ended_at))}, ${seconds(between(job.ended_at, now))} ago`;
@@ -55,7 +55,7 @@ export function describe(job, now) {
   return since ? `${job.job_status} ${seconds(between(since, now))} ago` : job.job_status;
 }
 
-/** A progress bar with its text, for `setProgress`. */
+/** Make a progress bar with its text, for `setProgress`. */
 export function progressBar(label) {
   return el("div", { class: "progress" }, el("progress", { "aria-label": label, max: "1" }), el("span"));
 }
@@ -70,7 +70,7 @@ export function setProgress(element, job) {
   setText(text, `${progress.done} of ${progress.total}${progress.message ? `: ${progress.message}` : ""}`);
 }
 
-/** Numbers over time, the last one as text; `show` adds one. */
+/** Make a chart of numbers over time, with the last number as text. `show` adds a number. */
 export function chart(label, unit = "") {
   const KEPT = 60;
   const svgName = "http://www.w3.org/2000/svg";
@@ -79,7 +79,7 @@ export function chart(label, unit = "") {
   const line = document.createElementNS(svgName, "polyline");
   svg.setAttribute("viewBox", `0 0 ${KEPT - 1} 20`);
   svg.setAttribute("preserveAspectRatio", "none");
-  svg.setAttribute("aria-hidden", "true"); // the number beside it says what matters
+  svg.setAttribute("aria-hidden", "true"); // the number beside it says the same in text
   svg.append(line);
   const number = el("strong");
   const most = el("span", { class: "hint" });
@@ -93,12 +93,12 @@ export function chart(label, unit = "") {
       const from = KEPT - values.length;
       line.setAttribute("points", values.map((each, at) => `${from + at},${19 - (18 * each) / top}`).join(" "));
       setText(number, `${value}${unit}`);
-      setText(most, `most: ${Math.max(...values)}`);
+      setText(most, `highest: ${Math.max(...values)}`);
     },
   };
 }
 
-/** JSON data, folded below the first levels. What is folded is made when it is opened. */
+/** Make a tree of JSON data. Deeper levels are folded, and their elements are made when they are opened. */
 export function jsonTree(value, open = 2, name = null) {
   const named = name === null ? null : el("span", { class: "name" }, `${name}: `);
   if (value === null || typeof value !== "object") {
@@ -120,7 +120,7 @@ export function jsonTree(value, open = 2, name = null) {
     shown += MOST;
     if (shown < entries.length) {
       const next = el("li", {}, el("button", { type: "button", click: () => { next.remove(); more(); } },
-        `${entries.length - shown} more`));
+        `Show ${entries.length - shown} more`));
       list.append(next);
     }
   };

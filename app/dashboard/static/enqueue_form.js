@@ -1,4 +1,4 @@
-// The form that enqueues a job, with the curl line that does the same.
+// The form that enqueues a job, and the curl command that does the same.
 
 import { Mistake, Problem, hasKey, send, urlOf } from "./api.js";
 import { el, setText } from "./elements.js";
@@ -7,7 +7,7 @@ import { hasFields, makeForm } from "./payload_form.js";
 
 let functions = [];
 let form = null;
-const written = new Map(); // JSON that was typed, by function
+const written = new Map(); // the JSON that the person typed, by function
 
 const chosen = () => functions.find((each) => each.name === $("function").value);
 const isJson = () => $("enqueue-form").elements.mode.value === "json";
@@ -30,14 +30,14 @@ function showMode() {
   showCurl();
 }
 
-/** The payload as JSON text; throws a Mistake that says what is wrong. */
+/** Read the payload as JSON text. Throws a Mistake that says what is wrong. */
 function payload() {
   if (!isJson()) return form.read();
   const text = $("json").value;
   try {
     JSON.parse(text);
   } catch (error) {
-    throw new Mistake(`The payload is no JSON: ${error.message}`);
+    throw new Mistake(`The payload is not JSON: ${error.message}`);
   }
   return text;
 }
@@ -84,7 +84,7 @@ $("copy").addEventListener("click", async () => {
     announce("The curl command is copied.");
   } catch {
     getSelection().selectAllChildren($("curl"));
-    announce("The curl command is selected: copy it with the keyboard.");
+    announce("The curl command is selected. Copy it with the keyboard.");
   }
 });
 
@@ -119,7 +119,7 @@ $("enqueue-form").addEventListener("submit", async (event) => {
   }
 });
 
-/** Offer these functions. */
+/** Offer these functions in the form. */
 export function offerFunctions(found) {
   functions = found;
   $("function").replaceChildren(...functions.map((each) => el("option", {}, each.name)));

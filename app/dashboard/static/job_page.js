@@ -1,4 +1,4 @@
-// A job's own page: where it is as it happens, what it was given, what came of it.
+// The page of one job: its status, live, its payload, and its result or error.
 
 import { follow, read, send } from "./api.js";
 import {
@@ -13,7 +13,7 @@ function moment(label, value, more) {
     value ? el("time", { datetime: value }, new Date(value).toLocaleString()) : "not yet", more ? ` (${more})` : null);
 }
 
-/** JSON data with integers as they are: a double has 53 bits only. */
+/** Parse JSON, and keep long integers exact: a double has only 53 bits. */
 function parseExactly(text) {
   return JSON.parse(text, (_, value, context) => {
     const isLong = typeof value === "number" && !Number.isSafeInteger(value) && /^-?\d+$/.test(context?.source ?? "");
@@ -21,7 +21,7 @@ function parseExactly(text) {
   });
 }
 
-/** Show this job, until `signal` says that it is left. */
+/** Show this job until `signal` is aborted, when the person leaves the page. */
 export function showJob(jobId, signal) {
   let job = null, isWatched = false;
   const heading = el("h2", { id: "job-title", tabindex: "-1" }, "Job ", el("code", {}, jobId));
@@ -85,7 +85,7 @@ export function showJob(jobId, signal) {
       const response = await send("HEAD", `/get_payload?job_id=${encodeURIComponent(jobId)}`);
       setText(size, bytes(Number(response.headers.get("Content-Length"))));
     } catch {
-      setText(size, "unknown");
+      setText(size, "size unknown");
     }
   }
 

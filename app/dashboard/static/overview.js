@@ -1,13 +1,13 @@
-// The overview: queues, workers, and a page of jobs, looked at once a second.
+// The overview: queues, workers and a page of jobs, read once a second.
 
 import { Problem, pause, read, send } from "./api.js";
 import { STATUSES, chart, describe, el, progressBar, seconds, setBadge, setProgress, setText } from "./elements.js";
 import { $, actions, askForKey, connectionIs, lost, setActions, short } from "./page.js";
 
-const EVERY = 1; // seconds between two looks
+const EVERY = 1; // seconds between two reads
 const SHOWN = 20; // jobs of a page
 
-// An entry is made once and changed where it differs, so that focus and selection stay
+// An entry is made once. Later only its changes are written, so that focus and selection stay
 
 function updateList(list, entries, known, make) {
   const wanted = new Set(entries.map(([id]) => id));
@@ -59,8 +59,8 @@ function queueCard(name) {
       charts.failed.show(jobs.failed ?? 0);
       charts.rate.show(Math.round(queue.runs_per_minute * 10) / 10);
       const parts = [`${queue.workers} ${queue.workers === 1 ? "worker" : "workers"}`];
-      if (queue.oldest_waiting_seconds !== null) parts.push(`oldest waits ${seconds(queue.oldest_waiting_seconds)}`);
-      if (queue.mean_run_seconds !== null) parts.push(`a run takes ${seconds(queue.mean_run_seconds)}`);
+      if (queue.oldest_waiting_seconds !== null) parts.push(`oldest job waits ${seconds(queue.oldest_waiting_seconds)}`);
+      if (queue.mean_run_seconds !== null) parts.push(`mean run ${seconds(queue.mean_run_seconds)}`);
       setText(about, parts.join(", "));
       about.classList.toggle("bad", queue.workers === 0);
     },
@@ -85,7 +85,7 @@ function workerRow(name) {
 
 const known = { queues: new Map(), workers: new Map(), jobs: new Map() };
 let isAdmin = true;
-let cursor = ""; // of the page of jobs that is shown, "" for the newest
+let cursor = ""; // the page of jobs that is shown; "" is the newest page
 let next = null;
 
 async function showQueues() {
@@ -98,7 +98,7 @@ async function showQueues() {
       $("queue-names").replaceChildren(...queues.map((each) => el("option", { value: each.name })));
     }
     $("workers-title").hidden = false;
-    setText($("workers-title"), workers.length ? "Workers" : "No worker is alive: jobs wait until one is");
+    setText($("workers-title"), workers.length ? "Workers" : "No live workers: jobs wait until one starts");
   } catch (error) {
     if (error.status !== 403) throw error;
     isAdmin = false;
@@ -118,7 +118,7 @@ async function showJobs() {
   const path = jobsPath();
   const response = await send("GET", path);
   const page = await response.json();
-  if (path !== jobsPath()) return; // another filter was chosen meanwhile
+  if (path !== jobsPath()) return; // the person chose another filter meanwhile
   const now = response.headers.get("Date") ?? new Date().toISOString();
   updateList($("jobs"), page.jobs.map((each) => [each.job_id, [each, now]]), known.jobs, jobRow);
   next = page.next === null ? null : new URL(page.next, location).searchParams.get("cursor");
@@ -126,7 +126,7 @@ async function showJobs() {
   $("newest").hidden = cursor === "";
   $("no-jobs").hidden = page.jobs.length > 0;
   const isFiltered = [...new FormData($("filters")).values()].some(Boolean);
-  setText($("no-jobs"), isFiltered ? "No such jobs." : "No jobs yet. The form above makes one.");
+  setText($("no-jobs"), isFiltered ? "No jobs match." : "No jobs yet. Enqueue one with the form above.");
 }
 
 $("older").addEventListener("click", () => { cursor = next ?? ""; wake(); });
@@ -134,7 +134,7 @@ $("newest").addEventListener("click", () => { cursor = ""; wake(); });
 $("filters").addEventListener("input", () => { cursor = ""; wake(); });
 $("filters").addEventListener("submit", (event) => event.preventDefault());
 
-// One loop looks at all of it; `wake` has it look now
+// One loop reads everything. `wake` makes it read now
 
 let woken = new AbortController();
 
@@ -142,7 +142,7 @@ export function wake() {
   woken.abort();
 }
 
-async function look() {
+async function readAll() {
   let wait = EVERY;
   try {
     await Promise.all([showQueues(), showJobs()]);
@@ -156,19 +156,19 @@ async function look() {
   return wait;
 }
 
-/** Look again and again while the overview is shown. */
+/** Read again and again while the overview is shown. */
 export async function run() {
   for (;;) {
     let wait = EVERY;
     woken = new AbortController();
-    if (!$("overview").hidden && !document.hidden) wait = await look();
+    if (!$("overview").hidden && !document.hidden) wait = await readAll();
     await pause(wait, woken.signal);
   }
 }
 
 document.addEventListener("visibilitychange", wake);
 
-/** Begin anew: with another key, other jobs and rights. */
+/** Start again with another key, which may see other jobs and have other rights. */
 export function resetOverview(functions) {
   isAdmin = true;
   cursor = "";

@@ -1,4 +1,4 @@
-// What all parts of the page have in common: what happened, whether the service is there, which key is used.
+// The parts that all views share: messages, the state of the connection, the form for the key, the buttons of a job.
 
 import { Mistake, Problem, hasKey, send, useKey } from "./api.js";
 import { TERMINAL, el, setText } from "./elements.js";
@@ -6,7 +6,7 @@ import { TERMINAL, el, setText } from "./elements.js";
 export const $ = (id) => document.getElementById(id);
 export const short = (jobId) => jobId.slice(0, 8);
 
-/** Say what a request came to; the next thing that goes well takes an error away. */
+/** Show a message of success. It replaces an error message. */
 export function announce(text) {
   $("alert").replaceChildren();
   setText($("news"), text);
@@ -14,7 +14,7 @@ export function announce(text) {
 
 export function complain(error) {
   if (error instanceof Problem && error.status === 401) {
-    askForKey(hasKey() ? "The key is not known." : "");
+    askForKey(hasKey() ? "The service does not know this key." : "");
     return;
   }
   if (!(error instanceof Problem || error instanceof Mistake)) console.error(error);
@@ -30,26 +30,26 @@ export function connectionIs(text, isGood) {
 }
 
 export function lost(error) {
-  connectionIs(error.status ? error.message : "not reachable, trying again", false);
+  connectionIs(error.status ? error.message : "service not reachable, trying again", false);
 }
 
-/** Show nothing but the form for the key; which hides itself when it has one. */
+/** Show only the form for the key. The form hides itself once it has a key. */
 export function askForKey(why) {
   useKey(null);
   $("overview").hidden = $("job").hidden = true;
   $("alert").replaceChildren(...(why ? [el("div", { class: "notice bad" }, why)] : []));
-  connectionIs("wants a key", false);
+  connectionIs("needs a key", false);
   if ($("key-form").hidden) {
     $("key-form").hidden = false;
     $("key").focus();
   }
 }
 
-/** Have a job canceled or retried; its status then, or null. */
+/** Cancel or retry a job. Returns its new status, or null after an error. */
 async function act(job, path) {
   try {
     const status = await (await send("POST", `${path}?job_id=${encodeURIComponent(job.job_id)}`)).json();
-    const what = status.job_status === "started" ? "told to stop" : status.job_status;
+    const what = status.job_status === "started" ? "being stopped" : status.job_status;
     announce(`${job.function ?? "job"} ${short(job.job_id)} is ${what}.`);
     return status;
   } catch (error) {
@@ -58,7 +58,7 @@ async function act(job, path) {
   }
 }
 
-/** The buttons of a job; `setActions` shows those that its status lets one use. */
+/** Make the buttons of a job. `setActions` shows the buttons that its status allows. */
 export function actions(current, changed = () => {}) {
   const press = (path) => async (event) => {
     event.target.disabled = true;

@@ -40,11 +40,11 @@ from app.webhooks.addresses import check_webhook
 
 logger = logging.getLogger(__name__)
 
-#: Seconds that a listener may take to read one message.
-SLOWEST = 10.0
-#: The end of the id of an `end` event. The id of a `status` event does not have it.
-ENDED = ".end"
-#: For answers that no proxy may cache.
+#: Seconds that a listener may take to read one event.
+MAX_READ_SECONDS = 10.0
+#: The suffix of the id of an `end` event. The id of a `status` event does not have it.
+END_SUFFIX = ".end"
+#: The headers of a response that no proxy may cache.
 _PRIVATE = {"Cache-Control": "private, no-cache"}
 
 control = APIBlueprint("control", __name__, tag="Control")
@@ -54,13 +54,13 @@ control = APIBlueprint("control", __name__, tag="Control")
 @control.input(JobQuery, location="query", arg_name="query")
 @answers(
     {
-        200: Answer("it has ended, and has not finished", StatusObject),
-        202: Answer("it runs, and its worker is stopping it", StatusObject, ("Retry-After",)),
+        200: Answer("the job was canceled or stopped", StatusObject),
+        202: Answer("the job runs, and its worker is stopping it", StatusObject, ("Retry-After",)),
     },
     problems=(*READS_JOB, problems.JobAlreadyEnded),
 )
 def cancel(query: JobQuery) -> Response:
-    """Cancel a job: one that waits never runs, one that runs is stopped."""
+    """Cancel a job: a waiting job never runs, a running job is stopped."""
     has_ended, status = current_jobs().cancel(query.job_id, visible_owner())
     return json_response(status, 200 if has_ended else 202, poll_headers(status))
 
@@ -68,11 +68,11 @@ def cancel(query: JobQuery) -> Response:
 @control.post("/retry")
 @control.input(JobQuery, location="query", arg_name="query")
 @answers(
-    {202: Answer("it waits again", StatusObject, ("Location", "Retry-After"))},
+    {202: Answer("the job waits again", StatusObject, ("Location", "Retry-After"))},
     problems=(*READS_JOB, problems.JobNotRetryable, problems.QueueFull),
 )
 def retry(query: JobQuery) -> Response:
-    """Run a job again that failed, was stopped or canceled."""
+    """Run a job again, after it failed, was stopped or was canceled."""
     jobs = current_jobs()
     if current_key().functions is not None:
         check_function(jobs.read_status(query.job_id, visible_owner()).function or "")
@@ -85,7 +85,7 @@ def retry(query: JobQuery) -> Response:
 @answers(
     {
         202: Answer(
-            "enqueued, all of them",
+            "all jobs are enqueued",
             EnqueuedGroup,
             ("Location", "Retry-After", "Idempotent-Replayed"),
             EnqueuedGroup(group_id="f4a1d4a8-8f0e-9f7b-5f05-1f6f3c9d2a10", job_ids=[EXAMPLE_ID]),
@@ -95,7 +95,7 @@ def retry(query: JobQuery) -> Response:
     headers=(IDEMPOTENCY_KEY,),
 )
 def enqueue_many(function: str, options: Any) -> Response:
-    """Enqueue a job for each payload of the body, an array: all or none."""
+    """Enqueue a job for each payload in the body, which is an array. All are enqueued or none."""
     enqueuer = current_enqueuer()
     found = enqueuer.find_function(function)
     check_function(function)
@@ -114,7 +114,7 @@ def enqueue_many(function: str, options: Any) -> Response:
 @control.get("/check_group")
 @control.input(GroupQuery, location="query", arg_name="query")
 @answers(
-    {200: Answer("its jobs, counted by status", GroupObject)},
+    {200: Answer("the jobs of the group, counted by status", GroupObject)},
     problems=(problems.InvalidRequest, problems.GroupNotFound, problems.ResultExpired, problems.RedisUnavailable),
 )
 def check_group(query: GroupQuery) -> Response:
@@ -149,11 +149,11 @@ def list_jobs(query: JobsQuery) -> Response:
 def events(query: JobQuery) -> Response:
     """Send each change of a job's status as it happens."""
     last = request.headers.get("Last-Event-ID")
-    current_jobs().read_status(query.job_id, visible_owner())  # a problem cannot be sent once the stream has begun
-    if last and last.endswith(ENDED):
-        return Response(status=204)  # without it `EventSource` connects again after the end
+    current_jobs().read_status(query.job_id, visible_owner())  # in a stream that has begun, no problem can be sent
+    if last and last.endswith(END_SUFFIX):
+        return Response(status=204)  # a 204 stops `EventSource`, which connects again after an end
     if connection := request.environ.get("gunicorn.socket"):
-        connection.settimeout(SLOWEST)  # for each write: a client that reads nothing is dropped
+        connection.settimeout(MAX_READ_SECONDS)  # a client that reads nothing is dropped
     found = count_listener(current_waiting().follow(query.job_id, visible_owner()))
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return Response(_encode_events(found, last), 200, headers, mimetype="text/event-stream")
@@ -162,7 +162,8 @@ def events(query: JobQuery) -> Response:
 def _encode_events(found: Iterator[StatusObject | None], last: str | None) -> Iterator[str]:
     """The event stream (https://html.spec.whatwg.org/multipage/server-sent-events.html).
 
-    An event's id is a digest of its data, so that a client that connects again does not get the same status twice.
+    The id of an event is a digest of its data. A client that connects again sends the last id, and does not get the
+    same status twice.
     """
     yield f"retry: {POLL_AGAIN * 1000}\n\n"
     try:
@@ -175,14 +176,14 @@ def _encode_events(found: Iterator[StatusObject | None], last: str | None) -> It
             if event_id != last:
                 yield f"event: status\nid: {event_id}\ndata: {text.decode()}\n\n"
             if status.job_status in TERMINAL:
-                yield f"event: end\nid: {event_id}{ENDED}\ndata: {text.decode()}\n\n"
-    except (problems.Problem, RedisError) as error:  # the client connects again, and gets the problem as its answer
-        logger.warning("the events of a job end early: %s", error)
+                yield f"event: end\nid: {event_id}{END_SUFFIX}\ndata: {text.decode()}\n\n"
+    except (problems.Problem, RedisError) as error:  # the client connects again, and its response is the problem
+        logger.warning("an event stream ended early: %s", error)
 
 
 @control.get("/webhooks")
 @control.input(JobQuery, location="query", arg_name="query")
-@answers({200: Answer("the messages about its ends", WebhookLog)}, problems=READS_JOB)
+@answers({200: Answer("the messages about the ends of the job", WebhookLog)}, problems=READS_JOB)
 def list_webhooks(query: JobQuery) -> Response:
     """List the messages about a job's ends, and the tries to deliver them."""
     return json_response(current_jobs().read_webhooks(query.job_id, visible_owner()), headers=_PRIVATE)

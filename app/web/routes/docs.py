@@ -19,7 +19,7 @@ docs = APIBlueprint("docs", __name__, tag="Problems")
 @docs.doc(operation_id="get_explain_problem")
 @answers({200: Answer("what it means, and what to do", TEXT)}, problems=[problems.NotFound])
 def explain_problem(name: str) -> Response:
-    """Explain a problem, and what to do about it."""
+    """Explain a problem and what to do about it."""
     if name not in problems.PROBLEMS:
         raise problems.NotFound(f"There is no problem {name!r}.")
     problem = problems.PROBLEMS[name]

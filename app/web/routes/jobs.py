@@ -63,7 +63,7 @@ def index() -> Response:
             EXAMPLE.model_copy(update={"job_status": "queued", "started_at": None, "progress": None}),
         ),
         200: Answer(
-            "waited for, and ended in time",
+            "the job ended within the wait",
             StatusWithResult,
             ("Location", "Preference-Applied", "Idempotent-Replayed"),
         ),
@@ -82,14 +82,14 @@ def enqueue(options: Any, function: str = DEFAULT_FUNCTION) -> Response:
         origin = read_origin()
         check_webhook(asked.get("webhook"), enqueuer.settings)
         receipt = enqueuer.enqueue(found, payload, asked, origin)
-    del payload  # or it stays in memory for as long as this request waits
+    del payload  # otherwise it stays in memory while this request waits
     if receipt.is_replay:
         add_header("Idempotent-Replayed", "true")
     status = current_waiting().wait_for_new(receipt, wait, current_key().name)
     headers = {"Location": status.links.check_status, **poll_headers(status)}
     if wait and status.job_status in TERMINAL:
-        # Too many large answers: the job exists, so the client gets it without its result. On a 429 it would enqueue
-        # the job again.
+        # If there are too many large responses, send the status without the result. After a 429 the client would
+        # enqueue the job again.
         with suppress(problems.TooManyRequests):
             return count_large_response(json_response(status, 200, headers))
         status = StatusObject(**status.model_dump(exclude={"result"}))
@@ -122,12 +122,12 @@ def check_status(query: WaitQuery) -> Response:
 @jobs.doc(operation_id="get_get_result")
 @jobs.input(WaitQuery, location="query", arg_name="query")
 @answers(
-    {200: Answer("what the function returned", ANY_JSON, ("Preference-Applied",))},
+    {200: Answer("the return value of the job function", ANY_JSON, ("Preference-Applied",))},
     problems=(*READS_JOB, problems.ResultNotReady, problems.JobFailed, problems.JobStopped, problems.JobCanceled),
     headers=(PREFER,),
 )
 def get_result(query: WaitQuery) -> Response:
-    """Return what a job returned, as JSON, with nothing around it."""
+    """Return the result of a job: JSON with nothing around it."""
     waiting = current_waiting()
     if wait := read_wait(query.wait, waiting.jobs.settings):
         waiting.wait(query.job_id, wait, visible_owner())
@@ -142,7 +142,7 @@ def get_result(query: WaitQuery) -> Response:
     problems=(*READS_JOB, problems.PayloadNotFound),
 )
 def get_payload(query: JobQuery) -> Response:
-    """Return the payload of a job, as JSON, with nothing around it."""
+    """Return the payload of a job: JSON with nothing around it."""
     return stored_json_response(current_jobs().read_payload(query.job_id, visible_owner()))
 
 

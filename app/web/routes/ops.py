@@ -1,4 +1,4 @@
-"""The routes for operators: is the service up, would a job run, how are the queues and the workers."""
+"""The routes for operators: health, readiness, queues and workers, metrics."""
 
 from typing import Any
 
@@ -23,9 +23,9 @@ ops = APIBlueprint("ops", __name__, tag="Operating")
 
 @ops.get("/healthz")
 @ops.doc()
-@answers({200: Answer("the process serves", Health, example=Health(status="ok"))})
+@answers({200: Answer("the process answers requests", Health, example=Health(status="ok"))})
 def healthz() -> Response:
-    """Say that the process serves, whatever Redis does."""
+    """Say that the process answers requests. Redis may be down."""
     return json_response(Health(status="ok"))
 
 
