@@ -1,4 +1,4 @@
-# One image for web and worker: `gunicorn app.main:app` is what it runs, `rq worker` what it runs as a worker (compose.yaml).
+# One image for web and worker: it runs `gunicorn app.main:app`, or `rq worker` as a worker (compose.yaml).
 FROM python:3.11-slim AS build
 ENV PIPENV_VENV_IN_PROJECT=1 PIP_NO_CACHE_DIR=1
 WORKDIR /service
@@ -7,7 +7,7 @@ COPY Pipfile Pipfile.lock ./
 RUN pipenv sync
 
 FROM python:3.11-slim
-# What .env has, and what differs in a container.
+# The variables of .env, and those that differ in a container.
 ENV PATH=/service/.venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
@@ -24,5 +24,5 @@ USER 10001:10001
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10s \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/healthz', timeout=4)"]
-# It wants API_KEYS for that address, or ALLOW_ANONYMOUS.
+# For this address, set API_KEYS or ALLOW_ANONYMOUS.
 CMD ["gunicorn", "--bind", "0.0.0.0:8000", "app.main:app"]

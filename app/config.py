@@ -1,4 +1,4 @@
-"""Every setting of the service: its environment variable, default, bounds and meaning, read in this one place."""
+"""All settings of the service: environment variable, default, limits and meaning. No other module reads them."""
 
 import hashlib
 import os
@@ -27,17 +27,18 @@ from redis import BlockingConnectionPool
 from redis.connection import parse_url
 from redis.exceptions import RedisError
 
-#: Bytes from which on a call of a function is large, or a body or an answer: it is counted how many there are of these.
+#: A body, an answer or the call of a function is large if it has more bytes. The service limits how many large ones
+#: there are at once.
 LARGE = 64 * 1024
-#: The longest any TTL or timeout may be: 30 days, in seconds.
+#: The longest TTL or timeout, in seconds: 30 days.
 MAX_SECONDS = 30 * 24 * 3600
-#: The most retries that any job may have.
+#: Most retries of a job.
 MAX_RETRIES = 100
 
 
 @lru_cache
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server that listens on this address."""
+    """Whether a server that listens on this address can be reached from this machine only."""
     try:
         return ip_address(host).is_loopback
     except ValueError:
@@ -49,29 +50,29 @@ ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_.]*
 Address = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+:[0-9]{1,5}$")]
 #: Standard Webhooks: 24 to 64 bytes as base64.
 WebhookSecret = Annotated[str, StringConstraints(pattern=r"^whsec_[A-Za-z0-9+/]{32,88}={0,2}$")]
-#: Redis keeps TTLs as whole seconds in RQ's fields.
+#: Whole seconds: RQ's fields have no fractions.
 Seconds = Annotated[int, Field(ge=1, le=MAX_SECONDS)]
 
 
 class ApiKey(BaseModel):
-    """A key that clients may use, and what it lets them do. It is given as it is, or as its SHA-256."""
+    """A key that clients may use, and what it allows. The setting has the key itself, or its SHA-256."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    #: Owner of the jobs that are made with it.
+    #: The owner of the jobs that are made with the key.
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.@-]{1,64}$")]
     key: Annotated[SecretStr, Field(min_length=16)] | None = None
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
-    #: The job functions that it may enqueue; None for all.
+    #: The job functions that the key may enqueue; None: all.
     functions: frozenset[str] | None = None
-    #: Sees and controls every owner's jobs.
+    #: Whether the key sees and controls the jobs of all owners.
     admin: bool = False
 
     @model_validator(mode="after")
     def check(self) -> Self:
-        """Want the key itself or its hash."""
+        """Check that there is either the key itself or its hash."""
         if (self.key is None) == (self.sha256 is None):
-            raise ValueError("each key has either `key` or `sha256`")
+            raise ValueError("each key must have either `key` or `sha256`")
         return self
 
     @property
@@ -83,7 +84,7 @@ class ApiKey(BaseModel):
 
 
 class Settings(BaseSettings):
-    """The settings, from environment variables of the same name in capitals. Immutable once read."""
+    """The settings, from environment variables of the same name in capitals. They cannot be changed."""
 
     model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True, populate_by_name=True)
 
@@ -103,7 +104,7 @@ class Settings(BaseSettings):
 
     redis_sentinels: Annotated[tuple[Address, ...], NoDecode] = Field(
         default=(),
-        description="Redis Sentinels, as `host:port` with commas; they tell where Redis is, REDIS_URL must not",
+        description="Redis Sentinels, as `host:port` with commas, instead of REDIS_URL",
     )
     redis_sentinel_service: str = Field(default="mymaster", description="Name under which Sentinel knows Redis")
     redis_sentinel_password: str | None = Field(default=None, repr=False, description="Password of the Sentinels")
@@ -117,11 +118,11 @@ class Settings(BaseSettings):
     )
 
     api_keys: Annotated[tuple[ApiKey, ...], NoDecode] = Field(
-        default=(), repr=False, description="JSON list of the keys that clients may use; without any, no key is wanted"
+        default=(), repr=False, description="JSON list of the keys that clients may use; unset: clients need no key"
     )
     api_keys_file: FilePath | None = Field(default=None, description="A file that holds API_KEYS")
     allow_anonymous: bool = Field(
-        default=False, description="Listen on other addresses than loopback although no key is wanted"
+        default=False, description="Listen on other addresses than loopback even without API_KEYS"
     )
     rate_limit: str | None = Field(
         default=None,
@@ -133,14 +134,14 @@ class Settings(BaseSettings):
         default="text", description="How the log is written: `text` for people, or `json`, an object a line"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        default="info", description="The least that is logged: debug, info, warning or error"
+        default="info", description="The lowest level that is logged: debug, info, warning or error"
     )
-    access_log: bool = Field(default=False, description="Log each request, not only those that failed for our fault")
+    access_log: bool = Field(default=False, description="Log each request; if false, only bugs and failures of Redis")
     sentry_dsn: str | None = Field(
-        default=None, repr=False, description="Where sentry-sdk, if it is installed, tells of errors"
+        default=None, repr=False, description="Where to report errors: Sentry's DSN. It needs the package sentry-sdk"
     )
     prometheus_multiproc_dir: Path | None = Field(
-        default=None, description="Where web processes keep what they measure; gunicorn makes a folder for it, if unset"
+        default=None, description="Folder in which web processes share their metrics; unset: gunicorn makes one"
     )
 
     queues: Annotated[tuple[QueueName, ...], NoDecode] = Field(
@@ -163,13 +164,13 @@ class Settings(BaseSettings):
     failure_ttl: Seconds = Field(default=7 * 24 * 3600, description="How long a failure is kept, in seconds")
     max_ttl: Seconds = Field(default=MAX_SECONDS, description="The longest ttl, result_ttl, failure_ttl of a request")
     max_retries: int = Field(default=10, ge=0, le=MAX_RETRIES, description="The most retries a request may ask for")
-    max_delay: Seconds = Field(default=MAX_SECONDS, description="The longest delay, in seconds, that it may ask for")
+    max_delay: Seconds = Field(default=MAX_SECONDS, description="The longest delay a request may ask for, in seconds")
     max_batch: int = Field(default=1000, ge=1, le=10_000, description="Payloads that one /enqueue_many may hold")
     max_crashes: int = Field(
         default=3, ge=0, le=100, description="How often a job is run again after its work-horse or worker died"
     )
     max_queue_length: int = Field(
-        default=1_000_000, ge=1, description="Jobs that may wait in one queue, the delayed ones with them"
+        default=1_000_000, ge=1, description="Jobs that may wait in one queue, delayed jobs included"
     )
     max_payload_bytes: int = Field(default=16 * 2**20, ge=1, le=512 * 2**20, description="Largest request body")
     max_payload_values: int = Field(
@@ -180,11 +181,11 @@ class Settings(BaseSettings):
     webhook_secrets: Annotated[tuple[WebhookSecret, ...], NoDecode] = Field(
         default=(),
         repr=False,
-        description="Secrets that sign webhooks, `whsec_…` with commas; without any there are none",
+        description="Secrets that sign webhooks, `whsec_…` with commas; unset: no webhooks",
     )
     webhook_secrets_file: FilePath | None = Field(default=None, description="A file that holds WEBHOOK_SECRETS")
     webhook_allow_private: bool = Field(
-        default=False, description="Let webhooks go to addresses that are not public, loopback among them"
+        default=False, description="Allow webhooks to addresses that are not public, such as loopback"
     )
 
     max_wait: int = Field(default=60, ge=0, le=60, description="The longest `wait` that is granted, in seconds")
@@ -194,12 +195,12 @@ class Settings(BaseSettings):
         default=False, description="Run each job in a new process, for code that leaves something behind"
     )
     worker_max_jobs: int | None = Field(
-        default=None, ge=1, description="Jobs after which a work-horse gives way to a new one; unset: any number"
+        default=None, ge=1, description="Jobs after which a new work-horse replaces the old one; unset: any number"
     )
     worker_max_memory: ByteSize | None = Field(
         default=None,
         ge=16 * 2**20,
-        description="Memory that a work-horse and what it starts may use, as `2GiB`; one that uses more is ended",
+        description="Memory that a work-horse and its child processes may use, as `2GiB`; with more it is killed",
     )
     worker_lease: int = Field(
         default=30, ge=3, le=3600, description="Seconds after which a silent worker's job is given to another"
@@ -211,15 +212,15 @@ class Settings(BaseSettings):
     @field_validator("redis_url")
     @classmethod
     def check_url(cls, url: str | None) -> str | None:
-        """Let redis-py read the URL now: it would raise at the first command, or not say which file is missing."""
+        """Let redis-py read the URL now. Later, it would raise at the first command, and not name a missing file."""
         if url is not None:
             try:
                 BlockingConnectionPool.from_url(url).make_connection()
             except (ValueError, TypeError, RedisError) as error:
-                raise ValueError(f"it is no URL of a Redis ({error})") from None
+                raise ValueError(f"it is not the URL of a Redis ({error})") from None
             for name, value in parse_url(url).items():
                 if name in {"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"} and not os.access(value, os.R_OK):
-                    raise ValueError(f"its {name} is no file that can be read")
+                    raise ValueError(f"its {name} is not a file that can be read")
         return url
 
     @field_validator("queues", "function_modules", "redis_sentinels", "webhook_secrets", mode="before")
@@ -230,17 +231,17 @@ class Settings(BaseSettings):
         if isinstance(names, list) and "" in names:
             raise ValueError("a name is empty")
         if isinstance(names, list) and len(set(names)) < len(names):
-            raise ValueError("each name may stand there once")
+            raise ValueError("a name is there twice")
         return names
 
     @model_validator(mode="before")
     @classmethod
     def read_files(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Take from their files what is kept in files, and read the keys."""
+        """Read the secrets that are kept in files, and the API keys."""
         for name in ("api_keys", "redis_password", "webhook_secrets"):
             if file := values.get(f"{name}_file"):
                 if values.get(name):
-                    raise ValueError(f"{name.upper()} and {name.upper()}_FILE are both set, one is wanted")
+                    raise ValueError(f"{name.upper()} and {name.upper()}_FILE are both set; set only one")
                 try:
                     values[name] = Path(file).read_text().strip()
                 except (OSError, UnicodeDecodeError) as error:
@@ -249,17 +250,17 @@ class Settings(BaseSettings):
         if isinstance(keys := values.get("api_keys"), str):
             try:
                 values["api_keys"] = TypeAdapter(tuple[ApiKey, ...]).validate_json(keys)
-            except ValidationError as error:  # said here, since its own text shows what it was given
+            except ValidationError as error:  # its own text would show the keys
                 first = error.errors()[0]
                 place = ".".join(map(str, first["loc"]))
-                raise ValueError(f"API_KEYS is not right{place and f' at {place}'}: {first['msg']}") from None
-            if not values["api_keys"]:  # whoever sets it does not want to serve everybody
+                raise ValueError(f"API_KEYS is not valid{place and f' at {place}'}: {first['msg']}") from None
+            if not values["api_keys"]:  # without keys, the service would serve everybody
                 raise ValueError("API_KEYS is an empty list")
         return values
 
     @model_validator(mode="after")
     def check_together(self) -> Self:
-        """Refuse what does not go together, such as a service that is open to everybody by accident."""
+        """Refuse settings that do not fit together, such as a service that is open to everybody by accident."""
         names = [key.name for key in self.api_keys]
         if len(set(names)) < len(names):
             raise ValueError("two API_KEYS have the same name")
@@ -270,21 +271,21 @@ class Settings(BaseSettings):
                 given, limit = getattr(self, name), getattr(self, most)
                 raise ValueError(f"{name.upper()}={given} is more than {most.upper()}={limit}")
         if "webhooks" in self.queues:
-            raise ValueError("QUEUES has `webhooks`, which is the name of the queue of webhooks")
+            raise ValueError("QUEUES has the name `webhooks`, which the service uses for the queue of webhooks")
         if self.redis_url and self.redis_sentinels:
-            raise ValueError("REDIS_URL and REDIS_SENTINELS are both set, one is wanted")
+            raise ValueError("REDIS_URL and REDIS_SENTINELS are both set; set only one")
         if not (self.api_keys or self.allow_anonymous or is_loopback(self.host)):
-            raise ValueError(f"HOST={self.host} is no loopback address: set API_KEYS, or ALLOW_ANONYMOUS=true")
+            raise ValueError(f"HOST={self.host} is not a loopback address: set API_KEYS, or ALLOW_ANONYMOUS=true")
         return self
 
     @property
     def all_queues(self) -> tuple[str, ...]:
-        """The queues that workers look after: that of webhooks comes last, if there are webhooks."""
+        """The queues of the workers. If there are webhooks, their queue comes last."""
         return (*self.queues, "webhooks") if self.webhook_secrets else self.queues
 
     @property
     def max_connections(self) -> int:
-        """Connections that one web process takes: room for all that may wait, and for those who do not."""
+        """Most connections of clients to one web process: for requests that wait (MAX_WAITING), and 1000 others."""
         return self.max_waiting + 1000
 
     @property
@@ -294,12 +295,12 @@ class Settings(BaseSettings):
 
     @property
     def redis_is_configured(self) -> bool:
-        """Whether the user said where Redis is, in any of the ways there are."""
+        """Whether any setting says where Redis is."""
         return any(name.startswith("redis_") for name in self.model_fields_set)
 
     @property
     def redis_address(self) -> str:
-        """The URL of Redis, whichever way it was configured."""
+        """The URL of Redis, from REDIS_URL or from REDIS_HOST and the rest."""
         if self.redis_url:
             return self.redis_url
         user, password = (quote(part or "", safe="") for part in (self.redis_username, self.redis_password))
@@ -320,11 +321,11 @@ def get_settings() -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         message = first["msg"].removeprefix("Value error, ")
-        # Of two aliases pydantic names the first, whichever was set; a field of a list has its index behind it.
+        # pydantic names the first of two aliases, even if the other one was set. In a list, an index follows the name.
         name = str(first["loc"][0]).upper() if first["loc"] else ""
         if name == "RQ_REDIS_URL" and name not in os.environ:
             name = "REDIS_URL"
-        if not name:  # several settings that do not go together; the message names them
+        if not name:  # settings that do not fit together; the message names them
             raise SystemExit(f"Bad settings: {message}.") from None
         is_secret = any(word in name for word in ("PASSWORD", "URL", "KEYS", "DSN", "SECRETS"))
         shown = "(hidden)" if is_secret else repr(first["input"])

@@ -1,4 +1,4 @@
-"""The job functions: the one file to edit. Each takes the payload, returns JSON data, and raises on failure."""
+"""The job functions. This is the only file to edit. Each takes a payload, returns JSON data, and raises on failure."""
 
 import random
 import re

@@ -1,4 +1,4 @@
-"""What makes a plain callable a job function: its name, the type of its payload, its defaults; and its progress."""
+"""Make plain callables job functions, and report the progress of a job. app/functions.py imports this."""
 
 import asyncio
 import importlib
@@ -17,7 +17,7 @@ AnyCallable = TypeVar("AnyCallable", bound=Callable[..., Any])
 
 
 class Defaults(TypedDict, total=False):
-    """The options that a job function may declare; a request overrides them within the configured limits."""
+    """The options that a job function may set. A request overrides them, within the limits of the settings."""
 
     queue: str
     at_front: bool
@@ -30,7 +30,7 @@ class Defaults(TypedDict, total=False):
 
 
 class Progress(TypedDict):
-    """How far a job is, as its status shows it."""
+    """The progress of a job, as its status shows it."""
 
     done: float
     total: float
@@ -38,13 +38,13 @@ class Progress(TypedDict):
 
 
 class ForeseenFailure(Exception):
-    """A failure that the job function foresaw: a line in the log, without a traceback, and Sentry is not told."""
+    """A failure that the job function expects. The log has a line without a traceback, and Sentry gets no report."""
 
 
 class TryAgain(ForeseenFailure):
-    """Raised by a job function that failed, and knows when it is worth another try.
+    """A job function raises this if it failed, and another try may succeed.
 
-    The job is run again if it has `retries` left, not before so many seconds; with None after its own pause.
+    If the job has `retries` left, it runs again after at least `after` seconds; with None after its usual pause.
     """
 
     def __init__(self, message: str, after: float | None = None) -> None:
@@ -53,20 +53,20 @@ class TryAgain(ForeseenFailure):
 
 
 class GiveUp(ForeseenFailure):
-    """Raised by a job function that failed for good: the job is not run again, whatever retries it has."""
+    """A job function raises this if it failed for good: the job is not run again, even if it has retries left."""
 
 
 @dataclass(frozen=True)
 class JobFunction:
-    """A callable that jobs may run, with what the API needs to know of it."""
+    """A callable that jobs may run, and what the API knows about it."""
 
     name: str
     call: Callable[..., Any]
-    #: None where any JSON is welcome (no type hint, `dict` or `Any`).
+    #: Validates the payload; None if any JSON is allowed (no type hint, `dict` or `Any`).
     payload: TypeAdapter[Any] | None
     defaults: Defaults
     signature: inspect.Signature
-    #: How often a job is run again after its process died; None for MAX_CRASHES.
+    #: How often a job is run again after its process died; None: MAX_CRASHES.
     max_crashes: int | None = None
     #: Whether each job gets a process in which no other job runs.
     fresh_process: bool = False
@@ -83,13 +83,13 @@ class JobFunction:
 
     @property
     def payload_schema(self) -> dict[str, Any]:
-        """The JSON Schema of the payload; an empty one allows any JSON."""
+        """The JSON Schema of the payload. An empty schema allows any JSON."""
         return self.payload.json_schema() if self.payload else {}
 
     def validate_json(self, text: bytes | str) -> Any:
-        """Turn a payload as JSON text into what the function receives; None where any JSON is welcome.
+        """Validate a payload that is JSON text, and return the function's argument; None if any JSON is allowed.
 
-        Not as Python objects, so that a strict model takes a date or a UUID from a string.
+        It reads JSON text, because a strict pydantic model then accepts a string as a date or a UUID.
 
         Raises:
             pydantic.ValidationError: the payload does not fit the type hint.
@@ -97,7 +97,7 @@ class JobFunction:
         return self.payload.validate_json(text) if self.payload else None
 
     def validate(self, payload: object) -> Any:
-        """Turn a payload as JSON data into what the function receives.
+        """Validate a payload that is JSON data, and return the function's argument.
 
         Raises:
             pydantic.ValidationError: the payload does not fit the type hint.
@@ -105,46 +105,46 @@ class JobFunction:
         return self.validate_json(json.dumps(payload)) if self.payload else payload
 
     def run(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Call the function as RQ would, with the payload validated; an async function is run to its end.
+        """Call the function as RQ would, with the payload validated. An async function runs to its end.
 
         Raises:
             pydantic.ValidationError: the payload does not fit the type hint.
-            TypeError: the job has other arguments than the one payload.
+            TypeError: the job has no single argument that is the payload.
         """
         payloads = args if len(args) == 1 and not kwargs else self.signature.bind(*args, **kwargs).args
         value = self.call(*map(self.validate, payloads))
         return asyncio.run(value) if inspect.iscoroutine(value) else value
 
 
-#: The job functions by name. Filled by `@job_function` as the modules of FUNCTION_MODULES are imported.
+#: The job functions by name. `@job_function` fills it when the modules of FUNCTION_MODULES are imported.
 FUNCTIONS: dict[str, JobFunction] = {}
 
 
 def job_function(
     *, max_crashes: int | None = None, fresh_process: bool = False, **defaults: Unpack[Defaults]
 ) -> Callable[[AnyCallable], AnyCallable]:
-    """Let jobs run the decorated callable, which stays the plain callable it is.
+    """Let jobs run the decorated callable. The decorator does not change the callable.
 
-    The callable takes one argument, the payload. Its type hint, any type that pydantic can validate, says what
-    payloads are accepted at enqueue and what the function receives; `dict` or no hint mean any JSON. It returns JSON
-    data, and raises on failure.
+    The callable takes one argument, the payload. The type hint of this argument may be any type that pydantic can
+    validate: a payload that does not fit is refused at enqueue, and the function receives the validated value. Without
+    a hint, or with `dict`, any JSON is allowed. The callable returns JSON data. If it fails, it raises.
 
     Args:
-        max_crashes: how often a job is run again after the process that ran it died, instead of MAX_CRASHES; 0 for
-            work that must not be done twice.
-        fresh_process: run each job in a process in which no other one runs, as with WORKER_FRESH_PROCESS for all: for
-            code that leaves something behind.
-        defaults: for the options of `/enqueue`, of the same names and meanings; a request overrides them, within
-            the configured limits, which are not for the defaults themselves.
+        max_crashes: how often a job is run again after its process died, instead of MAX_CRASHES. Use 0 for work that
+            must not be done twice.
+        fresh_process: run each job in a process of its own, because the code leaves something behind.
+            WORKER_FRESH_PROCESS does this for all job functions.
+        defaults: defaults for options of `/enqueue`, with the same names and meanings. A request overrides them within
+            the limits of the settings. The defaults themselves may exceed these limits.
 
     Raises:
-        TypeError: the callable does not take exactly one argument, or there is no option of such a name.
-        ValueError: another job function has the same name, or `max_crashes` is no integer from 0 on.
+        TypeError: the callable does not take exactly one argument, or there is no such option.
+        ValueError: another job function has the same name, or `max_crashes` is not an integer of 0 or more.
     """
     if max_crashes is not None and (type(max_crashes) is not int or max_crashes < 0):
-        raise ValueError(f"max_crashes is an integer from 0 on, not {max_crashes!r}.")
+        raise ValueError(f"max_crashes must be an integer of 0 or more, not {max_crashes!r}.")
     if unknown := defaults.keys() - Defaults.__annotations__.keys():
-        raise TypeError(f"A job function has no default for {', '.join(sorted(unknown))}.")
+        raise TypeError(f"There is no option {', '.join(sorted(unknown))} that a job function could set.")
 
     def register(call: AnyCallable) -> AnyCallable:
         name = call.__name__
@@ -164,7 +164,7 @@ def job_function(
 
 
 def load_functions(modules: Iterable[str]) -> dict[str, JobFunction]:
-    """Import the modules that hold job functions; the result is `FUNCTIONS`.
+    """Import the modules that hold job functions, and return `FUNCTIONS`.
 
     Raises:
         SystemExit: there is no such module.
@@ -174,7 +174,7 @@ def load_functions(modules: Iterable[str]) -> dict[str, JobFunction]:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-                raise  # something that the module itself imports
+                raise  # the module exists, but it imports something that does not
             raise SystemExit(f"Bad setting FUNCTION_MODULES: there is no module {module!r}.") from None
     return FUNCTIONS
 
@@ -183,13 +183,13 @@ _send_progress: Callable[[Progress], None] | None = None
 
 
 def report_progress(done: float, total: float, message: str = "") -> None:
-    """Say how far the running job is; whoever looks at its status sees it. Outside of a job it does nothing.
+    """Report how far the running job is. Its status shows the progress. Outside of a job, this does nothing.
 
-    Cheap enough for a loop of a few hundred steps: only the latest of several reports in quick succession is kept.
+    You may call it in a loop of a few hundred steps: of several reports in quick succession only the last is kept.
 
     Args:
         done: how much is done, in the unit of `total`.
-        total: how much there is to do.
+        total: how much there is to do in all.
         message: a few words for people.
     """
     if _send_progress:
@@ -197,8 +197,8 @@ def report_progress(done: float, total: float, message: str = "") -> None:
 
 
 @contextmanager
-def progress_goes_to(send: Callable[[Progress], None]) -> Iterator[None]:
-    """Hand the reports of the job that runs inside to `send`, from whichever thread they come."""
+def send_progress_to(send: Callable[[Progress], None]) -> Iterator[None]:
+    """Pass the reports of the job that runs in the `with` block to `send`, from any of its threads."""
     global _send_progress
     _send_progress = send
     try:

@@ -1,4 +1,4 @@
-"""One line an event: text for people, JSON for machines, with the job and the request that it is about."""
+"""The log: a line for each event, as text or as JSON, with the ids of its job and its request; and Sentry."""
 
 import json
 import logging
@@ -16,19 +16,20 @@ from app.config import Settings, get_settings
 
 
 def describe_exit(code: int) -> str:
-    """How a process ended, by the return code that `subprocess` gives."""
+    """Say how a process ended, from its return code as `subprocess` gives it."""
     if code >= 0:
         return f"exit code {code}"
-    name = f" ({signal.Signals(-code).name})" if -code in set(signal.Signals) else ""  # not so for real-time signals
+    name = f" ({signal.Signals(-code).name})" if -code in set(signal.Signals) else ""  # real-time signals have no name
     return f"signal {-code}{name}"
 
 
-#: What all lines of the present request have: its id.
+#: The members of all log lines of the present request: its id.
 request_members: ContextVar[Mapping[str, Any]] = ContextVar("request_members", default=MappingProxyType({}))
-#: What all lines of this process have, from whichever thread: the job that it runs.
+#: The members of all log lines of this process, from any thread: the job that it runs.
 process_members: dict[str, Any] = {}
 
-#: What would let a text in a line pass for another line, or paint the terminal; a traceback's ends of lines stay.
+#: Characters that could make a text look like another log line, or control the terminal. The line ends of a traceback
+#: are allowed.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -36,7 +37,7 @@ def _members(record: logging.LogRecord) -> dict[str, Any]:
     members = {**process_members, **request_members.get(), **getattr(record, "members", {})}
     if isinstance(record.args, tuple):
         for argument in record.args:
-            if hasattr(argument, "log_members"):  # a run
+            if hasattr(argument, "log_members"):  # app.core.transitions.Run
                 members |= argument.log_members()
     return {name: value for name, value in members.items() if value not in (None, "")}
 
@@ -48,10 +49,10 @@ def _trace(formatter: logging.Formatter, record: logging.LogRecord) -> str:
 
 
 class JsonLines(logging.Formatter):
-    """A JSON object a line: time (RFC 3339), level, logger, message; what it is about; and `exception`, a traceback."""
+    """JSON lines: time (RFC 3339), level, logger, message, the members of the line, and a traceback as `exception`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
+        """Format a record as one line."""
         line = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -65,13 +66,13 @@ class JsonLines(logging.Formatter):
 
 
 class TextLines(logging.Formatter):
-    """Time, message, and what it is about where the message does not say so; a traceback's lines are indented."""
+    """Text lines: time, message, and the members that the message does not name; a traceback is indented."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line, or the lines."""
+        """Format a record as one line, and more lines for a traceback."""
         text = record.getMessage()
-        about = [f"{name}={value}" for name, value in _members(record).items() if str(value) not in text]
-        text = " ".join((text, *about))
+        others = [f"{name}={value}" for name, value in _members(record).items() if str(value) not in text]
+        text = " ".join((text, *others))
         if trace := _trace(self, record):
             text = f"{text}\n{trace}"
         text = _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text).replace("\n", "\n    ")
@@ -81,15 +82,15 @@ class TextLines(logging.Formatter):
 
 
 def configure_logs(*own_handlers: str) -> None:
-    """Have all loggers of this process write in this way, to stderr.
+    """Let all loggers of this process write these lines to stderr.
 
     Args:
-        own_handlers: names of loggers that others gave handlers of their own, which they lose.
+        own_handlers: names of loggers that have handlers of their own; they lose these.
     """
     settings = get_settings()
     level = settings.log_level.upper()
     handler = logging.StreamHandler()
-    handler.setLevel(level)  # RQ's command sets levels of its own loggers
+    handler.setLevel(level)  # RQ's command changes the levels of its loggers
     handler.setFormatter(JsonLines() if settings.log_format == "json" else TextLines())
     logging.captureWarnings(True)
     logging.basicConfig(level=level, handlers=[handler], force=True)
@@ -100,7 +101,7 @@ def configure_logs(*own_handlers: str) -> None:
 
 
 def start_sentry(settings: Settings) -> None:
-    """Tell Sentry of errors, if SENTRY_DSN is set; sentry_sdk reads its own environment variables."""
+    """Report errors to Sentry, if SENTRY_DSN is set. sentry_sdk reads its environment variables itself."""
     if not settings.sentry_dsn:
         return
     try:
@@ -111,7 +112,7 @@ def start_sentry(settings: Settings) -> None:
     sentry_sdk.init()
 
 
-def tell_sentry(error: BaseException) -> None:
-    """Tell Sentry of an exception that is handled otherwise, if it is to be told."""
+def report_to_sentry(error: BaseException) -> None:
+    """Report an exception that our code handles, if Sentry is in use."""
     if sentry_sdk := sys.modules.get("sentry_sdk"):
         sentry_sdk.capture_exception(error)

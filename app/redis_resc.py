@@ -1,4 +1,4 @@
-"""The Redis connection and the queues, as the rest of the app and `rq` itself use them. Importing it does no I/O."""
+"""The Redis connection and the queues, for the app and for RQ's command `rq`. To import it does no I/O."""
 
 from app.config import get_settings
 from app.core.connections import connect, sentinel_addresses, sentinel_options
@@ -7,10 +7,11 @@ from app.core.queue import Queue
 settings = get_settings()
 redis_conn = connect(settings)
 queues = {name: Queue(name, connection=redis_conn) for name in settings.queues}
-#: Where jobs go unless told otherwise.
+#: The queue of jobs that name no other.
 redis_queue = queues[settings.queues[0]]
 
-# `rq worker`, `rq info` and the rest read these (RQ_CONFIG=app.redis_resc): the same Redis and queues as the API.
+# RQ's commands (`rq worker`, `rq info`, …) read these, because RQ_CONFIG=app.redis_resc: they use the Redis and the
+# queues of the API.
 REDIS_URL = None if settings.redis_sentinels else settings.redis_address
 SENTINEL = {
     "INSTANCES": sentinel_addresses(settings),

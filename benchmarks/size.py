@@ -31,7 +31,10 @@ ALL = "these three together"
 Memory = tuple[float, float]
 
 #: `python -m app.start`, with its data in a folder of the benchmark's.
-_START = "import sys, pathlib, app.start as start; start.DATA = pathlib.Path(sys.argv.pop()); sys.exit(start.main())"
+_START = (
+    "import sys, pathlib, app.start.embedded_valkey as valkey; from app.start.__main__ import main; "
+    "valkey.DATA = pathlib.Path(sys.argv.pop()); sys.exit(main())"
+)
 
 
 def memory_of(process: psutil.Process) -> Memory:

@@ -154,8 +154,8 @@ def test_auth_reads_keys_from_a_file(tmp_path: Path, redis: fakeredis.FakeRedis)
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ("nonsense", "API_KEYS is not right: Invalid JSON"),
-        ('{"name": "a"}', "API_KEYS is not right"),
+        ("nonsense", "API_KEYS is not valid: Invalid JSON"),
+        ('{"name": "a"}', "API_KEYS is not valid"),
         ('[{"name": "a"}]', "either `key` or `sha256`"),
         ('[{"name": "a", "key": "0123456789abcdef", "sha256": "%s"}]' % ("0" * 64), "either `key` or `sha256`"),
         ('[{"name": "a", "key": "short"}]', "at least 16"),

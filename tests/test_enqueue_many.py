@@ -149,7 +149,7 @@ def test_batch_that_does_not_fit_into_the_queue_is_refused_whole(
 def test_body_that_is_no_batch_is_422(client: FlaskClient, redis: Any, body: str) -> None:
     answer = client.post("/enqueue_many/echo", data=body, content_type="application/json")
     problem = problem_of(answer, 422, "invalid-request")
-    assert problem["errors"] == [{"loc": ["body"], "msg": "An array of 1 to 1000 payloads is wanted."}]
+    assert problem["errors"] == [{"loc": ["body"], "msg": "It must be an array of 1 to 1000 payloads."}]
     assert not waiting(redis)
 
 

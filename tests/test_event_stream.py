@@ -144,7 +144,7 @@ def test_events_where_no_place_is_left_are_the_present_status(redis: "Redis") ->
 
 def test_events_have_a_sign_of_life(client: FlaskClient, redis: "Redis", monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app.jobs.waiting, "SIGN_OF_LIFE", 0.1)
-    monkeypatch.setattr(app.jobs.waiting, "LONGEST_LOOK", 0.1)
+    monkeypatch.setattr(app.jobs.waiting, "LOOK_EVERY", 0.1)
     chunks = iter(client.get("/events", query_string={"job_id": enqueue_echo(client)}, buffered=False).response)
     seen = [next(chunks) for _ in range(4)]
     assert str(seen[-1]).count("still here") == 1
@@ -155,7 +155,7 @@ def test_events_have_a_sign_of_life(client: FlaskClient, redis: "Redis", monkeyp
 def test_events_of_a_job_that_vanishes_end(
     client: FlaskClient, redis: "Redis", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app.jobs.waiting, "LONGEST_LOOK", 0.1)
+    monkeypatch.setattr(app.jobs.waiting, "LOOK_EVERY", 0.1)
     job_id = enqueue_echo(client)
     chunks = iter(client.get("/events", query_string={"job_id": job_id}, buffered=False).response)
     assert "event: status" in str(next(chunks)) + str(next(chunks))

@@ -38,34 +38,34 @@ def tell(redis: "Redis", job_id: str, status: str) -> None:
     redis.xadd(EVENTS_KEY, {"job_id": job_id, "status": status})
 
 
-def heard(bell: Subscription) -> str:
-    assert bell.wait(30)
-    bell.clear()
-    return bell.status
+def heard(subscription: Subscription) -> str:
+    assert subscription.wait(30)
+    subscription.clear()
+    return subscription.status
 
 
-def test_events_rings_for_each_event(log: EventLog, real_redis: "Redis") -> None:
+def test_events_notifies_of_each_event(log: EventLog, real_redis: "Redis") -> None:
     tell(real_redis, "a", "queued")
-    with log.listen("a") as bell:
+    with log.subscribe("a") as subscription:
         for status in ("started", "scheduled", "finished"):
             tell(real_redis, "a", status)
-            assert heard(bell) == status
-    assert not bell.is_set()
+            assert heard(subscription) == status
+    assert not subscription.is_set()
 
 
-def test_events_that_come_together_ring_for_the_newest(log: EventLog, real_redis: "Redis") -> None:
-    with log.listen("a") as bell, log.listen("b") as other:
+def test_events_that_come_together_notify_of_the_newest(log: EventLog, real_redis: "Redis") -> None:
+    with log.subscribe("a") as subscription, log.subscribe("b") as other:
         with real_redis.pipeline() as pipeline:
             for status in ("started", "scheduled", "finished"):
                 pipeline.xadd(EVENTS_KEY, {"job_id": "a", "status": status})
             pipeline.xadd(EVENTS_KEY, {"job_id": "b", "status": "started"})
             pipeline.execute()
         assert heard(other) == "started"
-        assert heard(bell) == "finished"
+        assert heard(subscription) == "finished"
 
 
-def test_events_rings_for_the_own_job_only(log: EventLog, real_redis: "Redis") -> None:
-    with log.listen("a") as a, log.listen("b") as b:
+def test_events_notifies_of_the_own_job_only(log: EventLog, real_redis: "Redis") -> None:
+    with log.subscribe("a") as a, log.subscribe("b") as b:
         tell(real_redis, "b", "started")
         tell(real_redis, "c", "started")
         tell(real_redis, "a", "finished")
@@ -74,27 +74,27 @@ def test_events_rings_for_the_own_job_only(log: EventLog, real_redis: "Redis") -
         assert not b.is_set()
 
 
-def test_events_rings_for_every_listener_of_a_job(log: EventLog, real_redis: "Redis") -> None:
-    with log.listen("a") as first, log.listen("a") as second:
+def test_events_notifies_every_subscriber_of_a_job(log: EventLog, real_redis: "Redis") -> None:
+    with log.subscribe("a") as first, log.subscribe("a") as second:
         tell(real_redis, "a", "started")
         assert heard(first) == heard(second) == "started"
 
 
-def test_events_keeps_nothing_of_listeners_that_left(log: EventLog, real_redis: "Redis") -> None:
-    with log.listen("a"):
-        with log.listen("a"):
-            assert len(log._bells["a"]) == 2
-        assert len(log._bells["a"]) == 1
-        with pytest.raises(KeyError, match="x"), log.listen("b"):
+def test_events_keeps_nothing_of_subscribers_that_left(log: EventLog, real_redis: "Redis") -> None:
+    with log.subscribe("a"):
+        with log.subscribe("a"):
+            assert len(log._subscriptions["a"]) == 2
+        assert len(log._subscriptions["a"]) == 1
+        with pytest.raises(KeyError, match="x"), log.subscribe("b"):
             raise KeyError("x")
-    assert not log._bells
+    assert not log._subscriptions
 
 
 def test_events_of_the_time_before_are_not_heard(log: EventLog, real_redis: "Redis") -> None:
     tell(real_redis, "a", "finished")
-    with log.listen("a") as bell:
+    with log.subscribe("a") as subscription:
         tell(real_redis, "a", "started")
-        assert heard(bell) == "started"
+        assert heard(subscription) == "started"
 
 
 def test_events_has_one_reader_that_ends_when_nobody_listens(log: EventLog, real_redis: "Redis") -> None:
@@ -103,62 +103,62 @@ def test_events_has_one_reader_that_ends_when_nobody_listens(log: EventLog, real
 
     assert readers() == []
     before = blocked()  # of other tests' clients
-    with log.listen("a"), log.listen("b"), log.listen("a"):
+    with log.subscribe("a"), log.subscribe("b"), log.subscribe("a"):
         assert len(readers()) == 1
         wait_until(lambda: len(blocked() - before) == 1, what="a blocked read")
     wait_until(lambda: not readers(), what="the reader's end")
     wait_until(lambda: blocked() <= before, what="the end of its connection")
-    with log.listen("c") as bell:
+    with log.subscribe("c") as subscription:
         tell(real_redis, "c", "started")
-        assert heard(bell) == "started"
+        assert heard(subscription) == "started"
 
 
 def test_events_reader_stays_while_somebody_listens(log: EventLog, real_redis: "Redis") -> None:
-    with log.listen("a") as bell:
-        assert not bell.wait(0.6)  # three times as long as it lingers
+    with log.subscribe("a") as subscription:
+        assert not subscription.wait(0.6)  # three times as long as it lingers
         assert len(readers()) == 1
         tell(real_redis, "a", "started")
-        assert heard(bell) == "started"
+        assert heard(subscription) == "started"
 
 
 def test_events_reader_survives_a_lost_connection(log: EventLog, real_redis: "Redis") -> None:
-    with log.listen("a") as bell:
+    with log.subscribe("a") as subscription:
         readers_id = wait_until(lambda: [found["id"] for found in real_redis.client_list() if found["cmd"] == "xread"])
         real_redis.client_kill_filter(_id=readers_id[0])
         tell(real_redis, "a", "finished")
-        assert heard(bell) == "finished"
+        assert heard(subscription) == "finished"
 
 
 @pytest.mark.parametrize("error", [RedisConnectionError("down"), ResponseError("LOADING"), TimeoutError("slow")])
 def test_events_reader_survives_an_outage_and_misses_nothing(
     log: EventLog, real_redis: "Redis", error: Exception
 ) -> None:
-    with log.listen("a") as bell:
+    with log.subscribe("a") as subscription:
         with patch.object(Redis, "xread", side_effect=error) as xread:
             wait_until(lambda: xread.call_count >= 2, what="a second try")
             tell(real_redis, "a", "started")
-            assert not bell.is_set()
-        assert heard(bell) == "started"
+            assert not subscription.is_set()
+        assert heard(subscription) == "started"
         tell(real_redis, "a", "finished")
-        assert heard(bell) == "finished"
+        assert heard(subscription) == "finished"
 
 
 def test_events_reader_survives_an_entry_that_it_does_not_know(log: EventLog, real_redis: "Redis") -> None:
-    with log.listen("a") as bell:
+    with log.subscribe("a") as subscription:
         real_redis.xadd(EVENTS_KEY, {"written_by": "a later version"})
         tell(real_redis, "a", "finished")
-        assert heard(bell) == "finished"
+        assert heard(subscription) == "finished"
 
 
 def test_events_without_redis_raises_and_works_later(log: EventLog, real_redis: "Redis") -> None:
     with (
         patch.object(Redis, "xrevrange", side_effect=RedisConnectionError("down")),
         pytest.raises(RedisConnectionError),
-        log.listen("a"),
+        log.subscribe("a"),
     ):
         pytest.fail("there is nothing to hear")
-    assert not log._bells
+    assert not log._subscriptions
     assert readers() == []
-    with log.listen("a") as bell:
+    with log.subscribe("a") as subscription:
         tell(real_redis, "a", "started")
-        assert heard(bell) == "started"
+        assert heard(subscription) == "started"

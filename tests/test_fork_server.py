@@ -131,7 +131,7 @@ def test_job_is_not_put_back_before_its_work_horse_is_killed(own: Bench) -> None
 
 
 def test_no_work_horse_is_left_where_the_fork_server_died() -> None:
-    horses = WorkHorses(get_settings(), logging.getLogger("test"))
+    horses = WorkHorses(get_settings(), logging.getLogger("test"), Mock())
     horses.horse, horses._next = both = [Mock(spec=WorkHorseHandle), Mock(spec=WorkHorseHandle)]
     for horse in both:
         horse.reap.side_effect = ForkServerDied

@@ -120,7 +120,7 @@ def test_wait_on_a_retried_job_returns_the_end_of_the_new_run(
     retry(client, job_id)
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(client.application.test_client().get, f"/get_result?job_id={job_id}&wait=20")
-        wait_until(lambda: waiting.events._bells, what="the waiting request")
+        wait_until(lambda: waiting.events._subscriptions, what="the waiting request")
         assert end_run(redis, take_job(redis), value="new") == "finished"
         answer = asked.result(15)
     assert (answer.status_code, json_of(answer)) == (200, "new")

@@ -164,7 +164,7 @@ def test_sentinels_that_stall_are_not_awaited_for_long() -> None:
             taken.append(time.monotonic() - start)
         assert min(taken) < 3
     assert re.fullmatch(
-        r"No Sentinel tells where 'mymaster' is\. (127\.0\.0\.1:\d+: Timeout[^;<]*(; |$)){5}", str(raised.value)
+        r"No Sentinel knows a master of 'mymaster'\. (127\.0\.0\.1:\d+: Timeout[^;<]*(; |$)){5}", str(raised.value)
     )
 
 
@@ -179,7 +179,7 @@ def test_start_tells_what_the_sentinels_said(cluster: Cluster) -> None:
             break
     assert (ended.returncode, ended.stderr) == (
         1,
-        f"Redis cannot be reached: No Sentinel tells where 'other' is. {sentinels}: it knows no such service\n",
+        f"Redis cannot be reached: No Sentinel knows a master of 'other'. {sentinels}: it does not know this service\n",
     )
 
 

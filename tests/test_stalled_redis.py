@@ -253,7 +253,7 @@ def test_stalled_redis_is_noticed_while_a_request_waits(tmp_path: Path, route: s
             else:
                 job_id = json_of(app.test_client().post("/enqueue/echo", json=1))["job_id"]
                 asked = pool.submit(app.test_client().get, f"{route}?wait=60&job_id={job_id}")
-            wait_until(lambda: waiting.events._bells, what="the waiting request")
+            wait_until(lambda: waiting.events._subscriptions, what="the waiting request")
             wait_until(lambda: connection.llen("rq:queue:default") == 1, what="the job")
             server._process.send_signal(signal.SIGSTOP)
             try:

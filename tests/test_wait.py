@@ -51,7 +51,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 
 def listeners(waiting: Waiting) -> int:
-    return sum(map(len, list(waiting.events._bells.values())))
+    return sum(map(len, list(waiting.events._subscriptions.values())))
 
 
 @pytest.fixture

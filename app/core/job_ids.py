@@ -1,10 +1,11 @@
-"""Job ids that prove themselves: whether an id was ever given out can be told without keeping anything for it.
+"""Job ids that contain a proof that this service made them, so that no record of old ids is needed.
 
-A job's hash is gone once its TTL has passed, and then `/get_result` answers `410` for a job that existed but `404` for
-an id that never did. A mark in Redis for each job would cost some 130 bytes for as long as that is to hold. Instead, an
-id is 10 random bytes and a 6-byte tag, the keyed hash (RFC 2104) of these bytes and the job's owner, under a secret
-that Redis keeps: no bytes per job, and it holds for as long as Redis does. With an idempotency key the 10 bytes are not
-random but a keyed hash of owner and key, so that every process gives the same id to the same request.
+Once its TTL has passed, the hash of a job is gone. Then `/get_result` must answer `410` for a job that existed, and
+`404` for an id that was never given out. A mark in Redis for each job would take some 130 bytes for as long as this
+must work. Instead, an id is 10 random bytes and a tag of 6 bytes. The tag is a keyed hash (RFC 2104) of these bytes and
+the job's owner, under a secret in Redis. It takes no memory per job, and it works for as long as Redis keeps its data.
+With an idempotency key, the 10 bytes are a keyed hash of owner and key instead, so that every process gives the same id
+to the same request.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from app.core.scripts import SECRET_KEY
 
 
 class JobIds:
-    """Makes job ids, and knows its own again. Reads the secret at first use."""
+    """Makes job ids, and recognises them. It reads the secret at its first use."""
 
     def __init__(self, connection: Redis) -> None:
         self._connection = connection
@@ -41,8 +42,8 @@ class JobIds:
         return self._make(os.urandom(10), owner)
 
     def derive(self, owner: str, *names: str) -> str:
-        """The id that this owner's things of these names have: always the same one."""
-        self._load()  # as below: whoever has another secret would give another id
+        """The id that belongs to these names of this owner: the same names always give the same id."""
+        self._load()  # as in `is_ours`: a process with another secret would derive another id
         assert self._secret
         return self._make(hmac.digest(self._secret, "\0".join((owner, *names)).encode(), hashlib.sha256)[:10], owner)
 
@@ -51,10 +52,10 @@ class JobIds:
         return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
     def is_ours(self, job_id: str, owner: str = "") -> bool:
-        """Whether `new` once gave this id to this owner."""
+        """Whether `new` or `derive` once made this id for this owner."""
         try:
             raw = uuid.UUID(job_id).bytes
         except ValueError:
             return False
-        self._load()  # a Redis that lost its data has another secret now, and all processes are to agree
+        self._load()  # if Redis lost its data, it has a new secret; all processes must use the same one
         return str(uuid.UUID(bytes=raw)) == job_id and hmac.compare_digest(raw[10:], self._tag(raw[:10], owner))

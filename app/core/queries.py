@@ -1,8 +1,8 @@
-"""What Redis tells of many jobs at once: pages of them, groups, and the queues and workers as a whole."""
+"""Reads that one command cannot do: pages of jobs, groups, all queues and workers, a job's messages to a webhook."""
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -11,26 +11,15 @@ from redis import Redis
 from app.core.scripts import TIME_BOUNDS, owner_argument, run_script, to_text
 
 
-def read_tries(entries: list[bytes]) -> Iterator[dict[str, Any]]:
-    """The log of tries, without what we did not write."""
-    for entry in entries:
-        try:
-            found = json.loads(entry)
-        except ValueError:
-            continue
-        if isinstance(found, dict):
-            yield {name: found.get(name) for name in ("at", "status_code", "error", "seconds")}
-
-
 class Cursor(NamedTuple):
-    """Where a page of jobs ended: when its last job was created, in microseconds since 1970, and its id."""
+    """The last job of a page, where the next page begins: its creation, in microseconds since 1970, and its id."""
 
     created: str
     job_id: str
 
 
 class Page(NamedTuple):
-    """Jobs by their id, with the fields that were asked for, newest first; and where to go on, if there are more."""
+    """A page of jobs, newest first: the id and the fields of each; and the cursor of the next page, if there is one."""
 
     jobs: list[tuple[str, list[bytes | None]]]
     next: Cursor | None
@@ -48,18 +37,18 @@ def list_jobs(
     most: int,
     cursor: Cursor | None = None,
 ) -> Page:
-    """A page of jobs, newest first. Empty filters let everything through.
+    """A page of jobs, newest first. An empty filter lets all jobs through.
 
     Args:
-        connection: the Redis that they are in.
-        owner: whose jobs; None for everybody's.
-        fields: of the job's hash; they begin with status, function, origin, owner, created_at.
-        status: one of RQ's.
+        connection: the Redis that has the jobs.
+        owner: name of the owner; None for all owners.
+        fields: fields of the job's hash. They begin with status, function, origin, owner, created_at.
+        status: RQ's word for it.
         queue: name of the queue.
         function: name of the job function.
         limit: most jobs of the page.
-        most: most jobs to look at. A page is short if too few of these fit; it has a `next` then.
-        cursor: where the last page ended.
+        most: most jobs to look at. If too few of them match, the page is short and has a `next`.
+        cursor: the last job of the page before.
     """
     created, job_id, *rows = run_script(
         connection, "list", owner or "", owner_argument(owner), status, queue, function, limit, most,
@@ -71,38 +60,42 @@ def list_jobs(
 
 
 class Group(NamedTuple):
-    """The statuses of a group's jobs, None for those that are not kept any more; `total` is None for one of RQ's."""
+    """The jobs of a group."""
 
+    #: how many jobs it had at first; None if RQ's own code made the group
     total: int | None
+    #: the status of each job; None if the job is no longer kept
     statuses: list[str | None]
 
 
 def read_group(connection: Redis, group_id: str) -> Group:
-    """The statuses of a group's jobs, in one round trip, whatever their payloads."""
+    """Read the statuses of a group's jobs, in one round trip, without their payloads."""
     total, statuses = run_script(connection, "group", group_id)
     return Group(int(total) if total else None, [to_text(status) or None for status in statuses])
 
 
-#: The statuses by which the jobs of a queue are counted. RQ keeps those that were stopped with the failed ones.
+#: The statuses by which the jobs of a queue are counted. Stopped jobs count as failed: RQ keeps both in one registry.
 COUNTED = ("queued", "started", "scheduled", "deferred", "finished", "failed", "canceled")
 
 
 class QueueOverview(NamedTuple):
-    """A queue at one moment."""
+    """A queue at one moment, and the runs that ended in the present minute and the one before."""
 
     name: str
-    #: how many jobs there are, by the statuses of `COUNTED`
+    #: number of jobs by status, for each of `COUNTED`
     jobs: dict[str, int]
-    #: age of the oldest waiting job in seconds, None if none waits
+    #: age of the oldest waiting job, in seconds; None if no job waits
     oldest: float | None
-    #: runs that ended in the last one to two minutes, how many seconds they took, and how many seconds ago that began
+    #: how many runs ended
     runs: int
+    #: how long they took together, in seconds
     run_seconds: float
+    #: how many seconds ago the first of these minutes began
     since: float
 
 
 class WorkerOverview(NamedTuple):
-    """A live worker, with the jobs that it holds: the one that runs, and maybe the next one."""
+    """A live worker, with the jobs that it holds: the job that runs, and maybe the next one."""
 
     name: str
     state: str
@@ -111,7 +104,7 @@ class WorkerOverview(NamedTuple):
 
 
 class Count(NamedTuple):
-    """How often something happened to jobs of a queue and a function."""
+    """How often an event (`finished`, `crashed`, …) happened to the jobs of a queue and a function."""
 
     event: str
     queue: str
@@ -120,18 +113,18 @@ class Count(NamedTuple):
 
 
 class Times(NamedTuple):
-    """How long the jobs of a function waited, or ran."""
+    """How long the jobs of a function waited (`wait`), or how long their runs took (`run`)."""
 
     what: str
     function: str
-    #: by the bounds of TIME_BOUNDS, and one for those above all of them: how many took no longer
+    #: how many took at most as long as each of TIME_BOUNDS; the last number counts all
     counts: list[int]
-    #: of all of them, in seconds
+    #: sum of all of them, in seconds
     total: float
 
 
 class Overview(NamedTuple):
-    """All queues and workers at one moment, and what was counted since Redis was new."""
+    """All queues and workers at one moment, and the counts since Redis was new."""
 
     queues: list[QueueOverview]
     workers: list[WorkerOverview]
@@ -140,7 +133,7 @@ class Overview(NamedTuple):
 
 
 def read_overview(connection: Redis, queues: Sequence[str]) -> Overview:
-    """The overview, in one round trip."""
+    """Read the overview of these queues, in one round trip."""
     counted, workers, found = run_script(connection, "overview", *queues)
     numbers = dict(_read_numbers(counted))
     return Overview(
@@ -171,7 +164,7 @@ def read_overview(connection: Redis, queues: Sequence[str]) -> Overview:
 
 
 def _read_numbers(flat: Sequence[bytes]) -> Iterator[tuple[tuple[str, str, str], int]]:
-    """The numbers by their names, without what our scripts did not write."""
+    """The numbers by event, queue (or bucket) and function. Skip what the scripts cannot have written."""
     for name, value in zip(flat[::2], flat[1::2], strict=True):
         parts = to_text(name).split(":", 2)
         if len(parts) == 3 and re.fullmatch(rb"[0-9]{1,18}", value):
@@ -186,18 +179,39 @@ def _read_times(numbers: Mapping[tuple[str, str, str], int]) -> Iterator[Times]:
 
 
 class Delivery(NamedTuple):
-    """A message that tells of a job's end: which end, where it is itself, when it is tried next, and its tries."""
+    """A message to a webhook about a job's end."""
 
     webhook_id: str
+    #: status of the message itself, which is a job; empty if it is no longer kept
     status: str
-    tells: str
+    #: the status that it reports: how the job ended
+    ended_as: str
+    #: time of its next try, in seconds since 1970, if there is one
     due: float | None
-    tries: list[bytes]
+    #: its tries, each with the members `at`, `status_code`, `error`, `seconds`
+    tries: list[dict[str, Any]]
 
 
 def read_deliveries(connection: Redis, job_id: str) -> list[Delivery]:
-    """The messages that tell of a job's ends, the first one first."""
+    """Read the messages about a job's ends, the oldest first."""
     return [
-        Delivery(to_text(webhook_id), to_text(status), to_text(tells), float(due) if due else None, tries)
-        for webhook_id, status, tells, due, tries in run_script(connection, "deliveries", job_id)
+        Delivery(
+            to_text(webhook_id),
+            to_text(status),
+            to_text(ended_as),
+            float(due) if due else None,
+            list(_read_tries(tries)),
+        )
+        for webhook_id, status, ended_as, due, tries in run_script(connection, "deliveries", job_id)
     ]
+
+
+def _read_tries(entries: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """The tries from their log. Skip entries that are not JSON objects: other programs may write to Redis, too."""
+    for entry in entries:
+        try:
+            found = json.loads(entry)
+        except ValueError:
+            continue
+        if isinstance(found, dict):
+            yield {name: found.get(name) for name in ("at", "status_code", "error", "seconds")}

@@ -13,14 +13,14 @@ from app.core.job_ids import JobIds
 
 
 class Queue(rq.Queue):
-    """An `rq.Queue` that speaks JSON only, and whose enqueue is one atomic script instead of two round trips.
+    """An `rq.Queue` that stores JSON only, and enqueues with one atomic script instead of two round trips.
 
-    `queue.enqueue(function, payload)` works as in any RQ tutorial. What the script does not do (dependencies, rate
-    limits, a caller's pipeline, a job id that may be there already) goes RQ's own way.
+    `queue.enqueue(function, payload)` works as in any RQ tutorial. RQ's own code enqueues the jobs that the script
+    cannot: those with dependencies, a rate limit, the caller's pipeline, or a job id that may exist already.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # RQ's default is pickle, which lets whoever can write to Redis run code in every reader.
+        # RQ's default is pickle: anybody who can write to Redis could run code in every reader.
         super().__init__(*args, **{**kwargs, "serializer": JSONSerializer})
         self.ids = JobIds(self.connection)
 
@@ -28,13 +28,13 @@ class Queue(rq.Queue):
         """Enqueue the job.
 
         Raises:
-            DuplicateJobError: `unique` is set and a job with this id is there.
-            RuntimeError: MAX_QUEUE_LENGTH jobs wait in the queue.
+            DuplicateJobError: `unique` is set, and a job with this id exists.
+            RuntimeError: the queue is full (MAX_QUEUE_LENGTH).
         """
         has_own_id = job._id is not None
         if pipeline is not None or not self._is_async or job._dependency_ids or job.has_rate_limit:
             return super().enqueue_job(job, pipeline=pipeline, at_front=at_front, unique=unique)
-        if has_own_id and not unique:  # RQ lets such a job replace the one that is there
+        if has_own_id and not unique:  # in RQ, such a job replaces the one with the same id
             return super().enqueue_job(job, at_front=at_front)
         if not has_own_id:
             job.id = self.ids.new()
@@ -51,5 +51,5 @@ class Queue(rq.Queue):
         return job
 
     def get_redis_server_version(self) -> tuple[int, int, int]:
-        """The oldest version that has what we use, instead of a round trip to learn the actual one."""
+        """The oldest version that has all we use. RQ would need a round trip for the real version."""
         return (6, 2, 0)

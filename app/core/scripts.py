@@ -13,70 +13,80 @@ from redis.exceptions import NoScriptError
 from rq.defaults import RQ_KEY_PREFIX
 from rq.exceptions import NoSuchJobError, TimeoutFormatError
 
+#: The stream of all changes of jobs.
 EVENTS_KEY = f"{RQ_KEY_PREFIX}:api:events"
+#: The stream that wakes idle workers.
 DOORBELL_KEY = f"{RQ_KEY_PREFIX}:api:doorbell"
-
-
+#: The secret that signs job ids.
 SECRET_KEY = f"{RQ_KEY_PREFIX}:api:secret"
-#: Written by `/readyz`, to see whether Redis takes writes.
+#: `/readyz` writes it, to see whether Redis takes writes.
 PROBE_KEY = f"{RQ_KEY_PREFIX}:api:probe"
-#: Upper bounds, in seconds, of the buckets in which it is counted how long jobs wait and run.
+#: Upper bounds of the buckets that count how long jobs wait and run, in seconds.
 TIME_BOUNDS = (0.005, 0.025, 0.1, 0.5, 1, 5, 15, 60, 300, 1800, 7200)
-#: The queue of the messages to webhooks, what runs them, and the seconds that one try may take.
+#: The queue of the messages to webhooks.
 WEBHOOKS = "webhooks"
+#: The function that delivers a message, as its job names it.
 DELIVER = "app.webhooks.deliver"
-
-
-RUN_LIMIT = 30
-#: Seconds that the log of an undelivered message is kept: all its tries, and the week that RQ keeps its failure.
+#: Seconds that one try to deliver a message may take.
+DELIVERY_TIMEOUT = 30
+#: Seconds that the log of an undelivered message is kept: the time of all its tries, and a week as for any failure.
 MESSAGES_KEPT = 11 * 24 * 3600
 #: The statuses after which nothing happens to a job by itself (rq.job.JobStatus).
 TERMINAL = frozenset({"finished", "failed", "stopped", "canceled"})
-#: What RQ's `Job.fetch` raises for a job that is gone or corrupt; AssertionError for a timeout that is no number.
+#: What RQ's `Job.fetch` raises if the job is gone or corrupt. AssertionError: its timeout is not a number.
 UNREADABLE = (NoSuchJobError, ValueError, TimeoutFormatError, AssertionError)
 
 
 class Failure(NamedTuple):
-    """How a run ended badly, as it is stored: for RQ its exception's text (base64 of zlib), for the API JSON."""
+    """Why a run did not finish, as Redis stores it: for RQ the exception's text (base64 of zlib), for the API JSON."""
 
     exception: str = ""
     error: str = ""
 
 
 def describe_failure(kind: str, message: str, trace: str | None = None) -> Failure:
-    """The failure by an exception of this class and text; the traceback, if there is one, is for RQ."""
+    """Make the failure of an exception.
+
+    Args:
+        kind: name of its class.
+        message: its text.
+        trace: its traceback, for RQ; if there is none, RQ gets class and text.
+    """
     text = trace if trace is not None else f"{kind}: {message}\n"
     compressed = base64.b64encode(zlib.compress(text.encode(errors="backslashreplace"))).decode()
     return Failure(compressed, json.dumps({"type": kind, "message": message}))
 
 
-#: How a job ends that was canceled while it ran.
+#: The failure of a job that was canceled while it ran.
 STOPPED = describe_failure("JobStopped", "The job was stopped on request.")
+
 _LUA = Path(__file__).parent / "lua"
 
 
-_COMMON = (_LUA / "common.lua").read_text()
+def _read_common() -> str:
+    """The text in front of each script, with the words in braces replaced."""
+    text = (_LUA / "common.lua").read_text()
+    for name, value in {
+        "RQ": RQ_KEY_PREFIX,
+        "BOUNDS": ", ".join(map(str, TIME_BOUNDS)),
+        "STOPPED_EXCEPTION": STOPPED.exception,
+        "STOPPED_ERROR": STOPPED.error,
+        "WEBHOOKS": WEBHOOKS,
+        "DELIVER": DELIVER,
+        "RUN_LIMIT": DELIVERY_TIMEOUT,
+        "MESSAGES_KEPT": MESSAGES_KEPT,
+    }.items():
+        text = text.replace(f"{{{name}}}", str(value))
+    return text
 
 
-for _name, _value in {
-    "RQ": RQ_KEY_PREFIX,
-    "BOUNDS": ", ".join(map(str, TIME_BOUNDS)),
-    "STOPPED_EXCEPTION": STOPPED.exception,
-    "STOPPED_ERROR": STOPPED.error,
-    "WEBHOOKS": WEBHOOKS,
-    "DELIVER": DELIVER,
-    "RUN_LIMIT": RUN_LIMIT,
-    "MESSAGES_KEPT": MESSAGES_KEPT,
-}.items():
-    _COMMON = _COMMON.replace(f"{{{_name}}}", str(_value))
-
-
+_COMMON = _read_common()
+#: The text of each script, by its name.
 SCRIPTS = {path.stem: _COMMON + path.read_text() for path in _LUA.glob("*.lua") if path.stem != "common"}
-
-
+#: The digest by which Redis knows the script.
 DIGESTS = {name: hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest() for name, text in SCRIPTS.items()}
 
-
+#: One of a script's ARGV.
 Argument = str | bytes | int | float
 
 
@@ -95,7 +105,7 @@ def run_script(connection: Redis, script: str, *arguments: Argument) -> Any:
     raw = encode_arguments(arguments)
     try:
         return connection.evalsha(DIGESTS[script], 0, *raw)
-    except NoScriptError:  # Redis was restarted, or never saw it
+    except NoScriptError:  # Redis does not know the script yet, or has restarted since
         return connection.eval(SCRIPTS[script], 0, *raw)
 
 
@@ -115,7 +125,7 @@ def results_key(job_id: str) -> str:
 
 
 def deliveries_key(job_id: str) -> str:
-    """The key of the list of the messages about a job's ends."""
+    """The key of the list of the messages to webhooks about the job's ends."""
     return f"{RQ_KEY_PREFIX}:api:webhooks:{job_id}"
 
 
@@ -130,7 +140,7 @@ def workers_key(queue: str) -> str:
 
 
 def flatten(fields: Mapping[str, Argument]) -> list[Argument]:
-    """Names and values in turn, as a script takes the fields of a hash."""
+    """Names and values in turn: how a script takes the fields of a hash."""
     return [part for field in fields.items() for part in field]
 
 

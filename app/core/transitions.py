@@ -1,8 +1,8 @@
-"""The atomic transitions of a job: one Lua script each (`app/lua`), and the typed functions that call them.
+"""The transitions of a job: a typed function for each Lua script that changes jobs (`app/core/lua`).
 
-The only place that knows RQ's keys. Redis runs a script as a whole, so a transition happens or does not; each checks
-the state it expects, and one that comes too late changes nothing. All of them may be sent twice: a network write that
-is tried again does no harm.
+Redis runs a script as a whole, so a transition happens completely or not at all. Each script checks first that the job
+is in the state that it expects; a transition that comes too late changes nothing. Each may be sent twice, so a caller
+may send it again if the answer was lost.
 """
 
 import json
@@ -17,40 +17,42 @@ from app.core.scripts import DIGESTS, Argument, Failure, encode_arguments, flatt
 
 
 class Created(NamedTuple):
-    """New jobs are there, since Redis' time `at`."""
+    """The jobs were created, at this time of Redis' clock (RFC 3339)."""
 
     at: str
     status: Literal["queued", "scheduled"]
 
 
 class Exists(NamedTuple):
-    """Something with this id is there, or was not long ago; the fingerprint is that of the request that made it."""
+    """A job or group with this id exists, or did not long ago; with the fingerprint of the request that made it."""
 
     fingerprint: str
 
 
 class Full(NamedTuple):
-    """The queue holds as many jobs as it may; nothing was enqueued."""
+    """The queue would hold more jobs than its limit; nothing was enqueued."""
 
 
 class EnqueueOptions(TypedDict, total=False):
-    """What may hold for new jobs; None is as none."""
+    """The options of new jobs. None means the same as a missing option."""
 
-    #: whether they go ahead of what waits
+    #: whether they go in front of the jobs that wait
     at_front: bool
-    #: seconds after which a job is dropped if no worker took it
+    #: seconds after which Redis drops a job that no worker took
     ttl: int | None
-    #: seconds before which they do not run, or seconds since 1970, which win
+    #: run them this many seconds from now
     delay: float | None
+    #: run them at this time, in seconds since 1970; it wins over `delay`
     at: float | None
-    #: id of the group that they are to be, and the seconds that it is kept
+    #: id of their group
     group: str
+    #: seconds that the group is kept
     group_ttl: int
-    #: what stands for the request's idempotency key, if it has one; the ids are derived from it then
+    #: id that was derived from the request's idempotency key, if it has one
     key_id: str | None
-    #: of the request, with `key_id`. One of the jobs has it among its fields, too
+    #: fingerprint of the request, with `key_id`; one of the jobs also has it among its fields
     fingerprint: str | None
-    #: seconds that the key is remembered, if the job is not kept longer
+    #: seconds that the idempotency key is remembered, or longer if the job is kept longer
     key_ttl: int
 
 
@@ -63,15 +65,15 @@ def enqueue(
     limit: int,
     **options: Unpack[EnqueueOptions],
 ) -> Created | Exists | Full:
-    """Create new jobs, all or none, unless there is one with this id (a group with the group's id) already.
+    """Create new jobs, all or none. If a job or the group with such an id exists already, create none.
 
     Args:
         connection: the Redis to write to.
         queue: name of the queue.
-        jobs: by its id, each one's own fields of the job's hash; one job, unless they are a group.
-        shared: the fields that all of them have, as `rq.job.Job.to_dict` makes them; the times are Redis' own.
-        limit: how many jobs the queue may hold, waiting and scheduled.
-        options: see there.
+        jobs: the own fields of each job's hash, by the job's id; one job, unless the jobs are a group.
+        shared: the fields that all jobs have, as `rq.job.Job.to_dict` makes them; the script adds the times.
+        limit: most jobs that the queue may hold, waiting and scheduled.
+        options: EnqueueOptions.
     """
     common = {"count": len(jobs), "queue": queue, "limit": limit, **options}
     common |= {"owner": shared.get("owner"), "fn": shared.get("function")}
@@ -85,7 +87,7 @@ def enqueue(
 
 
 class Fields(NamedTuple):
-    """What a worker needs of a job's hash, as it was before the take; None where there is no such field."""
+    """The fields of a job's hash that a worker needs, as they were before the take; None if a field is missing."""
 
     status: bytes | None
     data: bytes | None
@@ -94,12 +96,12 @@ class Fields(NamedTuple):
     crashes: bytes | None
     function: bytes | None
     request_id: bytes | None
-    #: RQ's own hooks: the callbacks for success, failure and stop, and its webhooks.
+    #: what RQ's own code would call: the callbacks for success, failure and stop, and RQ's webhooks
     callbacks: tuple[bytes | None, ...]
 
 
 class Taken(NamedTuple):
-    """A job that is this worker's to run."""
+    """The worker took this job, and holds its lease."""
 
     queue: str
     job_id: str
@@ -108,7 +110,7 @@ class Taken(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """An entry of a queue that cannot be a job."""
+    """The script dropped an entry of a queue: the key of such a job is no hash. `reason` is Redis' error."""
 
     queue: str
     job_id: str
@@ -116,24 +118,27 @@ class Skipped(NamedTuple):
 
 
 class Nothing(NamedTuple):
-    """No job is waiting; `rung` is the doorbell's last id, from which the worker listens."""
+    """No job waits. The worker blocks on the doorbell from this id on, so that it misses no new job."""
 
-    rung: str
+    doorbell_id: str
 
 
 class Again(NamedTuple):
-    """So many entries of the queues are no jobs any more that one call was not enough to pass them."""
+    """The script skipped its limit of entries that need no run (canceled jobs, for example): call it again."""
 
 
 class Suspended(NamedTuple):
-    """Somebody ran `rq suspend`."""
+    """Somebody ran `rq suspend`: no job is given out."""
 
 
 TakeAnswer = Taken | Skipped | Nothing | Again | Suspended
 
 
 def take(connection: Redis, worker: str, execution: str, lease: int, queues: Iterable[str]) -> TakeAnswer:
-    """Take the first waiting job of the queues, in their order, under a lease of so many seconds."""
+    """Take the first waiting job of the queues, in their order, under a lease of `lease` seconds.
+
+    `worker` is the name of the worker, `execution` a new id for the run.
+    """
     return _read_taken(run_script(connection, "take", worker, execution, lease, *queues))
 
 
@@ -155,36 +160,43 @@ def _read_taken(answer: list[Any]) -> TakeAnswer:
 
 
 class Run(NamedTuple):
-    """One execution of a job by a worker: what `renew`, `finish` and `release` name to show that it is theirs."""
+    """One run of a job by a worker. `renew`, `finish` and `release` name it, and write only if it holds the lease."""
 
     job_id: str
     execution: str
     queue: str
     worker: str
-    #: of the request that made the job; for the log only
+    #: id of the request that made the job, for the log only
     request_id: str = ""
 
     @property
     def fence(self) -> tuple[str, str, str, str]:
-        """What the scripts want to see."""
+        """The four parts by which a script knows the run."""
         return self[:4]
 
     def __str__(self) -> str:
-        """As it stands in the text of a log."""
+        """The run in the text of a log line."""
         return f"{self.queue}: job {self.job_id}"
 
     def log_members(self) -> dict[str, str]:
-        """What a line in a log that names it is about."""
+        """The members of a log line about this run."""
         return {"job_id": self.job_id, "queue": self.queue, "request_id": self.request_id}
 
 
 def renew(
     connection: Redis, run: Run, lease: int, progress: str = "", max_crashes: int | None = None
 ) -> Literal["held", "lost", "stop"]:
-    """Extend the run's lease and pass its progress (JSON) on; note the job's own crash limit, if it has one.
+    """Extend the lease of a run, and store its progress.
+
+    Args:
+        connection: the Redis that has the job.
+        run: the run.
+        lease: seconds of the new lease.
+        progress: JSON; empty to store none.
+        max_crashes: the function's own crash limit. Another worker, which may not know the function, reads it there.
 
     Returns:
-        `held`; `lost` if the job is not this run's any more; `stop` if somebody canceled it.
+        `held`; `lost` if the run does not hold the lease any more; `stop` if the job was canceled.
     """
     limit = "" if max_crashes is None else max_crashes
     return cast(
@@ -193,7 +205,7 @@ def renew(
 
 
 class Ending(NamedTuple):
-    """How a run ended, with the TTLs for a job that has none of its own."""
+    """How a run ended, as `finish` stores it. The TTLs are for a job that has none of its own."""
 
     outcome: Literal["finished", "failed", "stopped"]
     result_ttl: int
@@ -202,13 +214,13 @@ class Ending(NamedTuple):
     return_value: str = ""
     failure: Failure = Failure()
     progress: str = ""
-    #: end the job also if it has what only RQ's own code handles
+    #: end the job even if only RQ's own code can handle all that it has (see `finish`)
     force: bool = False
-    #: least seconds before a job that failed is tried again, -1 for never; None for the job's own pause
+    #: least seconds before a failed job is tried again; -1: never; None: after the job's own pause
     after: float | None = None
 
     def arguments(self, run: Run) -> tuple[Argument, ...]:
-        """What the script is called with."""
+        """The ARGV of the script."""
         ttls = self.result_ttl, self.failure_ttl
         last = self.progress, int(self.force), "" if self.after is None else self.after
         return (*run.fence, self.outcome, self.return_value, *self.failure, *ttls, *last)
@@ -218,9 +230,9 @@ def finish(connection: Redis, run: Run, ending: Ending) -> str:
     """End the run.
 
     Returns:
-        The job's new status, `stopped` if somebody canceled it meanwhile; `lost` if the job is not this run's any more
-        (nothing is written then); or `rq` if it has dependents, repeats, a rate limit or RQ's webhooks, which RQ's own
-        code is to handle (nothing is written).
+        The job's new status (`stopped` if it was canceled meanwhile); or `lost` if the run does not hold the lease any
+        more; or `rq` if only RQ's own code can end the job, because it has dependents, repeats, a rate limit or RQ's
+        webhooks. With `lost` and `rq` nothing is written.
     """
     return to_text(run_script(connection, "finish", *ending.arguments(run)))
 
@@ -228,23 +240,23 @@ def finish(connection: Redis, run: Run, ending: Ending) -> str:
 def take_and_finish(
     connection: Redis, run: Run, ending: Ending, execution: str, lease: int, queues: Iterable[str]
 ) -> TakeAnswer | None:
-    """Take the worker's next job, with the end of its last one sent right behind.
+    """Send a `take` for the worker's next job and, right behind it, the `finish` of its last one.
 
-    Redis answers the first before it begins with the second: the next job runs while the last one's end is written
-    down. `read_finish` gives the answer to that, before anything else is sent on this connection.
+    Redis answers the `take` before it begins with the `finish`. So the next job runs while Redis writes down the end of
+    the last one. Call `read_finish` for the second answer before anything else is sent on this connection.
 
     Args:
         connection: a client with a connection of its own, as `Redis.client()` makes it.
-        run: the last one.
+        run: the last run.
         ending: how it ended.
-        execution: id for the next one.
+        execution: a new id for the next run.
         lease: seconds of its lease.
-        queues: where to look, in this order.
+        queues: names of the queues, in the order in which to look.
 
     Returns:
-        As `take`; None if Redis refused, for a reason that a `take` by itself will learn.
+        As `take`; None if Redis refused. The next plain `take` then shows the reason.
     """
-    wire = _wire_of(connection)
+    wire = _own_connection(connection)
     wire.send_command("EVALSHA", DIGESTS["take"], 0, *encode_arguments((run.worker, execution, lease, *queues)))
     wire.send_command("EVALSHA", DIGESTS["finish"], 0, *encode_arguments(ending.arguments(run)))
     try:
@@ -254,33 +266,43 @@ def take_and_finish(
 
 
 def read_finish(connection: Redis) -> str:
-    """What `finish` says, as the second part of `take_and_finish`.
+    """The answer to the `finish` that `take_and_finish` sent.
 
     Raises:
-        RedisError: it is not known whether the end was written; or Redis refused.
+        ResponseError: Redis refused.
+        RedisError: no answer arrived. The end may be written or not.
     """
-    return to_text(_wire_of(connection).read_response())
+    return to_text(_own_connection(connection).read_response())
 
 
-def _wire_of(connection: Redis) -> Connection:
+def _own_connection(connection: Redis) -> Connection:
     wire = connection.connection
-    assert wire, "not a client with a connection of its own"
+    assert wire, "the client has no connection of its own"
     return wire
 
 
 def release(
     connection: Redis, run: Run, *, crashed: bool, limit: int, failure: Failure, failure_ttl: int
 ) -> Literal["queued", "failed", "stopped", "lost", "rq"]:
-    """Put the job back in front of its queue; fail it if its runs crashed more often than `limit`; or stop it.
+    """End a run without an outcome: put the job back in front of its queue.
 
-    It is stopped if somebody canceled it while it ran.
+    Args:
+        connection: the Redis that has the job.
+        run: the run.
+        crashed: whether to count a crash. With more crashes than `limit` the job fails.
+        limit: how often the job may crash.
+        failure: stored if the job fails.
+        failure_ttl: seconds that a failed job is kept, if it has no TTL of its own.
+
+    Returns:
+        `queued` or `failed`; `stopped` if the job was canceled while it ran; `lost` or `rq` as `finish`.
     """
     answer = run_script(connection, "release", *run.fence, int(crashed), limit, *failure, failure_ttl)
     return cast('Literal["queued", "failed", "stopped", "lost", "rq"]', to_text(answer))
 
 
 class Abandoned(NamedTuple):
-    """A run whose worker let the lease run out, how often the job's runs crashed before, and its own limit of that."""
+    """A run whose lease ran out, how often the job crashed before, and the function's own crash limit."""
 
     run: Run
     crashes: int
@@ -288,26 +310,25 @@ class Abandoned(NamedTuple):
 
 
 def recover(connection: Redis, queues: Sequence[str]) -> list[Abandoned]:
-    """Name the runs whose lease ran out, and put back what a stock worker popped but never started."""
+    """Find the runs whose lease ran out; the caller releases them.
+
+    It also puts jobs back that a stock worker popped but never started.
+    """
     return [
-        Abandoned(
-            Run(*map(to_text, run)),
-            crashes,
-            int(limit) if limit.isdigit() else None,
-        )
+        Abandoned(Run(*map(to_text, run)), crashes, int(limit) if limit.isdigit() else None)
         for *run, crashes, limit in run_script(connection, "recover", *queues)
     ]
 
 
 class Promoted(NamedTuple):
-    """How many jobs wait since now, and in how many seconds the next one is due, if there is one."""
+    """How many jobs were put into their queues, and seconds until the next one is due; None if none is scheduled."""
 
     jobs: int
     due: float | None
 
 
 def promote(connection: Redis, queues: Sequence[str]) -> Promoted:
-    """Let the delayed jobs and retries whose time has come wait in their queues."""
+    """Put the delayed jobs and the retries that are due into their queues."""
     jobs, due = run_script(connection, "promote", *queues)
     return Promoted(jobs, float(due) if due else None)
 
@@ -316,44 +337,51 @@ def cancel(connection: Redis, job_id: str, owner: str | None, failure_ttl: int) 
     """Cancel a job.
 
     Args:
-        connection: the Redis that it is in.
+        connection: the Redis that has the job.
         job_id: its id.
-        owner: whose job it must be; None for anybody's.
-        failure_ttl: seconds that it is kept, unless it says so itself.
+        owner: name of the owner that the job must have; None for any owner.
+        failure_ttl: seconds that the job is kept, if it has no TTL of its own.
 
     Returns:
-        The job's status: `canceled` or `stopped`; `started` if its worker was told to stop it; `finished` or `failed`
-        if it had ended before; an empty one if there is no such job.
+        The job's status: `canceled` or `stopped`; `started` if its worker will stop it; `finished` or `failed` if it
+        had ended before; empty if there is no such job.
     """
     return to_text(run_script(connection, "cancel", job_id, owner_argument(owner), failure_ttl))
 
 
 def retry(connection: Redis, job_id: str, owner: str | None, limit: int) -> str:
-    """Let a job that failed, was stopped or canceled wait again, with its retries renewed and its crashes forgotten.
+    """Put a failed, stopped or canceled job back into its queue, with all its retries, and its crashes forgotten.
 
     Args:
-        connection: the Redis that it is in.
+        connection: the Redis that has the job.
         job_id: its id.
-        owner: whose job it must be; None for anybody's.
-        limit: how many jobs the queue may hold.
+        owner: name of the owner that the job must have; None for any owner.
+        limit: most jobs that the queue may hold.
 
     Returns:
-        `queued`; `full`; an empty string if there is no such job; else `not` and the status that is in the way. Sent
-        twice, the second one answers `not queued`.
+        `queued`; `full`; empty if there is no such job; `not STATUS` if a job with this status cannot be retried. If it
+        is sent twice, the second answer is `not queued`.
     """
     return to_text(run_script(connection, "retry", job_id, owner_argument(owner), limit))
 
 
 def sweep(connection: Redis) -> int:
-    """Take jobs that are not kept any more out of the index of `/jobs`, a part of it a second; how many there were."""
+    """Clean a part of the index of `/jobs`, at most once a second: remove expired jobs, correct statuses.
+
+    Returns:
+        How many entries changed.
+    """
     return int(run_script(connection, "sweep"))
 
 
 def notify(connection: Redis, job_id: str) -> None:
-    """Tell of the job's end that RQ's own code wrote, if somebody is to be told: other transitions do it themselves."""
+    """Enqueue the message to the job's webhook, if it has one, after RQ's own code has ended the job.
+
+    The other transitions that end a job do this themselves.
+    """
     run_script(connection, "notify", job_id)
 
 
 def redeliver(connection: Redis, job_id: str, limit: int) -> Literal["queued", "full", ""]:
-    """Deliver once more what tells of the job's last end; an empty string if there is no such message."""
+    """Deliver the message about the job's last end once more. Empty if there is no message."""
     return cast('Literal["queued", "full", ""]', to_text(run_script(connection, "redeliver", job_id, limit)))

@@ -1,4 +1,4 @@
-"""New jobs: one path makes those of `/enqueue` and of `/enqueue_many`, from function, payloads and options."""
+"""Make new jobs from function, payloads and options: one path for `/enqueue` and `/enqueue_many`."""
 
 import hashlib
 import json
@@ -29,12 +29,11 @@ KEY_TTL = 24 * 3600
 #: Seconds that a group is kept, however long its jobs are kept: the longest delay and the longest TTL.
 GROUP_TTL = 2 * MAX_SECONDS
 
-
 _decode_json = json.JSONDecoder().raw_decode
 
 
 class Options(Defaults, total=False):
-    """The options of `/enqueue`; those missing are the function's own defaults, or the settings'."""
+    """The options of `/enqueue`. For a missing option, the function's default counts, or else the settings'."""
 
     at: datetime
     webhook: str
@@ -56,7 +55,7 @@ class Receipt(NamedTuple):
     """The answer to `enqueue`."""
 
     job_id: str
-    #: None if the job existed already: then it has to be read
+    #: None if the job existed already; then the caller reads it
     status: StatusObject | None
     #: whether the same request came before, with the same idempotency key
     is_replay: bool
@@ -104,7 +103,7 @@ class Enqueuer:
         Args:
             function: the job function to run.
             payload: JSON text that `check_json` accepted.
-            asked: options of the request; those missing are the function's own defaults, or the settings'.
+            asked: options of the request.
             origin: the request. If the same request comes again with the same idempotency key, the answer names the
                 job of the first one, in whatever status it is by then.
 
@@ -117,7 +116,7 @@ class Enqueuer:
         new = self._create(function, [payload], asked, origin)
         (job_id,) = new.job_ids
         if new.created is None:
-            # Without a key: redis-py sent this very request twice, and the first one arrived.
+            # Without a key: redis-py sent the command twice, because the answer to the first one was lost.
             return Receipt(job_id, None, is_replay=origin.key is not None)
         enqueued_at = new.created.at if new.created.status == "queued" else None
         fields = {**new.fields, "status": new.created.status, "enqueued_at": enqueued_at}
@@ -135,8 +134,10 @@ class Enqueuer:
         most = self.settings.max_batch
         values = from_json(batch)
         if not isinstance(values, list) or not 1 <= len(values) <= most:
-            error: ErrorItem = {"loc": ["body"], "msg": f"An array of 1 to {most} payloads is wanted."}
-            raise problems.InvalidRequest("The body is not an array of payloads, or has too many.", errors=[error])
+            error: ErrorItem = {"loc": ["body"], "msg": f"It must be an array of 1 to {most} payloads."}
+            raise problems.InvalidRequest(
+                "The body is not an array of payloads, or has too many of them.", errors=[error]
+            )
         payloads = [dump_json(value) for value in values]
         del values  # they may take ten times as much memory as their text
         self._check_payloads(function, [(payload, ["body", index]) for index, payload in enumerate(payloads)])

@@ -1,6 +1,6 @@
 """The jobs of one Redis: read their status, result and payload, cancel, retry, list. `enqueue.py` makes new ones.
 
-Knows neither Flask nor the environment: it takes settings and connection, and raises the `problems`.
+This module knows no Flask and reads no environment: it takes settings and a connection, and raises `problems`.
 """
 
 import base64
@@ -30,7 +30,7 @@ from app.jobs.status import (
     read_stored_payload,
 )
 
-#: Jobs that one page of a list looks at, at most, to find those that fit its filters.
+#: Most jobs that a list looks at for one page, to find those that match its filters.
 MOST_LOOKED_AT = 1000
 
 
@@ -60,10 +60,10 @@ class Jobs:
     # Control
 
     def cancel(self, job_id: str, owner: str | None = "") -> tuple[bool, StatusObject]:
-        """Cancel a job that has not ended: one that waits never runs, one that runs is stopped.
+        """Cancel a job that has not ended. A job that waits never runs; a job that runs is stopped.
 
         Returns:
-            Whether it has ended by that (its worker has still to stop it otherwise), and its status.
+            Whether the job has ended now (False: its worker will stop it), and its status.
 
         Raises:
             JobAlreadyEnded: it had finished or failed.
@@ -71,15 +71,15 @@ class Jobs:
         """
         status = self._control(transitions.cancel, job_id, owner, self.settings.failure_ttl)
         if status in ("finished", "failed"):
-            raise problems.JobAlreadyEnded(f"The job had {status} before.", job_id=job_id, job_status=status)
+            raise problems.JobAlreadyEnded(f"The job had {status} already.", job_id=job_id, job_status=status)
         return status != "started", self.read_status(job_id, owner)
 
     def retry(self, job_id: str, owner: str | None = "") -> StatusObject:
-        """Run a job again that failed, was stopped or canceled, with its retries renewed.
+        """Run a failed, stopped or canceled job again, with all its retries.
 
         Raises:
-            JobNotRetryable: it waits, runs or finished.
-            QueueFull: it stays as it was.
+            JobNotRetryable: the job waits, runs or has finished.
+            QueueFull: the job stays as it was.
             JobNotFound, ResultExpired: as `read_status`.
         """
         status = self._control(transitions.retry, job_id, owner, self.settings.max_queue_length)
@@ -92,16 +92,16 @@ class Jobs:
 
     def _control(self, act: Callable[..., str], job_id: str, owner: str | None, bound: int) -> str:
         while not (status := act(self.connection, job_id, owner, bound)):
-            self.read_status(job_id, owner)  # says what is wrong; unless the job came to be in between
+            self.read_status(job_id, owner)  # raises the problem, unless the job was created in between
         return status
 
     # Webhooks
 
     def read_webhooks(self, job_id: str, owner: str | None = "") -> dict[str, Any]:
-        """The messages that told of the job's ends, with the tries to deliver each.
+        """Read the messages to webhooks about the job's ends, and the tries to deliver each of them.
 
         Raises:
-            JobNotFound, ResultExpired: as `read_status`; but a message outlives its job.
+            JobNotFound, ResultExpired: as `read_status`. But messages can outlive their job: then they are the answer.
         """
         deliveries = queries.read_deliveries(self.connection, job_id)
         try:
@@ -112,27 +112,27 @@ class Jobs:
         messages = [
             {
                 "webhook_id": found.webhook_id,
-                "type": f"job.{found.tells}",
+                "type": f"job.{found.ended_as}",
                 "status": found.status or None,
                 "next_try_at": found.due and datetime.fromtimestamp(found.due, UTC).isoformat().replace("+00:00", "Z"),
-                "tries": list(queries.read_tries(found.tries)),
+                "tries": found.tries,
             }
             for found in deliveries
         ]
         return {"job_id": job_id, "messages": messages}
 
     def redeliver(self, job_id: str, owner: str | None = "") -> dict[str, Any]:
-        """Deliver what tells of the job's last end once more, as the same message; what `read_webhooks` says then.
+        """Deliver the message about the job's last end once more, with the same id; then return `read_webhooks`.
 
         Raises:
             WebhookNotFound: there is no such message.
-            QueueFull: as many messages wait as may.
+            QueueFull: the queue of messages is full.
             JobNotFound, ResultExpired: as `read_webhooks`.
         """
         self.read_webhooks(job_id, owner)
         match transitions.redeliver(self.connection, job_id, self.settings.max_queue_length):
             case "":
-                raise problems.WebhookNotFound(f"No message tells of the job {job_id}.", job_id=job_id)
+                raise problems.WebhookNotFound(f"There is no message about an end of the job {job_id}.", job_id=job_id)
             case "full":
                 raise problems.QueueFull.of(scripts.WEBHOOKS, self.settings.max_queue_length)
         return self.read_webhooks(job_id, owner)
@@ -140,20 +140,21 @@ class Jobs:
     # Lists
 
     def read_group(self, group_id: str, owner: str | None = "") -> dict[str, Any]:
-        """How many jobs of a group there are in each status; `expired` are those that are not kept any more.
+        """Count the jobs of a group by status. Jobs that are no longer kept count as `expired`.
 
         Raises:
-            GroupNotFound: there is no such group, or it is somebody else's.
-            ResultExpired: it existed, and is not kept any more.
+            GroupNotFound: there is no such group, or it belongs to another owner.
+            ResultExpired: the group existed, but it is no longer kept.
         """
         total, statuses = queries.read_group(self.connection, group_id)
-        is_admins = owner is None and total is not None  # its owner's key may be gone
-        if not is_admins and not any(self.ids.is_ours(group_id, f"group:{name}") for name in self._owners(owner)):
+        # An admin sees every group that is kept, even if its owner's key is gone from the settings.
+        is_visible = owner is None and total is not None
+        if not is_visible and not any(self.ids.is_ours(group_id, f"group:{name}") for name in self._owners(owner)):
             if total is not None or not statuses or owner not in (None, ""):
                 raise problems.GroupNotFound(f"No group has the id {group_id!r}.", group_id=group_id)
-            total = len(statuses)  # made by RQ's own Group
+            total = len(statuses)  # RQ's own Group made it
         if total is None:
-            raise problems.ResultExpired(f"The group {group_id} is not kept any more.", group_id=group_id)
+            raise problems.ResultExpired(f"The group {group_id} is no longer kept.", group_id=group_id)
         counts = Counter(status for status in statuses if status is not None)
         if expired := total - counts.total():
             counts["expired"] = expired
@@ -167,11 +168,11 @@ class Jobs:
         Args:
             filters: any of `status`, `queue`, `function`.
             limit: most jobs of the page.
-            cursor: where the last page ended.
-            owner: whose jobs; None for everybody's.
+            cursor: the cursor that the page before gave.
+            owner: name of the owner; None for all owners.
 
         Raises:
-            InvalidRequest: the cursor is none of ours.
+            InvalidRequest: the cursor is not valid.
         """
         page = queries.list_jobs(
             self.connection,
@@ -190,68 +191,74 @@ class Jobs:
     # Status
 
     def read_status(self, job_id: str, owner: str | None = "") -> StatusObject:
-        """Where the job is. One round trip, whatever the size of its payload and result.
+        """Read the status of the job. One round trip; payload and result are not read.
 
         Args:
             job_id: what `enqueue` returned.
-            owner: whose job it must be; None for anybody's.
+            owner: name of the owner that the job must have; None for any owner.
 
         Raises:
-            JobNotFound: there is no such job, or it is somebody else's.
-            ResultExpired: it existed, and is not kept any more.
+            JobNotFound: there is no such job, or it belongs to another owner.
+            ResultExpired: the job existed, but it is no longer kept.
         """
         values: Any = self.connection.hmget(scripts.job_key(job_id), STATUS_FIELDS)
         return make_status(self.connection, job_id, self._decode(job_id, owner, values))
 
     def _owners(self, owner: str | None) -> list[str]:
+        """The owners whose ids to accept; for None all owners that the settings know."""
         return ["", *(key.name for key in self.settings.api_keys)] if owner is None else [owner]
 
     def _decode(self, job_id: str, owner: str | None, values: list[bytes | None]) -> dict[str, str | None]:
+        """The fields of the job's hash by name, if the job exists and belongs to the owner.
+
+        Raises:
+            JobNotFound, ResultExpired: as `read_status`.
+        """
         fields = decode_fields(values)
         # A stock worker's late heartbeat can leave a hash with nothing else in it (rq#1450).
         exists = fields["status"] is not None and fields["created_at"] is not None
         if exists and owner in (None, fields["owner"] or ""):
             return fields
         if not exists and any(self.ids.is_ours(job_id, name) for name in self._owners(owner)):
-            raise problems.ResultExpired(f"The job {job_id} is not kept any more.", job_id=job_id)
+            raise problems.ResultExpired(f"The job {job_id} is no longer kept.", job_id=job_id)
         raise problems.JobNotFound(f"No job has the id {job_id!r}.", job_id=job_id)
 
     # Result
 
     def read_payload(self, job_id: str, owner: str | None = "") -> bytes:
-        """The job's payload, as JSON text.
+        """Read the job's payload, as JSON text.
 
         Raises:
-            PayloadNotFound: RQ itself enqueued it, in another form.
+            PayloadNotFound: the job was enqueued with RQ itself, and its arguments are not one JSON value.
             JobNotFound, ResultExpired: as `read_status`.
         """
         self.read_status(job_id, owner)
         with self.connection.pipeline(transaction=False) as pipeline:
             for name in ("data", "owner"):
                 pipeline.hget(scripts.job_key(job_id), name)
-            data, ours = pipeline.execute()
-        # Room for what JSON's escapes and the call around it may add.
+            data, stored_owner = pipeline.execute()
+        # The stored text may be longer than the payload was: JSON may escape characters, and there is a call around it.
         most = 6 * self.settings.max_payload_bytes + 10_000
-        text = read_stored_payload(data, most, is_ours=ours is not None)
+        text = read_stored_payload(data, most, is_ours=stored_owner is not None)
         if text is None:
             raise problems.PayloadNotFound(f"The job {job_id} has no payload that is JSON.", job_id=job_id)
         return text
 
     def read_result(self, job_id: str, owner: str | None = "") -> bytes:
-        """The job's return value, as JSON text.
+        """Read the job's return value, as JSON text.
 
         Raises:
             ResultNotReady: the job has not ended.
             JobFailed, JobStopped, JobCanceled: it ended without a result.
-            ResultExpired, JobNotFound: as `read_status`.
+            JobNotFound, ResultExpired: as `read_status`.
         """
         fields, text = self._read_result(job_id, owner)
         if text is not None:
             return text
         status = fields["status"]
         members: dict[str, Any] = {"job_id": job_id, "job_status": status}
-        if status == "finished":  # its hash outlived its result
-            raise problems.ResultExpired(f"The result of the job {job_id} is not kept any more.", job_id=job_id)
+        if status == "finished":  # the result expired before the hash
+            raise problems.ResultExpired(f"The result of the job {job_id} is no longer kept.", job_id=job_id)
         if status not in TERMINAL:
             raise problems.ResultNotReady(f"The job is {status}.", retry_after=POLL_AGAIN, **members)
         error = make_status(self.connection, job_id, fields).error
@@ -260,7 +267,7 @@ class Jobs:
         raise problem[status or ""](f"The job was {status}." if status != "failed" else "The job failed.", **members)
 
     def _read_result(self, job_id: str, owner: str | None) -> tuple[dict[str, str | None], bytes | None]:
-        """The fields of the job's hash for its status, and its return value if it has finished; in one round trip."""
+        """The fields of STATUS_FIELDS, and the return value if the job has finished. One round trip."""
         with self.connection.pipeline(transaction=False) as pipeline:
             pipeline.hmget(scripts.job_key(job_id), STATUS_FIELDS)
             pipeline.xrevrange(scripts.results_key(job_id), count=1)
@@ -271,11 +278,11 @@ class Jobs:
         return fields, None
 
     def read_status_and_result(self, job_id: str, owner: str | None) -> StatusObject:
-        """The status of the job; with its result if it has finished (StatusWithResult).
+        """Read the status of the job, with its result if it has finished (StatusWithResult).
 
         Raises:
-            JobFailed, ResultExpired: it finished, but there is no result to be told.
-            JobNotFound: as `read_status`.
+            JobFailed: a stock worker stored a result that is not JSON.
+            JobNotFound, ResultExpired: as `read_result`.
         """
         fields, text = self._read_result(job_id, owner)
         status = make_status(self.connection, job_id, fields)

@@ -1,36 +1,36 @@
-"""The problems that clients are told about (RFC 9457): one exception class each, with its status and its page."""
+"""The problems of the API (RFC 9457): an exception class for each, with its HTTP status and the text of its page."""
 
 import inspect
 import re
 from typing import Any, ClassVar, Self, TypedDict
 
-#: Seconds after which a client should ask again for a job that has not ended.
+#: Seconds after which a client should ask again about a job that has not ended.
 POLL_AGAIN = 1
-#: Seconds after which a client should try again when the service could not do what it was asked.
+#: Seconds after which a client should send a request again that the service could not serve.
 TRY_AGAIN = 5
-#: Places of a request that one answer names as wrong, at most.
+#: Most errors of a request that one answer lists.
 MOST_ERRORS = 100
 #: The media type of a problem (RFC 9457).
 PROBLEM_JSON = "application/problem+json"
 
 
 class ErrorItem(TypedDict):
-    """One place of a request that is wrong: where, as a path into query or body, and why."""
+    """One error of a request: its place, as a path into query or body, and what is wrong there."""
 
     loc: list[str | int]
     msg: str
 
 
 class Problem(Exception):
-    """Something that a client is told: `detail` says what happened, `members` are its own fields."""
+    """An error that the API answers. `detail` says what happened, `members` are further fields of the answer."""
 
     status: ClassVar[int]
     title: ClassVar[str]
-    #: The last part of its `type`: that of `JobNotFound` is `job-not-found`.
+    #: The last part of its `type`: `job-not-found` for `JobNotFound`.
     slug: ClassVar[str]
-    #: For the problem's page: what it means, and what to do; its class' docstring, after the first line.
+    #: Text of the problem's page: what it means, and what to do. It is the docstring of the class after the first line.
     explanation: ClassVar[str]
-    #: An example of its own members, for the OpenAPI document.
+    #: Example of its members, for the OpenAPI document.
     example: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, detail: str, *, retry_after: int | None = None, **members: Any) -> None:
@@ -58,9 +58,9 @@ class Problem(Exception):
 class InvalidRequest(Problem, status=422):
     """The payload does not fit the function, or an option is missing, unknown or out of range.
 
-    The request was understood, but a value in it is not allowed. `errors` names each place: `query` for an option,
-    `body` for the payload. Correct them; the same request will be refused again. GET /functions shows the schema of
-    each function's payload.
+    The request has a value that is not allowed. `errors` lists each wrong place: `query` for an option, `body` for the
+    payload. Correct them: the same request will be refused again. GET /functions shows the schema of each function's
+    payload.
     """
 
     example: ClassVar = {"errors": [{"loc": ["query", "timeout"], "msg": "Input should be greater than or equal to 1"}]}
@@ -69,9 +69,9 @@ class InvalidRequest(Problem, status=422):
 class InvalidJson(Problem, status=400):
     """The body is not JSON.
 
-    The body is not JSON as RFC 8259 has it, in UTF-8; or it holds what others could not read back: NaN, Infinity, a
-    number too big for a double, a lone surrogate, more than 100 levels. Correct the body at the line and column
-    that `detail` names.
+    The body is not JSON in UTF-8 (RFC 8259), or other JSON parsers could not read it: it has NaN, Infinity, a number
+    too big for a double, a lone surrogate, or more than 100 levels. Correct the body at the line and column that
+    `detail` names.
     """
 
     example: ClassVar = {"line": 1, "column": 9}
@@ -80,14 +80,14 @@ class InvalidJson(Problem, status=400):
 class BadRequest(Problem, status=400):
     """The request is not valid HTTP.
 
-    The request itself is malformed, before any of its content was looked at. Check the client.
+    The request is malformed, so the service did not look at its content. Check the client.
     """
 
 
 class Unauthorized(Problem, status=401):
     """No API key, or one that is not known.
 
-    This service wants an API key: send it as `Authorization: Bearer KEY`.
+    This service needs an API key. Send it as `Authorization: Bearer KEY`.
     """
 
 
@@ -101,14 +101,14 @@ class Forbidden(Problem, status=403):
 class NotFound(Problem, status=404):
     """There is no such route.
 
-    There is no such route. GET /openapi.json lists all of them, /docs shows them.
+    There is no such route. GET /openapi.json lists all routes, /docs shows them.
     """
 
 
 class JobNotFound(Problem, status=404):
     """No job has this id.
 
-    No job has this id, or it belongs to somebody else. Check the id; /enqueue returns it as `job_id`.
+    No job has this id, or the job belongs to another API key. Check the id; /enqueue returns it as `job_id`.
     """
 
     example: ClassVar = {"job_id": "abc"}
@@ -117,17 +117,17 @@ class JobNotFound(Problem, status=404):
 class PayloadNotFound(Problem, status=404):
     """The job has no payload that could be shown.
 
-    The job was not enqueued by this service but with RQ itself, and its arguments are not one JSON value.
+    The job was enqueued with RQ itself, and its arguments are not one JSON value.
     """
 
     example: ClassVar = {"job_id": "abc"}
 
 
 class WebhookNotFound(Problem, status=404):
-    """The job has told no webhook of its end.
+    """There is no message to a webhook about this job.
 
-    There is no message to send again: the job was enqueued without `webhook`, has not ended, or its message is kept
-    no more. GET /webhooks lists the messages of a job.
+    There is no message to send again: the job was enqueued without `webhook`, it has not ended, or its message is no
+    longer kept. GET /webhooks lists the messages of a job.
     """
 
     example: ClassVar = {"job_id": "abc"}
@@ -136,7 +136,7 @@ class WebhookNotFound(Problem, status=404):
 class GroupNotFound(Problem, status=404):
     """No group of jobs has this id.
 
-    No group has this id, or it belongs to somebody else. Check the id; /enqueue_many returns it as `group_id`.
+    No group has this id, or it belongs to another API key. Check the id; /enqueue_many returns it as `group_id`.
     """
 
     example: ClassVar = {"group_id": "abc"}
@@ -145,7 +145,7 @@ class GroupNotFound(Problem, status=404):
 class FunctionNotFound(Problem, status=404):
     """There is no job function of this name.
 
-    There is no job function of this name. `known` lists the names there are; GET /functions describes them.
+    There is no job function of this name. `known` lists all names; GET /functions describes the functions.
     """
 
     example: ClassVar = {"known": ["count_words", "estimate_pi", "some_long_function"]}
@@ -154,15 +154,15 @@ class FunctionNotFound(Problem, status=404):
 class MethodNotAllowed(Problem, status=405):
     """The route has no such method.
 
-    The route exists, but not with this method. The header `Allow` lists its methods.
+    The route does not have this method. The header `Allow` lists its methods.
     """
 
 
 class ResultNotReady(Problem, status=409):
     """The job has not ended yet.
 
-    The job waits or runs. Ask again after the seconds that `Retry-After` names, or add `wait=SECONDS` to be
-    answered as soon as it ends.
+    The job waits or runs. Ask again after `Retry-After` seconds, or add `wait=SECONDS` to get the answer as soon as
+    the job ends.
     """
 
     example: ClassVar = {"job_id": "abc", "job_status": "started"}
@@ -171,7 +171,7 @@ class ResultNotReady(Problem, status=409):
 class JobFailed(Problem, status=409):
     """The job ended with an error; it has no result.
 
-    The job function raised, or its process died. `error` says how; the service's log has more.
+    The job function raised an exception, or its process died. `error` says which; the service's log has more.
     """
 
     example: ClassVar = {
@@ -193,7 +193,7 @@ class JobStopped(Problem, status=409):
 class JobCanceled(Problem, status=409):
     """The job was canceled while it waited; it has no result.
 
-    Somebody canceled the job while it waited, so it has no result. `POST /retry` lets it run after all.
+    Somebody canceled the job while it waited, so it has no result. POST /retry runs it after all.
     """
 
     example: ClassVar = {"job_id": "abc", "job_status": "canceled", "error": None}
@@ -202,7 +202,7 @@ class JobCanceled(Problem, status=409):
 class JobAlreadyEnded(Problem, status=409):
     """The job had finished or failed before it could be canceled.
 
-    The job finished or failed before the cancel came. Nothing was changed; fetch its result, or its error.
+    The job had finished or failed already. Nothing was changed. Fetch its result, or its error.
     """
 
     example: ClassVar = {"job_id": "abc", "job_status": "finished"}
@@ -211,8 +211,8 @@ class JobAlreadyEnded(Problem, status=409):
 class JobNotRetryable(Problem, status=409):
     """The job did not fail, and was neither stopped nor canceled, so there is nothing to run again.
 
-    Only a job that failed, was stopped or was canceled can be retried. This one waits, runs or finished;
-    `job_status` says which. To run it once more, enqueue it again.
+    Only a failed, stopped or canceled job can be retried. This job waits, runs or has finished; `job_status` says
+    which. To run it once more, enqueue it again.
     """
 
     example: ClassVar = {"job_id": "abc", "job_status": "finished"}
@@ -221,7 +221,7 @@ class JobNotRetryable(Problem, status=409):
 class ResultExpired(Problem, status=410):
     """The job existed, but it is not kept any more.
 
-    The job existed, but it and its result were kept no longer than its TTL. Enqueue it again, with a longer
+    The job existed, but its TTL has passed, so it and its result were deleted. Enqueue it again, with a longer
     `result_ttl` if you need one.
     """
 
@@ -231,8 +231,8 @@ class ResultExpired(Problem, status=410):
 class IdempotencyKeyReused(Problem, status=422):
     """The idempotency key stands for another request already.
 
-    A request with the same `Idempotency-Key` came before, with another function, payload or option. Nothing was
-    enqueued. Use a new key for a new request, and the same key only to send the very same one again.
+    An earlier request had the same `Idempotency-Key`, but another function, payload or option. Nothing was enqueued.
+    Use a new key for a new request. Use the same key only to send the same request again.
     """
 
 
@@ -247,48 +247,51 @@ class PayloadTooLarge(Problem, status=413):
 
 
 class UnsupportedMediaType(Problem, status=415):
-    """The body is not said to be JSON.
+    """The Content-Type of the body is not JSON.
 
-    Bodies are JSON: send `Content-Type: application/json` (curl: -H 'Content-Type: application/json').
+    All bodies are JSON. Send `Content-Type: application/json` (curl: -H 'Content-Type: application/json').
     """
 
 
 class TooManyRequests(Problem, status=429):
     """The API key sends more requests than it may, or has too many open at once.
 
-    The key sent more requests in a short time than are allowed, or has as many open as are left for all others.
-    Wait for the seconds of `Retry-After`.
+    The key sent more requests in a short time than are allowed. Or it has too many requests open, or too many bytes in
+    them: a key must leave as much room for others as it takes. Try again after `Retry-After` seconds.
     """
 
 
 class InternalError(Problem, status=500):
     """A bug of this service.
 
-    This is a bug of the service. Tell its operator the `request_id`; the log knows it.
+    This is a bug of the service. Give the `request_id` to its operator, who finds the error in the log with it.
     """
 
     example: ClassVar = {"request_id": "7f3c2a1e9b0d4c58"}
 
 
 class QueueFull(Problem, status=503):
-    """As many jobs wait in the queue as may.
+    """The queue is full.
 
-    As many jobs wait in this queue as may. Nothing was enqueued; try again after `Retry-After`.
+    The queue holds as many jobs as MAX_QUEUE_LENGTH allows. Nothing was enqueued. Try again after `Retry-After`
+    seconds.
     """
 
     example: ClassVar = {"queue": "default"}
 
     @classmethod
     def of(cls, queue: str | None, limit: int) -> Self:
-        """The problem of this queue, which may hold `limit` jobs (MAX_QUEUE_LENGTH)."""
-        return cls(f"{limit} jobs wait in the queue {queue}, or almost.", queue=queue, retry_after=TRY_AGAIN)
+        """The problem for this queue, which may hold `limit` jobs (MAX_QUEUE_LENGTH)."""
+        return cls(
+            f"The queue {queue} has no room for this: it may hold {limit} jobs.", queue=queue, retry_after=TRY_AGAIN
+        )
 
 
 class RedisUnavailable(Problem, status=503):
-    """Redis did not do what it was asked.
+    """Redis is not available, or refused the command.
 
-    Redis is down, starting, full, read-only or too slow. A job may or may not have been enqueued. Try again after
-    `Retry-After`.
+    Redis is down, starting, full, read-only or too slow. The job may be enqueued or not. Try again after `Retry-After`
+    seconds; with an `Idempotency-Key` it cannot be enqueued twice.
     """
 
 

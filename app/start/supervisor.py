@@ -1,4 +1,4 @@
-"""Processes that are one service: their logs as one, started again when they end, and ended together."""
+"""Run several processes as one service: with one log, started again if they end, and ended together."""
 
 import contextlib
 import json
@@ -15,21 +15,23 @@ from typing import TextIO
 
 from app.logs import describe_exit
 
-#: Seconds before a process that ended is started again, at first and at most: doubled each time it ends early.
+#: Seconds before an ended process is started again: the first pause, and the longest. An early end doubles the pause.
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 10.0
-#: Seconds after which an end is no early one.
-STEADY = 60.0
-#: Seconds between two looks at the processes.
-LOOK_EVERY = 0.1
-#: Seconds that the last lines of a process have once it is gone: one that left its group may hold the pipe for longer.
+#: An end after fewer seconds than these is an early end.
+STEADY_AFTER = 60.0
+#: Seconds between two checks of the processes.
+CHECK_EVERY = 0.1
+#: Seconds to read the last lines of a process that has ended. A child of it may hold the pipe open for longer.
 LAST_LINES_WITHIN = 1.0
 
 
-def _look_at_nothing() -> None:
+def _do_nothing() -> None:
     pass
 
 
 class _Child:
+    """A process that the supervisor runs: its command, its present run, and when to start it again."""
+
     def __init__(self, name: str, command: Sequence[str]) -> None:
         self.name, self.command = name, command
         self.popen: subprocess.Popen[bytes] | None = None
@@ -38,46 +40,52 @@ class _Child:
         self.pause = FIRST_PAUSE
 
     def note_end(self) -> str | None:
-        """How it ended, if it did since the last look."""
+        """Say how the process ended, if it has ended since the last call, and plan its next start."""
         if self.popen is None or (code := self.popen.poll()) is None:
             return None
         self.popen = None
         now = time.monotonic()
-        if now - self.started_at > STEADY:
+        if now - self.started_at > STEADY_AFTER:
             self.pause = FIRST_PAUSE
         self.start_at, self.pause = now + self.pause, min(2 * self.pause, LONGEST_PAUSE)
         return describe_exit(code)
 
 
 class Supervisor:
-    """Runs processes until it is told to end. While `restarts` is false, the end of one is the end of all."""
+    """Runs processes until `end`, or a signal. If `restarts` is false and one process ends, it ends all."""
 
     def __init__(self, output: TextIO, *, kill_after: float, log_format: str = "text") -> None:
-        """Take where the logs go and how, and how many seconds the processes have for their end."""
+        """Prepare a supervisor without processes.
+
+        Args:
+            output: for the log lines of all processes.
+            kill_after: seconds after SIGTERM before a process is killed.
+            log_format: of the processes, `text` or `json`.
+        """
         self._output, self._log_format, self._kill_after = output, log_format, kill_after
         self._children: list[_Child] = []
         self._width = 0
         self._printing = threading.Lock()
-        self._is_ending = False  # no event: it is set by signal handlers, which must not wait for its lock
+        self._is_ending = False  # no threading.Event: a signal handler must not wait for its lock
         self.restarts = False
-        #: Why all were ended, if one of them ended by itself.
+        #: Why all processes were ended, if one of them ended by itself.
         self.failure = ""
 
     def add(self, name: str, command: Sequence[str]) -> None:
-        """Have a process run this command, under a name for its lines in the log."""
+        """Add a process that runs this command. Its name stands in front of its log lines."""
         self._children.append(_Child(name, command))
         self._width = max(self._width, len(name))
 
     def end(self) -> None:
-        """Tell all processes to end; from any thread."""
+        """End all processes. Any thread may call this."""
         self._is_ending = True
 
-    def run(self, env: Mapping[str, str], look: Callable[[], None]) -> None:
-        """Start the processes and look after them until `end`, SIGINT, SIGTERM or SIGHUP, and all are gone.
+    def run(self, env: Mapping[str, str], keep_alive: Callable[[], None]) -> None:
+        """Run the processes until `end`, SIGINT, SIGTERM or SIGHUP; return when all of them have ended.
 
         Args:
             env: their environment.
-            look: called at each look at them, from this thread.
+            keep_alive: called in this thread every CHECK_EVERY seconds, until all have ended.
         """
 
         def on_signal(_number: int, _frame: FrameType | None) -> None:
@@ -88,13 +96,13 @@ class Supervisor:
                 signal.signal(number, on_signal)
         try:
             while not self._is_ending:
-                look()
-                self._look_after(env)
-                time.sleep(LOOK_EVERY)
+                keep_alive()
+                self._check_children(env)
+                time.sleep(CHECK_EVERY)
         finally:
-            self._end_all(look)
+            self._end_all(keep_alive)
 
-    def _look_after(self, env: Mapping[str, str]) -> None:
+    def _check_children(self, env: Mapping[str, str]) -> None:
         for child in self._children:
             if how := child.note_end():
                 if not self.restarts:
@@ -102,18 +110,18 @@ class Supervisor:
                     self.end()
                     return
                 pause = child.start_at - time.monotonic()
-                self._tell(child.name, f"ended by itself: {how}; it is started again in {pause:.0f} s")
+                self._log(child.name, f"ended by itself: {how}; it is started again in {pause:.0f} s")
             if child.popen is None and time.monotonic() >= child.start_at:
                 self._start(child, env)
 
     def _start(self, child: _Child, env: Mapping[str, str]) -> None:
-        # In a session of its own: Ctrl-C in the terminal is ours to pass on.
+        # In a session of its own, so that Ctrl-C in the terminal reaches the supervisor only, which ends all in order.
         try:
             child.popen = subprocess.Popen(
                 child.command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
             )
         except OSError as error:  # no memory, or too many processes
-            self._tell(child.name, f"cannot be started: {error}")
+            self._log(child.name, f"cannot be started: {error}")
             child.start_at = time.monotonic() + LONGEST_PAUSE
             return
         child.started_at = time.monotonic()
@@ -126,38 +134,38 @@ class Supervisor:
             for line in popen.stdout:
                 self._print(name, line.decode(errors="replace").rstrip("\n"))
 
-    def _tell(self, name: str, event: str) -> None:
+    def _log(self, name: str, event: str) -> None:
         self._print(name, event if self._log_format == "json" else f"{time.strftime('%H:%M:%S')} {event}")
 
     def _print(self, name: str, line: str) -> None:
         encoding = self._output.encoding or "utf-8"
         line = line.encode(encoding, errors="backslashreplace").decode(encoding)
-        # Whoever reads the log may be gone, as after `| head`; the processes go on, and so does the reading of theirs.
+        # The reader of the log may be gone, as after `| head`. The processes go on, so their output must still be read.
         with self._printing, contextlib.suppress(OSError, ValueError):
-            self._output.write(f"{self._shape(name, line)}\n")
+            self._output.write(f"{self._format(name, line)}\n")
             self._output.flush()
 
-    def _shape(self, name: str, line: str) -> str:
+    def _format(self, name: str, line: str) -> str:
         if self._log_format == "text":
             return f"{name:<{self._width}} | {line}"
         if line.startswith('{"time": '):
             return line
-        # What a job function printed, or what we have to say.
+        # A line that a job function printed, or the supervisor wrote.
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         return json.dumps({"time": now, "level": "info", "logger": name, "message": line})
 
-    def _end_all(self, look: Callable[[], None]) -> None:
+    def _end_all(self, keep_alive: Callable[[], None]) -> None:
         running = [child.popen for child in self._children if child.popen]
         for popen in running:
             popen.terminate()
         deadline = time.monotonic() + self._kill_after
         while any(popen.poll() is None for popen in running) and time.monotonic() < deadline:
             try:
-                look()  # what jobs come to in their last seconds is to be stored
-            except (Exception, SystemExit) as error:  # noqa: BLE001  # the processes are to be ended all the same
-                self._tell("", str(error))
-                look = _look_at_nothing
-            time.sleep(LOOK_EVERY)
+                keep_alive()  # jobs that end now must be able to store their results
+            except (Exception, SystemExit) as error:  # noqa: BLE001  # the processes must be ended in any case
+                self._log("", str(error))
+                keep_alive = _do_nothing
+            time.sleep(CHECK_EVERY)
         for popen in running:
             if popen.poll() is None:
                 os.killpg(popen.pid, signal.SIGKILL)

@@ -50,27 +50,27 @@ def check_url(url: str, *, allow_private: bool) -> Receiver:
     """Check that a webhook may call this URL, and resolve its host.
 
     Raises:
-        Refused: it is not a URL of http or https, or its host has no address, or one that is not public.
+        Refused: it is not an http or https URL, or its host has no address, or an address that is not public.
     """
     if len(url) > 2000 or not re.fullmatch(r"[!-~]+", url):
-        raise Refused("a URL of visible ASCII characters is wanted, 2000 at most")
+        raise Refused("it must be a URL of at most 2000 visible ASCII characters")
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError:
         raise Refused("it is not a URL") from None
     if parts.scheme not in ("http", "https") or not host or port == 0:
-        raise Refused("it is not a URL of http or https")
+        raise Refused("it is not an http or https URL")
     if parts.username is not None or parts.password is not None or "\\" in url:
         raise Refused("it has a user, a password or a backslash")
     port = port or (443 if parts.scheme == "https" else 80)
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
-        raise Refused(f"the host {host!r} is not known") from None
+        raise Refused(f"the host {host!r} cannot be resolved") from None
     addresses = [str(address[0]) for *_, address in found]
     if not allow_private and not all(map(_is_public, addresses)):
-        raise Refused(f"the host {host!r} is not a public one")
+        raise Refused(f"the host {host!r} has an address that is not public")
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     return Receiver(parts.scheme, host, port, path, addresses)
 

@@ -1,7 +1,8 @@
-"""Webhooks (Standard Webhooks 1.0): who may be told, and how one delivery is tried.
+"""Deliver one message to a webhook (Standard Webhooks 1.0): one signed try.
 
-A delivery is a job on a queue of its own, enqueued by the very script that ends the job it tells of. It names this
-module's `deliver`, which is no job function that clients can enqueue.
+A delivery is a job on a queue of its own. The script that ends a job enqueues it, so that no end goes without its
+message. The delivery names `app.webhooks.deliver`; a work-horse runs `DELIVERY` for this name. Clients cannot enqueue
+it, since it is in no list of job functions.
 """
 
 import inspect
@@ -16,6 +17,7 @@ from email.utils import parsedate_to_datetime
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any, NamedTuple
 
+from redis import Redis
 from rq import get_current_job
 from rq.timeouts import JobTimeoutException
 from standardwebhooks import Webhook
@@ -24,37 +26,38 @@ from app.config import get_settings
 from app.core.scripts import MESSAGES_KEPT, deliveries_key, tries_key
 from app.job_function import GiveUp, JobFunction, TryAgain
 from app.jobs.status import make_status
-from app.redis_resc import redis_conn
 from app.webhooks.addresses import Refused, check_url
 
-#: Seconds that a receiver may take for each of: connection, each part of its answer.
-PATIENCE = 10.0
+#: Seconds that a receiver may take to accept the connection, and again for each part of its answer.
+RECEIVER_TIMEOUT = 10.0
 #: Longest pause, in seconds, that a receiver's `Retry-After` may ask for.
 LONGEST_PAUSE = 24 * 3600
 
 
 class Answer(NamedTuple):
-    """What a receiver said."""
+    """The answer of a receiver; `retry_after` in seconds, if it has that header."""
 
     status: int
     retry_after: float | None
 
 
 def _read_retry_after(text: str | None) -> float | None:
-    """Seconds, from a number of them or from a date (RFC 9110)."""
+    """The seconds that a `Retry-After` header asks for, as a number or as a date (RFC 9110); None if it is neither."""
     if text is None:
         return None
     if re.fullmatch(r"[0-9]{1,9}", text.strip()):
         return min(float(text), LONGEST_PAUSE)
     try:
         until = parsedate_to_datetime(text).timestamp()
-    except (ValueError, OverflowError):  # the latter of numbers with many digits
+    except (ValueError, OverflowError):  # OverflowError: a number has too many digits
         return None
     return min(max(0.0, until - time.time()), LONGEST_PAUSE)
 
 
 def _post(url: str, body: bytes, headers: dict[str, str], *, allow_private: bool) -> Answer:
-    """POST to an address that was checked: the name is resolved once, and what it resolved to is dialled.
+    """POST to the URL. Resolve its host once, check these addresses, and connect to no others.
+
+    A second look-up could give an address that was not checked.
 
     Raises:
         Refused, OSError, HTTPException: there was no answer.
@@ -62,11 +65,11 @@ def _post(url: str, body: bytes, headers: dict[str, str], *, allow_private: bool
     scheme, host, port, path, addresses = check_url(url, allow_private=allow_private)
     connection: HTTPConnection
     if scheme == "https":
-        connection = HTTPSConnection(host, port, timeout=PATIENCE, context=ssl.create_default_context())
+        connection = HTTPSConnection(host, port, timeout=RECEIVER_TIMEOUT, context=ssl.create_default_context())
     else:
-        connection = HTTPConnection(host, port, timeout=PATIENCE)
-    # http.client's way in for tests and proxies: the host stays the name that TLS checks and `Host` says.
-    connection._create_connection = lambda *_, **__: _dial(addresses, port)  # type: ignore[attr-defined]
+        connection = HTTPConnection(host, port, timeout=RECEIVER_TIMEOUT)
+    # http.client's hook for tests and proxies. TLS and the header `Host` still use the name of the host.
+    connection._create_connection = lambda *_, **__: _connect(addresses, port)  # type: ignore[attr-defined]
     try:
         connection.request("POST", path, body, headers)
         answer = connection.getresponse()
@@ -75,24 +78,25 @@ def _post(url: str, body: bytes, headers: dict[str, str], *, allow_private: bool
         connection.close()
 
 
-def _dial(addresses: list[str], port: int) -> socket.socket:
+def _connect(addresses: list[str], port: int) -> socket.socket:
+    """Connect to the first of the addresses that answers."""
     *others, last = addresses
     for address in others:
         with suppress(OSError):
-            return socket.create_connection((address, port), PATIENCE)
-    return socket.create_connection((last, port), PATIENCE)
+            return socket.create_connection((address, port), RECEIVER_TIMEOUT)
+    return socket.create_connection((last, port), RECEIVER_TIMEOUT)
 
 
-def make_body(payload: dict[str, Any]) -> bytes:
-    """What is sent, the same at each try: the script sent the fields of the job's hash as they were when it ended."""
+def make_body(connection: Redis, payload: dict[str, Any]) -> bytes:
+    """Make the body of the message from the fields that the job had at its end, so that it is the same at each try."""
     fields = {**payload["fields"], "status": payload["status"]}
-    data = make_status(redis_conn, payload["job_id"], fields, is_listed=True).model_dump(mode="json")
+    data = make_status(connection, payload["job_id"], fields, is_listed=True).model_dump(mode="json")
     event = {"type": f"job.{payload['status']}", "timestamp": data["ended_at"], "data": data}
     return json.dumps(event, separators=(",", ":")).encode()
 
 
 def sign(secrets: tuple[str, ...], webhook_id: str, now: datetime, body: bytes) -> dict[str, str]:
-    """The headers of Standard Webhooks; several secrets, while one replaces another, are several signatures."""
+    """Make the headers of Standard Webhooks. Each secret signs, so that a new secret can replace an old one."""
     return {
         "webhook-id": webhook_id,
         "webhook-timestamp": str(int(now.timestamp())),
@@ -101,45 +105,48 @@ def sign(secrets: tuple[str, ...], webhook_id: str, now: datetime, body: bytes) 
 
 
 def deliver(payload: dict[str, Any]) -> dict[str, Any]:
-    """Try once; the log of tries has what came of it.
+    """Try to deliver the message once, and add the try to its log.
+
+    Returns:
+        The status code of the receiver's answer, as `status_code`.
 
     Raises:
-        TryAgain: the receiver did not take it.
-        GiveUp: it never will (410).
+        TryAgain: the receiver did not accept it.
+        GiveUp: the receiver is gone for good (410).
     """
     settings, job, now = get_settings(), get_current_job(), datetime.now(UTC)
     assert job
-    body = make_body(payload)
+    body = make_body(job.connection, payload)
     headers = {
         "Content-Type": "application/json",
         "User-Agent": "background-jobs-webhooks",
         **sign(settings.webhook_secrets, job.id, now, body),
     }
-    tried: dict[str, Any] = {"at": now.isoformat().replace("+00:00", "Z"), "status_code": None, "error": None}
+    attempt: dict[str, Any] = {"at": now.isoformat().replace("+00:00", "Z"), "status_code": None, "error": None}
     answer = None
     try:
         answer = _post(payload["url"], body, headers, allow_private=settings.webhook_allow_private)
-        tried["status_code"] = answer.status
+        attempt["status_code"] = answer.status
     except (Refused, OSError, HTTPException, JobTimeoutException) as error:
-        tried["error"] = f"{type(error).__name__}: {error}"[:200]
-    tried["seconds"] = round((datetime.now(UTC) - now) / timedelta(seconds=1), 3)
+        attempt["error"] = f"{type(error).__name__}: {error}"[:200]
+    attempt["seconds"] = round((datetime.now(UTC) - now) / timedelta(seconds=1), 3)
     is_delivered = answer is not None and 200 <= answer.status < 300
-    _log(payload["job_id"], job.id, tried, settings.result_ttl if is_delivered else MESSAGES_KEPT)
+    _log_try(job.connection, payload["job_id"], job.id, attempt, settings.result_ttl if is_delivered else MESSAGES_KEPT)
     if answer and is_delivered:
         return {"status_code": answer.status}
     if answer and answer.status == 410:
         raise GiveUp("The receiver is gone: 410.")
-    what = f"It answered {answer.status}." if answer else f"There was no answer: {tried['error']}."
-    raise TryAgain(what, after=answer.retry_after if answer else None)
+    reason = f"It answered {answer.status}." if answer else f"There was no answer: {attempt['error']}."
+    raise TryAgain(reason, after=answer.retry_after if answer else None)
 
 
-def _log(job_id: str, webhook_id: str, tried: dict[str, Any], kept: int) -> None:
-    with redis_conn.pipeline(transaction=False) as pipeline:
-        pipeline.rpush(tries_key(webhook_id), json.dumps(tried))
+def _log_try(connection: Redis, job_id: str, webhook_id: str, attempt: dict[str, Any], ttl: int) -> None:
+    with connection.pipeline(transaction=False) as pipeline:
+        pipeline.rpush(tries_key(webhook_id), json.dumps(attempt))
         for key in (tries_key(webhook_id), deliveries_key(job_id)):
-            pipeline.expire(key, kept)
+            pipeline.expire(key, ttl)
         pipeline.execute()
 
 
-#: What a work-horse runs for a delivery. It is in no list of job functions.
+#: The function that a work-horse runs for a delivery.
 DELIVERY = JobFunction("deliver_webhook", deliver, None, {}, inspect.signature(deliver))

@@ -13,7 +13,6 @@ import psutil
 
 from app.config import Settings
 from app.logs import describe_exit
-from app.worker import work_horse
 from app.worker.channel import Channel
 from app.worker.fork_server import ForkServer, ForkServerDied
 
@@ -140,9 +139,10 @@ class WorkHorseHandle:
 class WorkHorses:
     """Keeps a work-horse ready, and replaces it where that is called for."""
 
-    def __init__(self, settings: Settings, log: logging.Logger) -> None:
-        """Take the settings and the log of the worker. `open` starts the processes."""
+    def __init__(self, settings: Settings, log: logging.Logger, main: Callable[[socket.socket], None]) -> None:
+        """Take the settings and the log of the worker, and what a work-horse runs. `open` starts the processes."""
         self._settings = settings
+        self._main = main
         self._log = log
         self._server: ForkServer | None = None
         #: The work-horse that runs jobs, or will once it is ready; None between two of them.
@@ -155,7 +155,7 @@ class WorkHorses:
         Raises:
             SystemExit: it cannot load the job functions, or keep WORKER_MAX_MEMORY.
         """
-        self._server = ForkServer(work_horse.main)
+        self._server = ForkServer(self._main)
         try:
             horse = self.get_ready(lambda: None)
         except HorseDied as error:

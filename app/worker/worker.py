@@ -25,6 +25,7 @@ from app.core import transitions
 from app.core.scripts import DOORBELL_KEY, describe_failure
 from app.core.transitions import Again, Ending, Nothing, Skipped, Suspended
 from app.logs import configure_logs, start_sentry
+from app.worker import work_horse
 from app.worker.channel import wait_for_any
 from app.worker.fork_server import ForkServerDied
 from app.worker.horses import HorseDied, WorkHorses
@@ -46,7 +47,7 @@ class Worker(ResilientWorker):
     def __init__(self, queues: Any, name: str | None = None, **kwargs: Any) -> None:
         """Take what `rq worker` passes."""
         super().__init__(queues, name, **kwargs)
-        self._horses = WorkHorses(self.settings, self.log)
+        self._horses = WorkHorses(self.settings, self.log, work_horse.main)
         self._outcomes = OutcomeWriter(self, self.settings, self.retry_until_stored)
         lease = self.settings.worker_lease
         self._ahead = TakeAhead(self.connection, self.log, self.name, lease, self._queue_order, self._outcomes)
