@@ -32,7 +32,6 @@ from tests.processes import (
     wait_until,
     worker,
 )
-from tests.test_readme import README
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -261,7 +260,7 @@ def names_of(client: FlaskClient, redis: "Redis") -> set[str]:
 
 def test_readme_lists_each_metric(client: FlaskClient, redis: "Redis") -> None:
     families = {re.sub("_(bucket|count|sum)$", "", name) for name in names_of(client, redis)}
-    table = README.partition("| metric |")[2].partition("\n\n")[0]
+    table = (ROOT / "docs/operations.md").read_text().partition("| metric |")[2].partition("\n\n")[0]
     assert set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == families
 
 

@@ -1,5 +1,6 @@
-"""The README is a list of claims; these tests hold it against the code."""
+"""README and docs are lists of claims; these tests hold them against the code."""
 
+import ast
 import json
 import os
 import re
@@ -14,14 +15,22 @@ from apiflask import APIFlask
 from app.config import Settings
 from app.job_function import FUNCTIONS
 from app.jobs.problems import PROBLEMS
+from app.jobs.status import StatusObject
 from app.web.schemas import EnqueueQuery, make_job_options
 from tests.processes import ROOT
 
 README = (ROOT / "README.md").read_text()
 
 
-def _section(title: str) -> str:
-    return README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+#: The pages that the tests hold against the code: those that a reader finds from the README on.
+PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY")),
+         *sorted((ROOT / "docs").glob("*.md"))]  # fmt: skip
+
+
+def _section(page: str, title: str) -> str:
+    text = (ROOT / page).read_text()
+    assert f"\n## {title}\n" in text, f"{page} has no section {title!r}"
+    return text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
 
 
 def _rows(text: str) -> list[list[str]]:
@@ -39,76 +48,111 @@ def _shown(default: Any) -> str:
     return f"`{text.lower() if isinstance(default, bool) else text}`"
 
 
-def test_readme_lists_each_setting_with_its_default_and_meaning() -> None:
+def _anchors(page: Path) -> set[str]:
+    """The fragments that links to the headings of a page have on GitHub."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_readme_is_read_in_a_few_minutes() -> None:
+    assert len(README.splitlines()) <= 150
+
+
+def test_settings_page_lists_each_setting_with_its_default_and_meaning() -> None:
     expected = [
         [f"`{name.upper()}`", _shown(field.default), field.description] for name, field in Settings.model_fields.items()
     ]
-    assert _rows(_section("Settings"))[1:] == expected
+    assert _rows(_section("docs/settings.md", "All settings"))[1:] == expected
 
 
-def test_readme_lists_each_problem() -> None:
+def test_api_page_lists_each_problem() -> None:
     expected = {
         (str(problem.status), f"`{slug}`", f"{problem.__doc__}".partition("\n")[0])
         for slug, problem in PROBLEMS.items()
     }
-    listed = {tuple(row) for row in _rows(_section("The API")) if re.fullmatch(r"\d{3}", row[0])}
+    listed = {tuple(row) for row in _rows(_section("docs/api.md", "Errors")) if re.fullmatch(r"\d{3}", row[0])}
     assert listed == expected
 
 
-def test_readme_lists_each_route(app: APIFlask) -> None:
+def test_api_page_lists_each_route(app: APIFlask) -> None:
     routes = {
         f"{method} {rule.rule}"
         for rule in app.url_map.iter_rules()
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
         if not rule.rule.startswith(("/static", "/docs/", "/dashboard/"))
     }
-    listed = re.findall(r"`((?:GET|POST) /[^`?]*)", "\n".join(row[0] for row in _rows(_section("The API"))))
-    assert set(listed) == routes
+    rows = _rows(_section("docs/api.md", "Routes"))
+    assert set(re.findall(r"`((?:GET|POST) /[^`?]*)", "\n".join(row[0] for row in rows))) == routes
 
 
-def test_readme_lists_each_option_of_enqueue() -> None:
+def test_api_page_lists_each_option_of_enqueue() -> None:
     options = set(make_job_options(Settings())[EnqueueQuery].model_fields)
-    listed = re.findall(r"`(\w+)=", "\n".join(row[0] for row in _rows(_section("The API"))))
-    assert set(listed) - {"job_id"} == options
+    rows = _rows(_section("docs/api.md", "Options of `/enqueue`"))
+    assert set(re.findall(r"`(\w+)=", "\n".join(row[0] for row in rows))) == options
 
 
-def test_readme_lists_each_function() -> None:
+def test_api_page_lists_each_function() -> None:
     shipped = {name for name, function in FUNCTIONS.items() if function.path.startswith("app.")}
-    section = _section("Write a job function").partition("The functions that are there:")[2]
+    section = _section("docs/api.md", "Job functions").partition("These functions come with the service:")[2]
     assert {row[0].strip("`") for row in _rows(section)[1:]} == shipped
 
 
-def test_readme_maps_each_room() -> None:
-    rooms = {f"{path.relative_to(ROOT)}" for path in (ROOT / "app").rglob("*.py") if path.name != "__init__.py"}
-    assert set(re.findall(r"\]\((app/[\w/]+\.py)\)", _section("How it works"))) == rooms
+def test_api_page_shows_the_status_object_as_it_is() -> None:
+    example = _section("docs/api.md", "The status object").partition("```json\n")[2].partition("```")[0]
+    status = StatusObject.model_validate_json(example)
+    assert list(json.loads(example)) == list(StatusObject.model_fields)
+    assert status.job_status
 
 
-@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(((?!http)[^)]+)\)", README))))
-def test_readme_links_to_what_exists(link: str) -> None:
-    if link.startswith("#"):
-        assert f"\n## {link[1:].replace('-', ' ')}\n" in README.lower()
-    else:
-        assert (ROOT / link).exists()
+def test_architecture_page_has_a_row_for_each_module() -> None:
+    modules = {f"{path.relative_to(ROOT)}" for path in (ROOT / "app").rglob("*.py") if path.name != "__init__.py"}
+    listed = re.findall(r"\]\(\.\./(app/[\w/]+\.py)\)", _section("docs/architecture.md", "The modules"))
+    assert sorted(listed) == sorted(modules)
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
-def test_docs_link_to_what_exists_and_name_settings_that_there_are(page: Path) -> None:
-    text = page.read_text()
-    for link in re.findall(r"\]\(((?!http)[^)#]+)", text):
-        assert (page.parent / link).exists(), link
+def test_readme_maps_each_thing_that_ls_app_shows() -> None:
+    shown = {path.relative_to(ROOT) for path in (ROOT / "app").iterdir() if not path.name.startswith("__")}
+    section = _section("README.md", "Where things are")
+    listed = re.findall(r"^\| \[app/[\w./]+\]\((app/[\w./]+)\)", section, re.MULTILINE)
+    assert {Path(place) for place in listed} == shown
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_link_to_what_exists(page: Path) -> None:
+    for link in re.findall(r"\]\(((?!http)[^)]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in _anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_name_settings_that_there_are(page: Path) -> None:
     settings = {name.upper() for name in Settings.model_fields}
     ours = {name.partition("_")[0] for name in settings} - {"JOB", "SENTRY", "REDIS", "LOG"}
-    named = set(re.findall(r"`([A-Z]+(?:_[A-Z]+)+)(?:=[^`]*)?`", text))
+    named = set(re.findall(r"`([A-Z]+(?:_[A-Z]+)+)(?:=[^`]*)?`", page.read_text()))
     assert {name for name in named if name.partition("_")[0] in ours} <= settings
 
 
-def test_readme_shows_what_the_service_answers() -> None:
-    answers = [json.loads(line) for line in README.splitlines() if line.startswith('{"job_id"')]
-    assert len(answers) == 3
-    enqueued, finished, result = answers
-    assert set(enqueued) == set(finished)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_show_python_that_can_be_read(page: Path) -> None:
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        ast.parse(block)
+
+
+def test_readme_shows_answers_as_jq_cuts_them() -> None:
+    lines = README.splitlines()
+    shown = [(lines[number - 1], json.loads(line)) for number, line in enumerate(lines) if line.startswith('{"')]
+    assert len(shown) == 3
+    for command, answer in shown:
+        members = re.fullmatch(r".* \| jq -c '\{(.+)\}'", command)
+        assert members
+        assert list(answer) == members[1].split(", ")
+    (_, enqueued), (_, finished), (_, result) = shown
+    assert StatusObject.model_fields.keys() >= {*enqueued, *finished}
     assert (enqueued["job_status"], finished["job_status"]) == ("queued", "finished")
-    assert list(result) == ["job_id", "job_enqueued_at", "job_started_at", "input", "result"]
+    assert result["input"] == result["result"]
 
 
 def test_ci_runs_the_line_that_the_readme_tells() -> None:
@@ -117,8 +161,11 @@ def test_ci_runs_the_line_that_the_readme_tells() -> None:
     assert lines[1] in map(str.strip, (ROOT / ".ci/run").read_text().splitlines())
 
 
-@pytest.mark.parametrize("command", sorted(set(re.findall(r"^pipenv run ([\w-]+)", README, flags=re.MULTILINE))))
-def test_readme_names_commands_that_there_are(command: str) -> None:
+@pytest.mark.parametrize(
+    "command",
+    sorted(set(re.findall(r"^pipenv run ([\w-]+)", "\n".join(map(Path.read_text, PAGES)), flags=re.MULTILINE))),
+)
+def test_pages_name_commands_that_there_are(command: str) -> None:
     scripts = tomllib.loads((ROOT / "Pipfile").read_text())["scripts"]
     assert command in scripts or (Path(sys.executable).parent / command).is_file()
 
