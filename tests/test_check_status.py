@@ -239,3 +239,25 @@ def test_check_status_bears_a_corrupt_job_that_does_not_name_its_function(
     redis.hdel(f"rq:job:{job_id}", "function")
     redis.hset(f"rq:job:{job_id}", field, value)
     assert check(client, job_id).json["function"] is None
+
+
+@pytest.mark.parametrize("data", ['["\\ud800.f", null, [1], {}]', '["m.f\\udfff", null, [1], {}]'])
+def test_status_of_a_foreign_job_with_a_name_that_is_not_unicode_can_be_read(
+    client: FlaskClient, redis: "Redis", data: str
+) -> None:
+    fields: dict[Any, Any] = {
+        "status": "queued",
+        "created_at": "2026-11-23T10:00:00.000000Z",
+        "data": data,
+        "origin": "default",
+    }
+    redis.hset("rq:job:foreign", mapping=fields)
+    answer = client.get("/check_status?job_id=foreign")
+    assert (answer.status_code, json_of(answer)["job_status"]) == (200, "queued")
+
+
+def test_list_shows_a_job_whose_id_is_not_utf8(client: FlaskClient, redis: "Redis") -> None:
+    redis.hset(b"rq:job:\xff", mapping={"status": "queued", "created_at": "2026-11-23T10:00:00.000000Z"})
+    redis.zadd("rq:api:jobs::queued", {b"\xff": 1})
+    (listed,) = json_of(client.get("/jobs"))["jobs"]
+    assert listed["job_id"] == "\ufffd"

@@ -250,6 +250,25 @@ def test_wait_sees_how_the_job_ends(client: FlaskClient, redis: "Redis", ask: As
     assert got.result(15).status_code == (200 if outcome == "finished" else 409)
 
 
+DEEP: Any = 1
+for _ in range(600):
+    DEEP = [DEEP]
+
+
+@pytest.mark.parametrize(
+    "value", [None, 0, -0.0, 1e16, 10**400, "\u2028 é \U0001f600", {"": []}, DEEP], ids=lambda value: str(value)[:10]
+)
+def test_wait_on_enqueue_returns_the_stored_result_byte_by_byte(
+    app: APIFlask, redis: "Redis", pool: ThreadPoolExecutor, value: Any
+) -> None:
+    asked = pool.submit(lambda: app.test_client().post("/enqueue/echo?wait=30", json=1))
+    wait_until(lambda: redis.llen("rq:queue:default"))
+    end_run(redis, take_job(redis), value=value)
+    answer = asked.result(30)
+    text = json.dumps(value, ensure_ascii=False)
+    assert (answer.status_code, answer.text.endswith(f',"result":{text}}}')) == (200, True)
+
+
 def test_wait_is_ended_by_the_event_and_not_by_a_look(
     client: FlaskClient, redis: "Redis", ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,6 @@ This module knows no Flask and reads no environment: it takes settings and a con
 """
 
 import base64
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -23,7 +22,6 @@ from app.jobs.problems import POLL_AGAIN
 from app.jobs.status import (
     STATUS_FIELDS,
     StatusObject,
-    StatusWithResult,
     decode_fields,
     make_status,
     read_return_value,
@@ -277,16 +275,14 @@ class Jobs:
             return fields, read_return_value(job_id, results[0][1])
         return fields, None
 
-    def read_status_and_result(self, job_id: str, owner: str | None) -> StatusObject:
-        """Read the status of the job, with its result if it has finished (StatusWithResult).
+    def read_status_and_result(self, job_id: str, owner: str | None) -> tuple[StatusObject, bytes | None]:
+        """The status of the job; and its return value as JSON text, if it has finished.
 
         Raises:
-            JobFailed: a stock worker stored a result that is not JSON.
-            JobNotFound, ResultExpired: as `read_result`.
+            JobFailed, ResultExpired: it finished, but there is no result to return.
+            JobNotFound: as `read_status`.
         """
         fields, text = self._read_result(job_id, owner)
-        status = make_status(self.connection, job_id, fields)
-        if fields["status"] != "finished":
-            return status
-        result = json.loads(text if text is not None else self.read_result(job_id, owner))
-        return StatusWithResult(**dict(status), result=result)
+        if fields["status"] == "finished" and text is None:
+            text = self.read_result(job_id, owner)
+        return make_status(self.connection, job_id, fields), text

@@ -123,6 +123,13 @@ def decode_fields(values: list[bytes | None]) -> dict[str, str | None]:
     }
 
 
+def _without_surrogates(text: str | None) -> str | None:
+    """A text without lone surrogates, which UTF-8 cannot encode: anybody may have written ids and names to Redis."""
+    if text is None or text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def make_status(connection: Redis, job_id: str, fields: Mapping[str, Any], *, is_listed: bool = False) -> StatusObject:
     """Make the status object of a job.
 
@@ -134,10 +141,12 @@ def make_status(connection: Redis, job_id: str, fields: Mapping[str, Any], *, is
     """
     status = fields["status"]
     stored, retries_left = fields.get("error"), str(fields.get("retries_left"))
+    function = fields.get("function") or (None if is_listed else _read_foreign_function(connection, job_id))
+    shown_id = _without_surrogates(job_id) or ""
     return StatusObject(
-        job_id=job_id,
+        job_id=shown_id,
         job_status=status,
-        function=fields.get("function") or (None if is_listed else _read_foreign_function(connection, job_id)),
+        function=_without_surrogates(function),
         queue=fields.get("origin") or None,
         enqueued_at=fields.get("enqueued_at") or None,
         started_at=fields.get("started_at") or None,
@@ -145,7 +154,7 @@ def make_status(connection: Redis, job_id: str, fields: Mapping[str, Any], *, is
         progress=_read_object(fields.get("progress"), JobProgress),
         retries_left=int(retries_left) if re.fullmatch(r"[0-9]{1,9}", retries_left) else None,
         error=_read_error(connection, job_id, stored, is_listed) if status in ("failed", "stopped") else None,
-        links=_make_links(job_id),
+        links=_make_links(shown_id),
     )
 
 

@@ -25,6 +25,10 @@ LEAST_PAUSE = 0.1
 LOOK_EVERY = 5.0
 
 
+#: What a look at a job finds: its status; and its return value as JSON text, if it has finished and was asked for.
+Look = tuple[StatusObject, bytes | None]
+
+
 class Waiting:
     """The requests that wait in this process. There are MAX_WAITING places for them."""
 
@@ -54,10 +58,11 @@ class Waiting:
         if seconds <= 0:
             return self.jobs.read_status(job_id, owner)
         with self.events.subscribe(job_id) as subscription:
-            return self._await_end(partial(self.jobs.read_status, job_id, owner), subscription, seconds)
+            status, _ = self._await_end(lambda: (self.jobs.read_status(job_id, owner), None), subscription, seconds)
+            return status
 
-    def wait_for_new(self, receipt: Receipt, seconds: float, owner: str = "") -> StatusObject:
-        """As `wait`, for a job that was just enqueued; with its result (StatusWithResult) if it finishes in time.
+    def wait_for_new(self, receipt: Receipt, seconds: float, owner: str = "") -> Look:
+        """As `wait`, for a job that was just enqueued; and its result, as JSON text, if it finishes in time.
 
         If Redis fails once the job is enqueued, the answer is its status as it was: after an error the client would
         enqueue the job again.
@@ -66,9 +71,9 @@ class Waiting:
             JobFailed, ResultExpired: it finished, but there is no result to return.
         """
         if seconds <= 0:
-            return receipt.status or self.jobs.read_status(receipt.job_id, owner)
+            return receipt.status or self.jobs.read_status(receipt.job_id, owner), None
         # If the reader runs already, no event of this new job was missed: its status need not be read first.
-        known = receipt.status if self.events.has_reader else None
+        known = (receipt.status, None) if receipt.status and self.events.has_reader else None
         try:
             with self.events.subscribe(receipt.job_id) as subscription:
                 look = partial(self.jobs.read_status_and_result, receipt.job_id, owner)
@@ -77,22 +82,18 @@ class Waiting:
             if receipt.status is None:
                 raise
             logger.error("job %s is enqueued, but the request cannot wait for it: %s", receipt.job_id, error)
-            return receipt.status
+            return receipt.status, None
 
     def _await_end(
-        self,
-        look: Callable[[], StatusObject],
-        subscription: Subscription,
-        seconds: float,
-        known: StatusObject | None = None,
-    ) -> StatusObject:
+        self, look: Callable[[], Look], subscription: Subscription, seconds: float, known: Look | None = None
+    ) -> Look:
         """Look at the job, and look again when an event says that it has ended.
 
         Look now and then without an event, too: the jobs of a stock worker have none, and no transition happens when a
         `ttl` runs out. The looks grow rarer, so that long waits cost little.
 
         Args:
-            look: reads the status.
+            look: reads the status and maybe the result.
             subscription: to the events of the job.
             seconds: the longest wait.
             known: the status, if it need not be read first.
@@ -100,8 +101,8 @@ class Waiting:
         start = time.monotonic()
         deadline = start + seconds
         with self._take_place() as may_wait:
-            status = known or look()
-            while may_wait and status.job_status not in TERMINAL and (now := time.monotonic()) < deadline:
+            found = known or look()
+            while may_wait and found[0].job_status not in TERMINAL and (now := time.monotonic()) < deadline:
                 if self.is_draining():
                     break
                 next_look = min(deadline, now + min(max(0.25, (now - start) / 2), LOOK_EVERY))
@@ -109,8 +110,8 @@ class Waiting:
                     subscription.clear()
                     if subscription.status in TERMINAL:
                         break
-                status = look()
-            return status
+                found = look()
+            return found
 
     def follow(self, job_id: str, owner: str | None = "") -> Iterator[StatusObject | None]:
         """The status of the job now and after each change, until it is terminal; None is a sign of life.

@@ -57,9 +57,20 @@ class JsonResponse(Response):
         return super().get_wsgi_headers(environ) if self.status_code == HTTPStatus.NOT_MODIFIED else self.headers
 
 
-def json_response(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """A JSON response of a pydantic model, or of JSON data."""
+def json_response(
+    data: Any, status: int = 200, headers: dict[str, str] | None = None, result: bytes | None = None
+) -> Response:
+    """A JSON response of a pydantic model, or of JSON data.
+
+    Args:
+        data: an object.
+        status: of HTTP.
+        headers: further ones.
+        result: JSON text for a last member `result`. It goes out as it is stored.
+    """
     text = encode_json(data)
+    if result is not None:
+        text = b'%s,"result":%s}' % (text[:-1], result)
     response = JsonResponse(text, status, headers)
     return limit_send_time(response) if len(text) > LARGE else response
 

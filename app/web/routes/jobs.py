@@ -85,14 +85,13 @@ def enqueue(options: Any, function: str = DEFAULT_FUNCTION) -> Response:
     del payload  # otherwise it stays in memory while this request waits
     if receipt.is_replay:
         add_header("Idempotent-Replayed", "true")
-    status = current_waiting().wait_for_new(receipt, wait, current_key().name)
+    status, result = current_waiting().wait_for_new(receipt, wait, current_key().name)
     headers = {"Location": status.links.check_status, **poll_headers(status)}
     if wait and status.job_status in TERMINAL:
         # If there are too many large responses, send the status without the result. After a 429 the client would
         # enqueue the job again.
         with suppress(problems.TooManyRequests):
-            return count_large_response(json_response(status, 200, headers))
-        status = StatusObject(**status.model_dump(exclude={"result"}))
+            return count_large_response(json_response(status, 200, headers, result))
     return json_response(status, 202, headers)
 
 
