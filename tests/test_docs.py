@@ -57,10 +57,7 @@ OPERATION_IDS = {
 
 
 def test_openapi_keeps_the_operation_ids_of_earlier_releases(document: Any) -> None:
-    found = {operation["operationId"] for operation in operations(document).values()}
-    functions = {name for name in found if name.startswith(("enqueue_",))}
-    assert found - functions == OPERATION_IDS - functions
-    assert found >= OPERATION_IDS
+    assert {operation["operationId"] for operation in operations(document).values()} >= OPERATION_IDS
 
 
 def test_openapi_allows_new_members_in_each_answer(document: Any) -> None:

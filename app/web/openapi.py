@@ -118,6 +118,7 @@ def answers(
 
     def declare(view: View) -> View:
         vars(view)["declaration"] = Declaration(answers, tuple(problems), tuple(headers))
+        vars(view).setdefault("_spec", {})  # APIFlask leaves a view without it out of the document
         return view
 
     return declare

@@ -22,7 +22,6 @@ ops = APIBlueprint("ops", __name__, tag="Operating")
 
 
 @ops.get("/healthz")
-@ops.doc()
 @answers({200: Answer("the process answers requests", Health, example=Health(status="ok"))})
 def healthz() -> Response:
     """Say that the process answers requests. Redis may be down."""
@@ -30,7 +29,6 @@ def healthz() -> Response:
 
 
 @ops.get("/readyz")
-@ops.doc()
 @answers({200: Answer("Redis takes writes and every queue has a live worker", Readiness)}, problems=[problems.NotReady])
 def readyz() -> Response:
     """Say whether a job that is enqueued now would run.
@@ -62,7 +60,6 @@ def readyz() -> Response:
 
 
 @ops.get("/queues")
-@ops.doc()
 @answers({200: Answer("the queues and workers at this moment", Queues)}, problems=[problems.RedisUnavailable])
 def queues() -> Response:
     """Describe the queues and workers."""
@@ -85,7 +82,6 @@ def queues() -> Response:
 
 
 @ops.get("/metrics")
-@ops.doc()
 @answers({200: Answer("Prometheus' text format", TEXT)})
 def metrics() -> Response:
     """Return the metrics of the service for Prometheus."""
