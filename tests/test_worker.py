@@ -469,7 +469,7 @@ def test_job_that_must_not_run_twice_is_not_put_back_on_sigterm(own: Bench, tmp_
             first_sigterm(own, process)
             time.sleep(1.1)  # RQ takes two signals within a second for one
         process.stop()
-    assert "may not be run again: its worker was told to end" in own.end_of(job_id, "failed", 1)["error"]["message"]
+    assert "may not be run again: its worker was stopped" in own.end_of(job_id, "failed", 1)["error"]["message"]
     assert own.redis.llen("rq:queue:default") == 0
 
 

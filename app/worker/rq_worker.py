@@ -56,7 +56,7 @@ class ResilientWorker(rq.Worker):
         super().__init__(own, name, connection=connection, **kwargs)
         self._is_suspended = True  # until the first `take` knows
         self._last_beat = 0.0
-        #: When the worker was told to end (time.monotonic); None until then.
+        #: When the worker was asked to end (time.monotonic); None until then.
         self._stopping_since: float | None = None
         #: After a failed call, leave Redis alone until this time, so the loop can still enforce the job's limits.
         self._backoff_until = 0.0
@@ -183,7 +183,7 @@ class ResilientWorker(rq.Worker):
         self._stopping_since = self._stopping_since or time.monotonic()
 
     def raise_if_stopping(self) -> None:
-        """No job is begun any more once the worker was told to end.
+        """Begin no job any more once the worker was asked to end.
 
         Raises:
             StopRequested: it was.
@@ -199,7 +199,7 @@ class ResilientWorker(rq.Worker):
             time.sleep(2 * TICK)
 
     def is_out_of_time(self) -> bool:
-        """Whether WORKER_SHUTDOWN_SECONDS have passed since the worker was told to end."""
+        """Whether WORKER_SHUTDOWN_SECONDS have passed since the worker was asked to end."""
         since = self._stopping_since
         return since is not None and time.monotonic() - since > self.settings.worker_shutdown_seconds
 

@@ -258,7 +258,7 @@ class JobRun:
         return Crashed(how) if self.has_begun and limit == 0 else PutBack(how)
 
     def give_up(self, how: str) -> Outcome:
-        """End the work-horse, since the worker was told to end."""
+        """End the work-horse, since the worker must end."""
         self._horses.reap()
         return self.put_back(how)
 
@@ -267,7 +267,7 @@ class JobRun:
         outcome: Outcome
         match error:
             case StopRequested():
-                outcome = self.put_back("its worker was told to end before it began")
+                outcome = self.put_back("its worker was stopped before the run began")
             case HorseDied():  # as it was started
                 outcome = PutBack(f"no work-horse: {error}")
             case _:  # it was gone, or did not read, as the worker sent or received

@@ -252,7 +252,7 @@ class Worker(ResilientWorker):
             self._outcomes.write(run.id, Crashed(how) if run.has_begun else PutBack(how), run.crashes)
             raise
         except SystemExit:  # a second signal (RQ's cold shutdown)
-            self._outcomes.write(run.id, run.put_back("its worker was told to end at once"), run.crashes)
+            self._outcomes.write(run.id, run.put_back("its worker was stopped at once"), run.crashes)
             raise
         finally:
             run.close_to_stops()
@@ -270,7 +270,7 @@ class Worker(ResilientWorker):
                 if outcome := run.react():
                     return run, outcome
                 if self.is_out_of_time():
-                    return run, run.give_up("its worker was told to end")
+                    return run, run.give_up("its worker was stopped")
             if not self.is_backing_off():
                 self.log_redis_error(self._tick)
 
