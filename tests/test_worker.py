@@ -804,7 +804,9 @@ def test_stop_is_not_lost_as_an_earlier_job_is_written_down_as_stopped(
     taken = busy.dequeue_job_and_maintain_ttl(None)
     assert taken
     busy._ahead.pending = PendingFinish(
-        transitions.Run(earlier, "e", "default", busy.name), transitions.Ending("finished", 9, 9), is_answered=False
+        transitions.Run(earlier, "e", "default", busy.name),
+        transitions.Ending("finished", 9, 9),
+        has_unread_answer=False,
     )
     finish = transitions.finish
 

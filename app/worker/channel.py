@@ -9,7 +9,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
 
 #: Before each frame: the sizes of header and body, in bytes.
@@ -20,7 +20,11 @@ Frame = tuple[Header, bytes]
 
 
 class Channel:
-    """One end of the socket pair. Any thread may send; one receives."""
+    """One end of the socket pair.
+
+    One thread receives. Others may send at the same time if that one waits without a timeout: a socket has one timeout
+    for both.
+    """
 
     def __init__(self, end: socket.socket) -> None:
         self._socket = end
@@ -67,20 +71,32 @@ class Channel:
             self._received += received
         return frame
 
+    @property
+    def is_receiving(self) -> bool:
+        """Whether a frame, or a part of one, has arrived that `receive` has not returned yet."""
+        return bool(self._received)
+
+    @property
+    def has_frame(self) -> bool:
+        """Whether a whole frame has arrived that `receive` has not returned yet."""
+        return len(self._received) >= _SIZES.size and len(self._received) >= _SIZES.size + sum(
+            _SIZES.unpack_from(self._received)
+        )
+
     def _complete_frame(self) -> Frame | None:
-        if len(self._received) < _SIZES.size:
+        if not self.has_frame:
             return None
         head, body = _SIZES.unpack_from(self._received)
         start, end = _SIZES.size + head, _SIZES.size + head + body
-        if len(self._received) < end:
-            return None
         frame = json.loads(self._received[_SIZES.size : start]), bytes(self._received[start:end])
         del self._received[:end]
         return frame
 
 
-def wait_for_any(channels: Iterable[Channel], timeout: float) -> None:
+def wait_for_any(channels: Collection[Channel], timeout: float) -> None:
     """Wait until one of the channels has something to receive, or is closed; at most `timeout` seconds."""
+    if any(channel.has_frame for channel in channels):  # the socket does not show a frame that was read from it already
+        return
     poll = select.poll()
     for channel in channels:
         poll.register(channel.fileno(), select.POLLIN)

@@ -21,7 +21,7 @@ from typing import Literal, NoReturn
 
 #: A message of the server about a process: `b` (born) or `d` (dead), its id, and its exit code. Or `n`: no process
 #: could be started, with the error's number in place of the code.
-_NEWS = struct.Struct("!cii")
+_REPORT = struct.Struct("!cii")
 
 
 class ForkServerDied(SystemExit):
@@ -33,7 +33,7 @@ class ForkServer:
 
     def __init__(self, run: Callable[[socket.socket], None]) -> None:
         """Fork. Each of the server's own children calls `run` with the socket that it was started with."""
-        self._control, its = socket.socketpair()
+        self._control, server_end = socket.socketpair()
         self._dead: dict[int, int] = {}
         sys.stdout.flush()  # or each process would write the buffered text
         sys.stderr.flush()
@@ -42,8 +42,8 @@ class ForkServer:
         self._pid = os.fork()
         if self._pid == 0:
             self._control.close()
-            _serve(its, run)
-        its.close()
+            _serve(server_end, run)
+        server_end.close()
 
     def start(self, end: socket.socket) -> int:
         """Start a process that has this socket; its id.
@@ -53,9 +53,9 @@ class ForkServer:
         """
         with contextlib.suppress(ConnectionError):  # `_read` raises then
             socket.send_fds(self._control, [b"s"], [end.fileno()])
-        while (news := self._read())[0] == b"d":
+        while (report := self._read())[0] == b"d":
             pass
-        word, pid, code = news
+        word, pid, code = report
         if word == b"n":
             raise OSError(code, os.strerror(code))
         self._dead.pop(pid, None)  # an earlier process had the same id
@@ -87,12 +87,12 @@ class ForkServer:
 
     def _read(self, flags: int = 0) -> tuple[bytes, int, int]:
         try:
-            news = self._control.recv(_NEWS.size, flags)
+            report = self._control.recv(_REPORT.size, flags)
         except ConnectionError:
-            news = b""
-        if not news:
+            report = b""
+        if not report:
             raise ForkServerDied("The fork server died.")
-        word, pid, code = _NEWS.unpack(news)
+        word, pid, code = _REPORT.unpack(report)
         if word == b"d":
             self._dead[pid] = code
         return word, pid, code
@@ -132,7 +132,7 @@ class _Server:
                 os.killpg(pid, signal.SIGKILL)
 
     def _report(self, word: Literal[b"b", b"d", b"n"], pid: int, code: int = 0) -> None:
-        self._control.send(_NEWS.pack(word, pid, code))
+        self._control.send(_REPORT.pack(word, pid, code))
 
     def _report_ends(self) -> None:
         with contextlib.suppress(ChildProcessError):

@@ -20,8 +20,8 @@ from app.worker.fork_server import ForkServer, ForkServerDied
 FAMILY_EVERY = 0.2
 #: Seconds that a work-horse has to load the job functions, with whatever they load.
 START_WITHIN = 300.0
-#: Seconds of waiting for a work-horse after which the worker looks after other things, each time.
-LOOK_AWAY_EVERY = 1.0
+#: Seconds between two calls of `meanwhile` while a work-horse loads.
+MEANWHILE_EVERY = 1.0
 #: Seconds that the fork server has to report a death, which takes it a millisecond unless the machine is busy. After
 #: them it is not known how the process ended.
 REPORT_WITHIN = 5.0
@@ -88,7 +88,7 @@ class WorkHorseHandle:
             HorseDied: it could not load them, or not in time.
         """
         deadline = time.monotonic() + START_WITHIN
-        while not self.is_ready(LOOK_AWAY_EVERY):
+        while not self.is_ready(MEANWHILE_EVERY):
             if time.monotonic() > deadline:
                 self.kill()
                 self.reap()
@@ -137,7 +137,7 @@ class WorkHorseHandle:
 
 
 class WorkHorses:
-    """Keeps a work-horse ready, and replaces it where that is called for."""
+    """Keeps a work-horse ready. Replaces it when it died, may run no further job, or uses too much memory."""
 
     def __init__(self, settings: Settings, log: logging.Logger, main: Callable[[socket.socket], None]) -> None:
         """Take the settings and the log of the worker, and what a work-horse runs. `open` starts the processes."""
@@ -187,7 +187,7 @@ class WorkHorses:
             self._log.error("the idle work-horse died: %s", self.reap())
         if self.horse and self._has_to_go(self.horse, is_fresh):
             self.reap()
-        if self.is_over_memory():  # what its jobs left behind is not the next one's fault
+        if self.is_over_memory():  # or the next job would be blamed for the memory of earlier ones
             self._log.warning("a new work-horse, after the jobs of the old one: %s", self.too_much_memory)
             self.reap()
         if self.horse is None:
@@ -242,7 +242,7 @@ class WorkHorses:
 
     @property
     def too_much_memory(self) -> str:
-        """How a run ends whose work-horse uses too much memory."""
+        """Why a run crashed: its work-horse used too much memory."""
         limit = self._settings.worker_max_memory
         assert limit
         return f"it used more memory than WORKER_MAX_MEMORY allows, {limit.human_readable()}"

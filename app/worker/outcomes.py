@@ -215,7 +215,7 @@ class OutcomeWriter:
         if held == "lost":
             return "lost"
         if held == "stop":
-            ending = ending._replace(outcome="stopped", failure=STOPPED)
+            ending = Ending("stopped", ending.result_ttl, ending.failure_ttl, failure=STOPPED)
         try:
             return self._end_as_rq(run, ending, crashes)
         except RedisError as error:

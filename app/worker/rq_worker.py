@@ -178,7 +178,7 @@ class ResilientWorker(rq.Worker):
         self._stopping_since = time.monotonic()
         super().request_stop(signum, frame)
 
-    def note_stop(self) -> None:
+    def start_shutdown_clock(self) -> None:
         """Bound the time that the worker still waits for Redis, if no signal did so."""
         self._stopping_since = self._stopping_since or time.monotonic()
 
@@ -210,7 +210,7 @@ class ResilientWorker(rq.Worker):
         the handler would wait for ever (redis-py's BlockingConnectionPool).
         """
 
-    # Redis, present or not
+    # Calls to a Redis that may be away
 
     def retry_until_stored(self, call: Callable[[], Answer], *, is_patient: bool = True) -> Answer:
         """Call until Redis answers, so that an outage throws away nothing that a job has computed.
@@ -234,7 +234,10 @@ class ResilientWorker(rq.Worker):
                 pause = min(pause * 2, LONGEST_PAUSE)
 
     def renew(self, run: Run, progress: str = "") -> Held:
-        """Extend the lease of a run. `held` also if Redis does not answer: the end of the run will show what holds."""
+        """Extend the lease of a run.
+
+        The answer is `held` also if Redis does not answer: the script that ends the run checks the lease again.
+        """
         try:
             return transitions.renew(self.connection, run, self.settings.worker_lease, progress)
         except RedisError as error:

@@ -33,9 +33,10 @@ from app.worker.take_ahead import NextJob
 MEMORY_EVERY = 0.2
 #: Seconds between two writes of a job's progress.
 PROGRESS_EVERY = 0.1
-#: Seconds that a function has to end after its timeout was raised inside it, before its process is killed. Also the
-#: seconds that a work-horse has to read a job.
+#: Seconds that a function has to end after its timeout was raised inside it, before its process is killed.
 KILL_AFTER = 5.0
+#: Seconds that a work-horse has to read a job that is sent to it.
+READ_WITHIN = 5.0
 
 
 class Assignment(NamedTuple):
@@ -96,10 +97,10 @@ class JobRun:
             ValueError, TimeoutFormatError: it cannot be run.
         """
         self.id = next_job.run
-        self.crashes = Crashes(int(next_job.taken.fields.crashes or 0))
         self._worker, self._settings, self._horses = worker, worker.settings, horses
         self._taken_since = next_job.since
         self._assignment = read_assignment(self.id, next_job.taken, self._settings)
+        self.crashes = Crashes(int(next_job.taken.fields.crashes or 0))
         self._horse: WorkHorseHandle | None = None
         #: Whether the job was sent to the work-horse: what happens from then on may have been done in part.
         self.has_begun = False
@@ -126,7 +127,7 @@ class JobRun:
         try:
             return self._begin(meanwhile)
         except (StopRequested, HorseDied, EOFError, OSError) as error:
-            return self._explain(error)
+            return self._outcome_of(error)
 
     def _begin(self, meanwhile: Callable[[], None]) -> Outcome | None:
         horse = self._horses.get_ready(meanwhile)
@@ -135,25 +136,24 @@ class JobRun:
         if is_fresh := self._settings.worker_fresh_process or path in horse.fresh:
             horse = self._horses.get_ready(meanwhile, is_fresh=True)
         self._horse = horse
-        if unheld := self._confirm_lease():
-            return unheld
+        if ended := self._confirm_lease():
+            return ended
         if self._is_stopped:  # as the work-horse was started
-            self.close_to_stops()
+            self.refuse_stops()
             return Stopped()
         self._worker.raise_if_stopping()
         self.has_begun = True
         horse.jobs, horse.is_spent = horse.jobs + 1, is_fresh
-        horse.channel.send(self._assignment.header, self._assignment.data, timeout=KILL_AFTER)
+        horse.channel.send(self._assignment.header, self._assignment.data, timeout=READ_WITHIN)
         self._began_at = self._renewed_at = self._look_at_memory_at = time.monotonic()
         if is_fresh:
             self._horses.prepare_next()  # it begins to load
         return None
 
     def _confirm_lease(self) -> Outcome | None:
-        """Ask Redis whether the job is still this worker's, where that is in doubt or matters.
+        """Ask Redis whether this worker still holds the job, if the take is old or the job must not run twice.
 
-        It is in doubt if the job was taken a while ago. It matters if the job must not run twice. The function's own
-        crash limit is written down with it, since another worker may have to know it.
+        The same call stores the function's own crash limit. Another worker may need it, and may not know the function.
         """
         is_old = time.monotonic() - self._taken_since > TICK
         if self.crashes.limit is None and not is_old and self._settings.max_crashes > 0:
@@ -172,17 +172,17 @@ class JobRun:
 
     @property
     def patience(self) -> float:
-        """Seconds after which `react` wants to be called, also without a message."""
+        """Seconds after which `react` must be called, even if no message came."""
         if self._progress:
             return PROGRESS_EVERY
         return MEMORY_EVERY if self._settings.worker_max_memory else TICK
 
     def react(self) -> Outcome | None:
-        """Handle the messages that are there and the deadlines that have passed. Returns the outcome, if that is it."""
+        """Handle the messages that came and the deadlines that passed. Returns the outcome once there is one."""
         try:
             return self._read_messages() or self._keep_lease() or self._check_limits()
         except (EOFError, OSError) as error:
-            return self._explain(error)
+            return self._outcome_of(error)
 
     def _read_messages(self) -> Outcome | None:
         """Read all that is there, since an outcome may stand behind old progress.
@@ -197,13 +197,14 @@ class JobRun:
             # the job started may keep the socket open.
             if self._horse.has_died() and not (frame := self.channel.receive(0)):
                 raise EOFError
-            if not self._is_logged:  # a short job has one line in the log, that of its end
+            # A short job has one line in the log, that of its end, also if its large result arrives in parts.
+            if not self._is_logged and not self.channel.is_receiving:
                 self._is_logged = True
                 self._worker.log.info("%s, %s, runs", self.id, self._assignment.function)
         reading_since = time.monotonic()
         while frame:
             if "outcome" in frame[0]:
-                self.close_to_stops()
+                self.refuse_stops()
                 return self._read_outcome(frame)
             if frame[0]["job_id"] == self.id.job_id:  # a thread that an earlier job left may still report its progress
                 self._progress = json.dumps(frame[0]["progress"])
@@ -224,7 +225,7 @@ class JobRun:
     def _keep_lease(self) -> Outcome | None:
         """Renew the lease, and write the progress down with it.
 
-        Each tick, which is oftener than the lease needs: so a cancel is seen whose message was missed.
+        Each tick, which is oftener than the lease needs, so that the worker sees a cancel if it missed the message.
         """
         now = time.monotonic()
         due = now - self._renewed_at >= (PROGRESS_EVERY if self._progress else TICK)
@@ -262,7 +263,7 @@ class JobRun:
         self._horses.reap()
         return self.put_back(how)
 
-    def _explain(self, error: Exception) -> Outcome:
+    def _outcome_of(self, error: Exception) -> Outcome:
         """The outcome of a run that an error ended. If a stop message killed the work-horse, that is the reason."""
         outcome: Outcome
         match error:
@@ -273,9 +274,9 @@ class JobRun:
             case _:  # it was gone, or did not read, as the worker sent or received
                 how = self._horses.reap() if self._horses.horse else str(error)
                 if isinstance(error, TimeoutError):
-                    how = f"it did not take the job within {KILL_AFTER:.0f} s"
+                    how = f"it did not take the job within {READ_WITHIN:.0f} s"
                 outcome = Crashed(how) if self.has_begun else PutBack(how)
-        return Stopped() if self.close_to_stops() else outcome
+        return Stopped() if self.refuse_stops() else outcome
 
     # Stop messages
 
@@ -295,8 +296,8 @@ class JobRun:
             self._horses.kill()
             return True
 
-    def close_to_stops(self) -> bool:
-        """From now on no message stops the run. True if one did before: the work-horse was killed for it."""
+    def refuse_stops(self) -> bool:
+        """Accept no further stop message. Returns whether one was accepted before, which killed the work-horse."""
         with self._stopping:
             self._may_be_stopped = False
             is_stopped, self._is_stopped = self._is_stopped, False

@@ -32,14 +32,15 @@ class NextJob(NamedTuple):
 
 
 class PendingFinish(NamedTuple):
-    """The end of a run that was sent to Redis, and whether its answer can still be read."""
+    """The end of a run that was sent to Redis."""
 
     run: Run
     ending: Ending
-    is_answered: bool
+    #: whether its answer waits on the connection
+    has_unread_answer: bool
 
 
-Next = NextJob | Skipped | Nothing | Again | Suspended
+NextAnswer = NextJob | Skipped | Nothing | Again | Suspended
 
 
 class TakeAhead:
@@ -70,7 +71,7 @@ class TakeAhead:
         #: When a `take` was first sent that has no answer yet; 0 if there is none.
         self._asked_at = 0.0
 
-    def take(self) -> Next:
+    def take(self) -> NextAnswer:
         """Take the first waiting job.
 
         Raises:
@@ -79,12 +80,12 @@ class TakeAhead:
         self._asked_at = self._asked_at or time.monotonic()
         return self._read(transitions.take(self._redis, self._worker, self._execution, self._lease, self._queues()))
 
-    def pop_answer(self) -> Next | None:
+    def pop_answer(self) -> NextAnswer | None:
         """The answer to the `take` that was sent with the last `finish`, once; None if there is none."""
         answer, self._answer = self._answer, None
         return None if answer is None else self._read(answer)
 
-    def _read(self, answer: TakeAnswer) -> Next:
+    def _read(self, answer: TakeAnswer) -> NextAnswer:
         since, self._asked_at = self._asked_at, 0.0
         if not isinstance(answer, Taken):
             return answer
@@ -100,15 +101,15 @@ class TakeAhead:
         """
         self.confirm_last_finish()
         self._asked_at = time.monotonic()
-        is_answered = False
+        has_unread_answer = False
         try:
             self._answer = transitions.take_and_finish(
                 self._redis, run, ending, self._execution, self._lease, self._queues()
             )
-            is_answered = True
+            has_unread_answer = True
         except RedisError as error:
             self._log.error("Worker %s: %s", self._worker, error)
-        self.pending = PendingFinish(run, ending, is_answered)
+        self.pending = PendingFinish(run, ending, has_unread_answer)
 
     def confirm_last_finish(self, *, is_patient: bool = True) -> None:
         """Read how the last run's end was written down; write it again if the answer was lost.
@@ -118,9 +119,9 @@ class TakeAhead:
         """
         if not self.pending:
             return
-        (run, ending, is_answered), status = self.pending, None
-        self.pending = PendingFinish(run, ending, is_answered=False)  # an answer can be read once
-        if is_answered:
+        (run, ending, has_unread_answer), status = self.pending, None
+        self.pending = PendingFinish(run, ending, has_unread_answer=False)  # an answer can be read once
+        if has_unread_answer:
             with contextlib.suppress(RedisError):
                 status = transitions.read_finish(self._redis)
         try:

@@ -32,7 +32,7 @@ from app.worker.horses import HorseDied, WorkHorses
 from app.worker.outcomes import Crashed, Crashes, Failed, Finished, Outcome, OutcomeWriter, PutBack, choose_transition
 from app.worker.rq_worker import LONGEST_PAUSE, TICK, ResilientWorker
 from app.worker.run import JobRun
-from app.worker.take_ahead import Next, NextJob, TakeAhead
+from app.worker.take_ahead import NextAnswer, NextJob, TakeAhead
 
 #: Seconds without a tick after which leases are not trusted for a while: Redis was away, and live workers may extend
 #: their leases first, or end their jobs with a result that they kept.
@@ -68,7 +68,7 @@ class Worker(ResilientWorker):
     def teardown(self) -> None:
         """As RQ's; a Redis that is away does not keep the worker from ending."""
         self._horses.close()
-        self.note_stop()  # bounds the wait for a Redis that is away
+        self.start_shutdown_clock()  # bounds the wait for a Redis that is away
         try:
             self._ahead.confirm_last_finish()
             taken = self._ahead.pop_answer()
@@ -102,7 +102,7 @@ class Worker(ResilientWorker):
             return
         job_id = payload.get("job_id")
         # RQ's `stop-job` names no execution; that of cancel.lua does.
-        execution = payload.get("execution") or payload.get("execution_id")
+        execution = payload.get("execution") or payload.get("execution_id") or None
         if not any(run.id.job_id == job_id and run.stop(execution) for run in list(self._runs)):
             self.log.info("Worker %s: does not run job %s, which was to be stopped", self.name, job_id)
 
@@ -139,12 +139,12 @@ class Worker(ResilientWorker):
                         self._state = WorkerStatus.IDLE
                         self._is_suspended = True
                         self.check_for_suspension(burst=is_burst)
-                    case Nothing(rung):
+                    case Nothing(doorbell_id):
                         self._state = WorkerStatus.IDLE
                         idle = time.monotonic() - idle_since
                         if is_burst or (max_idle_time is not None and idle >= max_idle_time):
                             return None
-                        self._wait_for_doorbell(rung)
+                        self._wait_for_doorbell(doorbell_id)
                         pause = FIRST_PAUSE
                     case Again():
                         pass
@@ -154,12 +154,12 @@ class Worker(ResilientWorker):
                 time.sleep(pause)
                 pause = min(pause * 2, LONGEST_PAUSE)
 
-    def _take_next(self, *, may_end: bool) -> Next:
+    def _take_next(self, *, may_end: bool) -> NextAnswer:
         """The answer to the `take` that was sent with the last run's end, or to a new one.
 
         Args:
-            may_end: the worker ends if no job waits. An answer from before the last job ended is not good enough then:
-                that job may wait again.
+            may_end: the worker ends if no job waits. Then the answer must be newer than the end of the last job, which
+                may wait for a retry.
         """
         answer = self._ahead.pop_answer()
         if not isinstance(answer, NextJob):
@@ -170,11 +170,11 @@ class Worker(ResilientWorker):
             answer = self._ahead.take()
         return answer
 
-    def _wait_for_doorbell(self, rung: str) -> None:
+    def _wait_for_doorbell(self, doorbell_id: str) -> None:
         if self.should_run_maintenance_tasks:  # RQ's loop looks between two jobs only, and there may be none
             self.run_maintenance_tasks()
         milliseconds = max(1, math.ceil((self._next_tick - time.monotonic()) * 1000))  # Redis takes 0 for "for ever"
-        self.connection.xread({DOORBELL_KEY: rung}, block=milliseconds)
+        self.connection.xread({DOORBELL_KEY: doorbell_id}, block=milliseconds)
 
     def _queue_order(self) -> list[str]:
         return [queue.name for queue in self._ordered_queues]
@@ -255,7 +255,7 @@ class Worker(ResilientWorker):
             self._outcomes.write(run.id, run.put_back("its worker was stopped at once"), run.crashes)
             raise
         finally:
-            run.close_to_stops()
+            run.refuse_stops()
             self._runs = []
             self.executions.pop(run.id.execution, None)
             self.total_working_time += time.monotonic() - start
@@ -277,12 +277,12 @@ class Worker(ResilientWorker):
     def _write(self, run: JobRun, outcome: Outcome) -> None:
         """Write the outcome down. The end of a run that went well is sent together with the next `take`."""
         if isinstance(outcome, Finished | Failed):
+            self._ahead.confirm_last_finish()  # it may wait for Redis: only then look whether the worker must end
             if not self._stop_requested:
                 ending = choose_transition(outcome, run.crashes, self.settings)
                 assert isinstance(ending, Ending)
                 self._ahead.finish_and_take(run.id, ending)
                 return
-            self._ahead.confirm_last_finish()
         self._outcomes.write(run.id, outcome, run.crashes)
 
     def _while_loading(self) -> None:
