@@ -65,9 +65,10 @@ def on_starting(server: Any) -> None:
 
 
 def when_ready(server: Any) -> None:
-    """Make SIGTERM drain the server first: `/readyz` fails and waiting requests are answered; all others are served.
+    """Make SIGTERM drain the server first.
 
-    The server ends after DRAIN_SECONDS.
+    `/readyz` fails, requests that wait are answered at once, and the server takes new ones for DRAIN_SECONDS. Then it
+    ends.
     """
     server.draining = mmap.mmap(-1, 1)  # memory that all processes share
     end = server.handle_term

@@ -8,6 +8,7 @@ from redis import Redis
 
 from app.config import Settings, get_settings
 from app.core.connections import connect
+from app.core.job_ids import JobIds
 from app.dashboard.page import dashboard
 from app.job_function import load_functions
 from app.jobs.enqueue import Enqueuer
@@ -21,11 +22,9 @@ from app.web.limits import enforce_limits
 from app.web.request_ids import track_requests
 from app.web.requests import refuse_repeated_options
 from app.web.responses import register_error_handlers
-from app.web.routes.control import control
-from app.web.routes.docs import docs
-from app.web.routes.jobs import DEFAULT_FUNCTION, jobs
-from app.web.routes.ops import ops
-from app.web.schemas import check_defaults, make_job_options
+from app.web.routes import control, docs, ops
+from app.web.routes import jobs as job_routes
+from app.web.schemas import check_defaults, make_query_models
 from app.web.shared_round_trips import PipelinedRedis
 
 
@@ -69,7 +68,7 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
         SWAGGER_UI_STANDALONE_PRESET_JS="/docs/swagger-ui-standalone-preset.js",
         DOCS_FAVICON="/docs/favicon-32x32.png",
     )
-    app.spec_processor(lambda spec: openapi.complete(app, cast("dict[str, Any]", spec), functions, DEFAULT_FUNCTION))
+    app.spec_processor(lambda spec: openapi.complete(app, cast("dict[str, Any]", spec), job_routes.DEFAULT_FUNCTION))
 
     redis = connection or PipelinedRedis(connection_pool=redis_conn.connection_pool)
     # The reader of the event log blocks, so it has a connection of its own, which it closes at its end.
@@ -77,12 +76,13 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
         connection or redis_conn,
         lambda: connection.client() if connection else connect(settings, socket_timeout=BLOCK + 4),
     )
-    found = Jobs(settings, redis)
+    ids = JobIds(redis)  # one for both, or they could hold different secrets after Redis lost its data
+    jobs = Jobs(settings, redis, ids)
     app.extensions.update(
-        jobs=found,
-        enqueuer=Enqueuer(settings, redis, functions),
-        waiting=Waiting(found, events),
-        job_options=make_job_options(settings),
+        jobs=jobs,
+        enqueuer=Enqueuer(settings, redis, ids, functions),
+        waiting=Waiting(jobs, events),
+        query_models=make_query_models(settings),
     )
 
     # Flask calls the hooks that run before a view in this order, and those that run after it in the reverse order.
@@ -93,7 +93,7 @@ def create_app(settings: Settings | None = None, connection: Redis | None = None
     app.before_request(refuse_repeated_options)
     # Last, so that no other hook can refuse a request between the two halves of this one.
     enforce_limits(app, settings)
-    for blueprint in (jobs, control, ops, docs, dashboard):
+    for blueprint in (job_routes.jobs, control.control, ops.ops, docs.docs, dashboard):
         app.register_blueprint(blueprint)
     return app
 

@@ -95,8 +95,8 @@ class Apps:
             return create_app(settings, redis)
         for known, app in self._made:
             if known == settings:
-                for part in ("jobs", "enqueuer"):
-                    app.extensions[part].ids = JobIds(redis)  # the secret that it knew is gone
+                # The secret that they knew is gone.
+                app.extensions["jobs"].ids = app.extensions["enqueuer"].ids = JobIds(redis)
                 return app
         app = create_app(settings, redis)
         self._made.append((settings, app))

@@ -1,3 +1,4 @@
+import json
 import re
 from typing import Any
 from unittest.mock import patch
@@ -260,4 +261,32 @@ def test_list_shows_a_job_whose_id_is_not_utf8(client: FlaskClient, redis: "Redi
     redis.hset(b"rq:job:\xff", mapping={"status": "queued", "created_at": "2026-11-23T10:00:00.000000Z"})
     redis.zadd("rq:api:jobs::queued", {b"\xff": 1})
     (listed,) = json_of(client.get("/jobs"))["jobs"]
-    assert listed["job_id"] == "\ufffd"
+    assert listed["job_id"] == "?"
+
+
+def test_list_shows_a_job_whose_status_is_empty(client: FlaskClient, redis: "Redis") -> None:
+    job_ids = [enqueue_echo(client) for _ in range(2)]
+    redis.hset(f"rq:job:{job_ids[0]}", "status", "")
+    listed = json_of(client.get("/jobs"))["jobs"]
+    assert {job["job_id"]: job["job_status"] for job in listed} == {job_ids[0]: "", job_ids[1]: "queued"}
+
+
+def test_ids_are_410_before_and_after_redis_lost_its_data(client: FlaskClient, redis: "Redis") -> None:
+    """All parts of a process have the same secret, and write it to Redis again."""
+    lost = enqueue_echo(client)
+    redis.flushall()
+    problem_of(check(client, lost), 410, "result-expired")
+    job_id = enqueue_echo(client)
+    redis.delete(f"rq:job:{job_id}")
+    problem_of(check(client, job_id), 410, "result-expired")
+
+
+@pytest.mark.parametrize("text", ["\u2028", "\u0085", "é"])
+def test_status_is_ascii(client: FlaskClient, redis: "Redis", text: str) -> None:
+    """Some clients of /events split lines at other characters than the standard."""
+    job_id = enqueue_echo(client)
+    progress = json.dumps({"done": 1, "total": 2, "message": text})
+    redis.hset(f"rq:job:{job_id}", "progress", progress)
+    answer = check(client, job_id)
+    assert answer.data.isascii()
+    assert json_of(answer)["progress"]["message"] == text

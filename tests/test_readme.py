@@ -16,7 +16,7 @@ from app.config import Settings
 from app.job_function import FUNCTIONS
 from app.jobs.problems import PROBLEMS
 from app.jobs.status import StatusObject
-from app.web.schemas import EnqueueQuery, make_job_options
+from app.web.schemas import EnqueueQuery, make_query_models
 from tests.processes import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -87,7 +87,7 @@ def test_api_page_lists_each_route(app: APIFlask) -> None:
 
 
 def test_api_page_lists_each_option_of_enqueue() -> None:
-    options = set(make_job_options(Settings())[EnqueueQuery].model_fields)
+    options = set(make_query_models(Settings())[EnqueueQuery].model_fields)
     rows = _rows(_section("docs/api.md", "Options of `/enqueue`"))
     assert set(re.findall(r"`(\w+)=", "\n".join(row[0] for row in rows))) == options
 

@@ -30,6 +30,7 @@ from rq.serializers import JSONSerializer
 import app
 from app.config import get_settings
 from app.core import scripts, transitions
+from app.core.job_ids import JobIds
 from app.core.queue import Queue
 from app.core.scripts import EVENTS_KEY, TERMINAL
 from app.jobs.jobs import Jobs
@@ -1192,7 +1193,7 @@ def test_retried_job_with_a_dependent_that_finishes_shows_no_error(own: Bench, t
     with worker(environment(own.url), tmp_path / "worker.log"):
         own.end_of(second, "finished")
     own.end_of(first, "finished")
-    jobs = Jobs(get_settings(), own.redis)
+    jobs = Jobs(get_settings(), own.redis, JobIds(own.redis))
     assert jobs.read_status(first, None).error is None
 
 

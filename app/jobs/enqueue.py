@@ -80,11 +80,13 @@ class _NewJobs(NamedTuple):
 class Enqueuer:
     """Makes jobs of the job functions, in one Redis."""
 
-    def __init__(self, settings: Settings, connection: Redis, functions: Mapping[str, JobFunction]) -> None:
+    def __init__(
+        self, settings: Settings, connection: Redis, ids: JobIds, functions: Mapping[str, JobFunction]
+    ) -> None:
         self.settings = settings
         self.connection = connection
         self.functions = functions
-        self.ids = JobIds(connection)
+        self.ids = ids
 
     def find_function(self, name: str) -> JobFunction:
         """The job function of this name.
@@ -103,7 +105,7 @@ class Enqueuer:
         Args:
             function: the job function to run.
             payload: JSON text that `check_json` accepted.
-            asked: options of the request.
+            asked: options of the request; `check_webhook` accepted their webhook.
             origin: the request. If the same request comes again with the same idempotency key, the answer names the
                 job of the first one, in whatever status it is by then.
 
@@ -179,20 +181,20 @@ class Enqueuer:
         fingerprint = make_fingerprint(function, payloads, asked, is_batch=group is not None) if key else None
         if fingerprint:
             own[job_ids[0]]["fingerprint"] = fingerprint
-        kept = GROUP_TTL if group else KEY_TTL
-        arguments: transitions.EnqueueOptions = {
+        ttl = GROUP_TTL if group else KEY_TTL
+        script_options: transitions.EnqueueOptions = {
             "at_front": options.get("at_front", False),
             "ttl": options.get("ttl"),
             "delay": options.get("delay"),
             "at": options["at"].timestamp() if "at" in options else None,
             "key_id": key_id,
-            "key_ttl": kept,
+            "key_ttl": ttl,
             "fingerprint": fingerprint,
         }
         if group:
-            arguments |= {"group": group, "group_ttl": kept}
+            script_options |= {"group": group, "group_ttl": ttl}
         limit = self.settings.max_queue_length
-        answer = transitions.enqueue(self.connection, options["queue"], own, shared, limit=limit, **arguments)
+        answer = transitions.enqueue(self.connection, options["queue"], own, shared, limit=limit, **script_options)
         match answer:
             case transitions.Full():
                 raise problems.QueueFull.of(options["queue"], limit)

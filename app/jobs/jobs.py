@@ -50,10 +50,10 @@ def _decode_cursor(text: str) -> queries.Cursor:
 class Jobs:
     """The jobs of one Redis. An `owner` is the name of an API key; None means the jobs of all owners."""
 
-    def __init__(self, settings: Settings, connection: Redis) -> None:
+    def __init__(self, settings: Settings, connection: Redis, ids: JobIds) -> None:
         self.settings = settings
         self.connection = connection
-        self.ids = JobIds(connection)
+        self.ids = ids
 
     # Control
 

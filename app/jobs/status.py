@@ -75,7 +75,10 @@ class StatusObject(BaseModel):
 
 
 class StatusWithResult(StatusObject):
-    """The status of a job that the request waited for, with its return value if it finished in time."""
+    """The status of a job that the request waited for, with its return value if it finished in time.
+
+    It only describes the answer: `json_response` adds the stored return value as text.
+    """
 
     result: Any = Field(default=None, description="the function's return value")
 
@@ -127,7 +130,7 @@ def _without_surrogates(text: str | None) -> str | None:
     """A text without lone surrogates, which UTF-8 cannot encode: anybody may have written ids and names to Redis."""
     if text is None or text.isascii():
         return text
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text.encode(errors="replace").decode()
 
 
 def make_status(connection: Redis, job_id: str, fields: Mapping[str, Any], *, is_listed: bool = False) -> StatusObject:
@@ -145,7 +148,7 @@ def make_status(connection: Redis, job_id: str, fields: Mapping[str, Any], *, is
     shown_id = _without_surrogates(job_id) or ""
     return StatusObject(
         job_id=shown_id,
-        job_status=status,
+        job_status=status or "",
         function=_without_surrogates(function),
         queue=fields.get("origin") or None,
         enqueued_at=fields.get("enqueued_at") or None,

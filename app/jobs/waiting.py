@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from typing import NamedTuple
 
 from redis.exceptions import RedisError
 
@@ -25,8 +25,12 @@ LEAST_PAUSE = 0.1
 LOOK_EVERY = 5.0
 
 
-#: What a look at a job finds: its status; and its return value as JSON text, if it has finished and was asked for.
-Look = tuple[StatusObject, bytes | None]
+class Look(NamedTuple):
+    """What a look at a job finds."""
+
+    status: StatusObject
+    #: the return value as JSON text, if the job has finished and the caller wants it
+    result: bytes | None = None
 
 
 class Waiting:
@@ -58,8 +62,7 @@ class Waiting:
         if seconds <= 0:
             return self.jobs.read_status(job_id, owner)
         with self.events.subscribe(job_id) as subscription:
-            status, _ = self._await_end(lambda: (self.jobs.read_status(job_id, owner), None), subscription, seconds)
-            return status
+            return self._await_end(lambda: Look(self.jobs.read_status(job_id, owner)), subscription, seconds).status
 
     def wait_for_new(self, receipt: Receipt, seconds: float, owner: str = "") -> Look:
         """As `wait`, for a job that was just enqueued; and its result, as JSON text, if it finishes in time.
@@ -71,18 +74,19 @@ class Waiting:
             JobFailed, ResultExpired: it finished, but there is no result to return.
         """
         if seconds <= 0:
-            return receipt.status or self.jobs.read_status(receipt.job_id, owner), None
+            return Look(receipt.status or self.jobs.read_status(receipt.job_id, owner))
         # If the reader runs already, no event of this new job was missed: its status need not be read first.
-        known = (receipt.status, None) if receipt.status and self.events.has_reader else None
+        known = Look(receipt.status) if receipt.status and self.events.has_reader else None
         try:
             with self.events.subscribe(receipt.job_id) as subscription:
-                look = partial(self.jobs.read_status_and_result, receipt.job_id, owner)
-                return self._await_end(look, subscription, seconds, known)
+                return self._await_end(
+                    lambda: Look(*self.jobs.read_status_and_result(receipt.job_id, owner)), subscription, seconds, known
+                )
         except RedisError as error:
             if receipt.status is None:
                 raise
             logger.error("job %s is enqueued, but the request cannot wait for it: %s", receipt.job_id, error)
-            return receipt.status, None
+            return Look(receipt.status)
 
     def _await_end(
         self, look: Callable[[], Look], subscription: Subscription, seconds: float, known: Look | None = None
@@ -102,7 +106,7 @@ class Waiting:
         deadline = start + seconds
         with self._take_place() as may_wait:
             found = known or look()
-            while may_wait and found[0].job_status not in TERMINAL and (now := time.monotonic()) < deadline:
+            while may_wait and found.status.job_status not in TERMINAL and (now := time.monotonic()) < deadline:
                 if self.is_draining():
                     break
                 next_look = min(deadline, now + min(max(0.25, (now - start) / 2), LOOK_EVERY))

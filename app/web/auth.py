@@ -34,7 +34,7 @@ def current_key() -> ApiKey:
     return key
 
 
-def check_function(name: str) -> None:
+def check_function(name: str | None) -> None:
     """Check that the key may enqueue jobs of this function.
 
     Raises:
@@ -42,7 +42,7 @@ def check_function(name: str) -> None:
     """
     allowed = current_key().functions
     if allowed is not None and name not in allowed:
-        raise problems.Forbidden(f"The key {current_key().name!r} may not use {name}.")
+        raise problems.Forbidden(f"The key {current_key().name!r} may not use {name or 'the function of this job'}.")
 
 
 def require_admin() -> None:
@@ -92,7 +92,7 @@ def require_keys(app: APIFlask, keys: Sequence[ApiKey], functions: Collection[st
             raise SystemExit(f"API_KEYS lets {key.name!r} use {', '.join(unknown)}, and there is no such job function.")
 
     @app.before_request
-    def find() -> None:
+    def find_request_key() -> None:
         g.api_key = ANONYMOUS
         if is_public(request.path):
             return

@@ -45,8 +45,9 @@ class FairQuota:
     def take(self, key: str, amount: int) -> bool:
         """Take an amount for the key. Return False, and take nothing, if that is too much."""
         with self._lock:
-            free = self._total - self._held.total()
-            if amount + (self._held[key] + amount) * self._several_keys > free:
+            free_then = self._total - self._held.total() - amount
+            held_then = self._held[key] + amount
+            if free_then < (held_then if self._several_keys else 0):
                 return False
             self._held[key] += amount
             return True

@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 from app.job_function import JobFunction
 from app.jobs import problems
+from app.jobs.enqueue import Enqueuer
 from app.jobs.problems import PROBLEM_JSON, Problem
 from app.web import schemas
 from app.web.auth import is_public
@@ -112,12 +113,18 @@ class Declaration(NamedTuple):
 
 
 def answers(
-    answers: Mapping[int, Answer], problems: Iterable[type[Problem]] = (), headers: Iterable[Spec] = ()
+    by_status: Mapping[int, Answer], problems: Iterable[type[Problem]] = (), headers: Iterable[Spec] = ()
 ) -> Callable[[View], View]:
-    """Declare, at the view, the answers by status code, the problems, and the request headers that it reads."""
+    """Declare the answers of a view. It stands directly above the `def`.
+
+    Args:
+        by_status: the answers that are no problems, by HTTP status code.
+        problems: the classes of the problems that the view raises.
+        headers: the request headers that it reads.
+    """
 
     def declare(view: View) -> View:
-        vars(view)["declaration"] = Declaration(answers, tuple(problems), tuple(headers))
+        vars(view)["declaration"] = Declaration(by_status, tuple(problems), tuple(headers))
         vars(view).setdefault("_spec", {})  # APIFlask leaves a view without it out of the document
         return view
 
@@ -144,7 +151,7 @@ def _problem_specs(kinds: Iterable[type[Problem]]) -> dict[str, Spec]:
 
 
 def _find_declarations(app: Flask) -> dict[str, Declaration]:
-    """The declarations of all views, by method and path: `GET /problems/{name}`."""
+    """The declarations of all views, by method and path: `GET /problems/{name}`. Their routes have no converters."""
     return {
         f"{method} {rule.rule.replace('<', '{').replace('>', '}')}": declaration
         for rule in app.url_map.iter_rules()
@@ -164,16 +171,16 @@ def _model_schemas(declarations: Iterable[Declaration]) -> dict[str, Spec]:
     return found
 
 
-def complete(app: Flask, spec: Spec, functions: Mapping[str, JobFunction], default: str) -> Spec:
+def complete(app: Flask, spec: Spec, default: str) -> Spec:
     """Add answers, problems, and a path for each job function to APIFlask's document.
 
     Args:
-        app: with its views, and its settings in `extensions["jobs"]`.
+        app: with its views, and its job functions and settings in `extensions["enqueuer"]`.
         spec: APIFlask's document; it is changed.
-        functions: the job functions.
         default: name of the job function that `/enqueue` runs.
     """
-    settings = app.extensions["jobs"].settings
+    enqueuer: Enqueuer = app.extensions["enqueuer"]
+    functions, settings = enqueuer.functions, enqueuer.settings
     declarations = _find_declarations(app)
     spec.setdefault("components", {}).setdefault("schemas", {}).update(_model_schemas(declarations.values()))
     one, many = (spec["paths"].pop(f"/{route}/{{function}}")["post"] for route in ("enqueue", "enqueue_many"))
@@ -184,7 +191,7 @@ def complete(app: Flask, spec: Spec, functions: Mapping[str, JobFunction], defau
     }
     operations |= {("POST", "/enqueue/{function}"): one, ("POST", "/enqueue_many/{function}"): many}
     for (method, path), operation in operations.items():
-        declared = declarations[f"{method} {path}"]
+        declared = declarations[f"{method} {path}"]  # KeyError: the view has no @answers
         kinds = declared.problems
         if not is_public(path):
             kinds = (*kinds, problems.Unauthorized, problems.Forbidden, problems.TooManyRequests)

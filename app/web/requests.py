@@ -11,16 +11,18 @@ from gunicorn.http.errors import ParseException
 from werkzeug.exceptions import RequestEntityTooLarge
 
 from app.config import LARGE, Settings
+from app.job_function import JobFunction
 from app.jobs import problems
-from app.jobs.enqueue import Enqueuer, Origin
+from app.jobs.enqueue import Enqueuer, Options, Origin
 from app.jobs.jobs import Jobs
 from app.jobs.problems import MOST_ERRORS
 from app.jobs.waiting import Waiting
-from app.web.auth import current_key
+from app.web.auth import check_function, current_key
 from app.web.json_bodies import check_json, has_more_values
 from app.web.limits import ByteAllowance, limit_receive_time, yield_to_others
 from app.web.metrics import count_wait
 from app.web.request_ids import current_request_id
+from app.webhooks.addresses import check_webhook
 
 
 def current_jobs() -> Jobs:
@@ -35,8 +37,13 @@ def current_enqueuer() -> Enqueuer:
     return enqueuer
 
 
+def current_settings() -> Settings:
+    """The settings of the present app."""
+    return current_jobs().settings
+
+
 def current_waiting() -> Waiting:
-    """The waiting clients of the present app."""
+    """The long polls and event streams of the present app."""
     waiting: Waiting = current_app.extensions["waiting"]
     return waiting
 
@@ -56,6 +63,37 @@ def refuse_repeated_options() -> None:
     ]
     if errors:
         raise problems.InvalidRequest("The query has an option more than once.", errors=errors[:MOST_ERRORS])
+
+
+def find_function(name: str) -> JobFunction:
+    """The job function of this name, if the key of the present request may use it.
+
+    Raises:
+        FunctionNotFound: there is none.
+        Forbidden: the key may not use it.
+    """
+    function = current_enqueuer().find_function(name)
+    check_function(name)
+    return function
+
+
+@contextmanager
+def read_new_jobs(asked: Options) -> Iterator[tuple[bytes, Origin]]:
+    """The body and the origin of a request that makes jobs, as long as the `with` block lasts.
+
+    Args:
+        asked: the options of the request. Their webhook is checked.
+
+    Raises:
+        InvalidRequest: the webhook is not allowed, or the header Idempotency-Key is malformed.
+        UnsupportedMediaType, InvalidJson, BadRequest, RequestEntityTooLarge, PayloadTooLarge, TooManyRequests: as
+            `read_json_body`.
+    """
+    settings = current_settings()
+    with read_json_body(settings) as body:
+        origin = Origin(current_key().name, _read_idempotency_key(), current_request_id())
+        check_webhook(asked.get("webhook"), settings)
+        yield body, origin
 
 
 @contextmanager
@@ -136,17 +174,16 @@ def _preferred_wait() -> float | None:
     return None
 
 
-def read_wait(asked: float | None, settings: Settings) -> float:
+def read_wait(asked: float | None) -> float:
     """The seconds that the request waits for a job's end: its option `wait`, or else its `Prefer: wait=SECONDS`.
 
     If the preference counts, the response says so (`Preference-Applied`).
 
     Args:
         asked: the option `wait` in seconds, if the request has it.
-        settings: MAX_WAIT is the upper bound.
     """
     preferred = _preferred_wait() if asked is None else None
-    seconds = min(asked if asked is not None else preferred or 0, settings.max_wait)
+    seconds = min(asked if asked is not None else preferred or 0, current_settings().max_wait)
     if preferred is not None:
         add_header("Preference-Applied", f"wait={seconds:.0f}")
     if seconds > 0:
@@ -184,15 +221,6 @@ def _read_idempotency_key() -> str | None:
         error: problems.ErrorItem = {"loc": ["header", "Idempotency-Key"], "msg": expected}
         raise problems.InvalidRequest("The header Idempotency-Key is malformed.", errors=[error])
     return key
-
-
-def read_origin() -> Origin:
-    """The origin of the jobs that the present request makes.
-
-    Raises:
-        InvalidRequest: the header Idempotency-Key is malformed.
-    """
-    return Origin(current_key().name, _read_idempotency_key(), current_request_id())
 
 
 def visible_owner() -> str | None:

@@ -34,12 +34,16 @@ _OUTAGE_CLASSES = {
     "OutOfMemoryError", "ReadOnlyError", "NoPermissionError", "ClusterDownError", "MasterDownError", "TryAgainError",
 }  # fmt: skip
 
+#: The headers of an answer that no proxy may cache.
+PRIVATE = {"Cache-Control": "private, no-cache"}
+
 _encode_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def encode_json(data: Any) -> bytes:
-    """JSON text of a pydantic model, or of JSON data."""
-    return (data.model_dump_json() if isinstance(data, BaseModel) else _encode_json(data)).encode()
+    """JSON text of a pydantic model, or of JSON data, in ASCII: some clients of /events split lines at U+2028."""
+    text = data.model_dump_json(ensure_ascii=True) if isinstance(data, BaseModel) else _encode_json(data)
+    return text.encode()
 
 
 def make_etag(text: bytes) -> str:
@@ -64,14 +68,19 @@ def json_response(
 
     Args:
         data: an object.
-        status: of HTTP.
-        headers: further ones.
+        status: HTTP status code.
+        headers: besides Content-Type.
         result: JSON text for a last member `result`. It goes out as it is stored.
+
+    Raises:
+        TooManyRequests: as `count_large_response`, with a result.
     """
     text = encode_json(data)
     if result is not None:
         text = b'%s,"result":%s}' % (text[:-1], result)
     response = JsonResponse(text, status, headers)
+    if result is not None:
+        count_large_response(response)  # before the timer of its sending starts, which nothing would end
     return limit_send_time(response) if len(text) > LARGE else response
 
 
@@ -81,8 +90,7 @@ def stored_json_response(text: bytes) -> Response:
     Raises:
         TooManyRequests: as `count_large_response`.
     """
-    headers = {"Cache-Control": "private, no-cache"}
-    return limit_send_time(count_large_response(Response(text, 200, headers, mimetype="application/json")))
+    return limit_send_time(count_large_response(Response(text, 200, PRIVATE, mimetype="application/json")))
 
 
 def poll_headers(status: StatusObject) -> dict[str, str]:

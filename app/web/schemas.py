@@ -82,11 +82,14 @@ def _check_rfc3339(value: object) -> object:
 
 
 class _BoundedQuery(Query):
-    """A query whose bounds are settings, so each app has its own model. Views name this class in its place."""
+    """A query whose bounds are settings, so each app has its own model. Views name this class in its place.
+
+    Only APIFlask validates with it. The class itself has no fields.
+    """
 
     @classmethod
     def _find_model(cls) -> type[Query]:
-        models: dict[type[Query], type[Query]] = current_app.extensions["job_options"]
+        models: dict[type[Query], type[Query]] = current_app.extensions["query_models"]
         return models[cls]
 
     @classmethod
@@ -108,10 +111,14 @@ class EnqueueQuery(_BoundedQuery):
     """The options of a job, and how long to wait for its end."""
 
 
-def make_job_options(settings: Settings) -> dict[type[Query], type[Query]]:
+def make_query_models(settings: Settings) -> dict[type[Query], type[Query]]:
     """Make an app's models for JobOptions and EnqueueQuery, with the bounds of its settings."""
     options = _make_options_model(
-        settings.queues, settings.max_job_timeout, settings.max_ttl, settings.max_retries, settings.max_delay
+        settings.queues,
+        max_timeout=settings.max_job_timeout,
+        max_ttl=settings.max_ttl,
+        max_retries=settings.max_retries,
+        max_delay=settings.max_delay,
     )
     wait: Any = (Wait | None, None)
     return {
@@ -121,7 +128,7 @@ def make_job_options(settings: Settings) -> dict[type[Query], type[Query]]:
 
 
 def _make_options_model(
-    queues: tuple[str, ...], max_timeout: int, max_ttl: int, max_retries: int, max_delay: int
+    queues: tuple[str, ...], *, max_timeout: int, max_ttl: int, max_retries: int, max_delay: int
 ) -> type[Query]:
     def option(kind: Any, meaning: str, **limits: Any) -> Any:
         return (Annotated[kind, Field(description=meaning, **limits)] | None, None)
@@ -162,7 +169,9 @@ def check_defaults(functions: Iterable[JobFunction], queues: tuple[str, ...]) ->
     Raises:
         SystemExit: a default is not a value of its option.
     """
-    model = _make_options_model(queues, MAX_SECONDS, MAX_SECONDS, MAX_RETRIES, MAX_SECONDS)
+    model = _make_options_model(
+        queues, max_timeout=MAX_SECONDS, max_ttl=MAX_SECONDS, max_retries=MAX_RETRIES, max_delay=MAX_SECONDS
+    )
     for function in functions:
         # In a request None means that the option is missing. A default of None is an error: a text fits no option.
         given = {name: "None" if value is None else value for name, value in function.defaults.items()}
@@ -174,6 +183,10 @@ def check_defaults(functions: Iterable[JobFunction], queues: tuple[str, ...]) ->
             raise SystemExit(
                 f"The job function {function.name} has the default {name}={first['input']!r}: {first['msg']}."
             ) from None
+
+
+# Answers. Views build EnqueuedGroup, JobPage, Health and Readiness. The other models only describe JSON data that goes
+# out as it was read: it is not validated, since anybody may have written to Redis.
 
 
 class EnqueuedGroup(BaseModel):

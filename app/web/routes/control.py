@@ -21,11 +21,11 @@ from app.web.requests import (
     current_enqueuer,
     current_jobs,
     current_waiting,
-    read_json_body,
-    read_origin,
+    find_function,
+    read_new_jobs,
     visible_owner,
 )
-from app.web.responses import encode_json, json_response, make_etag, poll_headers
+from app.web.responses import PRIVATE, encode_json, json_response, make_etag, poll_headers
 from app.web.schemas import (
     EnqueuedGroup,
     GroupObject,
@@ -36,7 +36,6 @@ from app.web.schemas import (
     JobsQuery,
     WebhookLog,
 )
-from app.webhooks.addresses import check_webhook
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +43,6 @@ logger = logging.getLogger(__name__)
 MAX_READ_SECONDS = 10.0
 #: The suffix of the id of an `end` event. The id of a `status` event does not have it.
 END_SUFFIX = ".end"
-#: The headers of a response that no proxy may cache.
-_PRIVATE = {"Cache-Control": "private, no-cache"}
 
 control = APIBlueprint("control", __name__, tag="Control")
 
@@ -75,7 +72,7 @@ def retry(query: JobQuery) -> Response:
     """Run a job again, after it failed, was stopped or was canceled."""
     jobs = current_jobs()
     if current_key().functions is not None:
-        check_function(jobs.read_status(query.job_id, visible_owner()).function or "")
+        check_function(jobs.read_status(query.job_id, visible_owner()).function)
     status = jobs.retry(query.job_id, visible_owner())
     return json_response(status, 202, {"Location": status.links.check_status, **poll_headers(status)})
 
@@ -96,14 +93,10 @@ def retry(query: JobQuery) -> Response:
 )
 def enqueue_many(function: str, options: Any) -> Response:
     """Enqueue a job for each payload in the body, which is an array. All are enqueued or none."""
-    enqueuer = current_enqueuer()
-    found = enqueuer.find_function(function)
-    check_function(function)
+    found = find_function(function)
     asked = options.model_dump(exclude_none=True)
-    with read_json_body(enqueuer.settings) as payloads:
-        origin = read_origin()
-        check_webhook(asked.get("webhook"), enqueuer.settings)
-        receipt = enqueuer.enqueue_many(found, payloads, asked, origin)
+    with read_new_jobs(asked) as (payloads, origin):
+        receipt = current_enqueuer().enqueue_many(found, payloads, asked, origin)
     if receipt.is_replay:
         add_header("Idempotent-Replayed", "true")
     group = EnqueuedGroup(group_id=receipt.group_id, job_ids=receipt.job_ids)
@@ -119,7 +112,7 @@ def enqueue_many(function: str, options: Any) -> Response:
 )
 def check_group(query: GroupQuery) -> Response:
     """Count the jobs of a group by status."""
-    return json_response(current_jobs().read_group(query.group_id, visible_owner()), headers=_PRIVATE)
+    return json_response(current_jobs().read_group(query.group_id, visible_owner()), headers=PRIVATE)
 
 
 @control.get("/jobs")
@@ -133,7 +126,7 @@ def list_jobs(query: JobsQuery) -> Response:
     filters = query.model_dump(include={"status", "queue", "function"}, exclude_none=True)
     listed, cursor = current_jobs().list_jobs(filters, query.limit, query.cursor, visible_owner())
     following = f"/jobs?{urlencode({**filters, 'limit': query.limit, 'cursor': cursor})}" if cursor else None
-    return json_response(JobPage(jobs=listed, next=following), headers=_PRIVATE)
+    return json_response(JobPage(jobs=listed, next=following), headers=PRIVATE)
 
 
 @control.get("/events")
@@ -186,7 +179,7 @@ def _encode_events(found: Iterator[StatusObject | None], last: str | None) -> It
 @answers({200: Answer("the messages about the ends of the job", WebhookLog)}, problems=READS_JOB)
 def list_webhooks(query: JobQuery) -> Response:
     """List the messages about a job's ends, and the tries to deliver them."""
-    return json_response(current_jobs().read_webhooks(query.job_id, visible_owner()), headers=_PRIVATE)
+    return json_response(current_jobs().read_webhooks(query.job_id, visible_owner()), headers=PRIVATE)
 
 
 @control.post("/webhooks/redeliver")

@@ -9,8 +9,7 @@ from flask import Response, request
 from app.core.scripts import TERMINAL
 from app.jobs import problems
 from app.jobs.status import EXAMPLE, StatusObject, StatusWithResult
-from app.web.auth import check_function, current_key
-from app.web.limits import count_large_response
+from app.web.auth import current_key
 from app.web.openapi import (
     ANY_JSON,
     IDEMPOTENCY_KEY,
@@ -27,14 +26,13 @@ from app.web.requests import (
     current_enqueuer,
     current_jobs,
     current_waiting,
-    read_json_body,
-    read_origin,
+    find_function,
+    read_new_jobs,
     read_wait,
     visible_owner,
 )
-from app.web.responses import json_response, make_etag, poll_headers, stored_json_response
+from app.web.responses import PRIVATE, json_response, make_etag, poll_headers, stored_json_response
 from app.web.schemas import EnqueueQuery, FunctionList, JobQuery, WaitQuery
-from app.webhooks.addresses import check_webhook
 
 #: The job function that `POST /enqueue` without a name runs.
 DEFAULT_FUNCTION = "some_long_function"
@@ -73,15 +71,11 @@ def index() -> Response:
 )
 def enqueue(options: Any, function: str = DEFAULT_FUNCTION) -> Response:
     """Enqueue a job: the body is its payload."""
-    enqueuer = current_enqueuer()
-    found = enqueuer.find_function(function)
-    check_function(function)
+    found = find_function(function)
     asked = options.model_dump(exclude_none=True)
-    wait = read_wait(asked.pop("wait", None), enqueuer.settings)
-    with read_json_body(enqueuer.settings) as payload:
-        origin = read_origin()
-        check_webhook(asked.get("webhook"), enqueuer.settings)
-        receipt = enqueuer.enqueue(found, payload, asked, origin)
+    wait = read_wait(asked.pop("wait", None))
+    with read_new_jobs(asked) as (payload, origin):
+        receipt = current_enqueuer().enqueue(found, payload, asked, origin)
     del payload  # otherwise it stays in memory while this request waits
     if receipt.is_replay:
         add_header("Idempotent-Replayed", "true")
@@ -91,7 +85,7 @@ def enqueue(options: Any, function: str = DEFAULT_FUNCTION) -> Response:
         # If there are too many large responses, send the status without the result. After a 429 the client would
         # enqueue the job again.
         with suppress(problems.TooManyRequests):
-            return count_large_response(json_response(status, 200, headers, result))
+            return json_response(status, 200, headers, result)
     return json_response(status, 202, headers)
 
 
@@ -109,8 +103,8 @@ def enqueue(options: Any, function: str = DEFAULT_FUNCTION) -> Response:
 def check_status(query: WaitQuery) -> Response:
     """Read the status of a job."""
     waiting = current_waiting()
-    status = waiting.wait(query.job_id, read_wait(query.wait, waiting.jobs.settings), visible_owner())
-    response = json_response(status, headers={**poll_headers(status), "Cache-Control": "private, no-cache"})
+    status = waiting.wait(query.job_id, read_wait(query.wait), visible_owner())
+    response = json_response(status, headers={**poll_headers(status), **PRIVATE})
     response.set_etag(make_etag(response.get_data()))
     if "If-None-Match" in request.headers:
         response.make_conditional(request)
@@ -128,7 +122,7 @@ def check_status(query: WaitQuery) -> Response:
 def get_result(query: WaitQuery) -> Response:
     """Return the result of a job: JSON with nothing around it."""
     waiting = current_waiting()
-    if wait := read_wait(query.wait, waiting.jobs.settings):
+    if wait := read_wait(query.wait):
         waiting.wait(query.job_id, wait, visible_owner())
     return stored_json_response(waiting.jobs.read_result(query.job_id, visible_owner()))
 

@@ -15,7 +15,7 @@ from app.web.auth import require_admin
 from app.web.metrics import render_metrics
 from app.web.openapi import TEXT, Answer, answers
 from app.web.requests import current_jobs, current_waiting
-from app.web.responses import json_response
+from app.web.responses import PRIVATE, json_response
 from app.web.schemas import Health, Queues, Readiness
 
 ops = APIBlueprint("ops", __name__, tag="Operating")
@@ -78,7 +78,7 @@ def queues() -> Response:
         for queue in overview.queues
     ]
     workers = [worker._asdict() for worker in sorted(overview.workers)]
-    return json_response({"queues": listed, "workers": workers}, headers={"Cache-Control": "private, no-cache"})
+    return json_response({"queues": listed, "workers": workers}, headers=PRIVATE)
 
 
 @ops.get("/metrics")
