@@ -14,7 +14,10 @@ from flask.testing import FlaskClient
 from redis import Redis
 
 from app.config import LARGE, Settings
+from app.jobs.status import EXAMPLE
+from app.jobs.waiting import Look
 from app.main import create_app
+from app.web import responses
 from app.web.limits import MAX_LARGE_BYTES, FairQuota, limit_send_time
 from tests.processes import end_run, json_of, problem_of, take_job, wait_until
 from tests.test_auth import ALICE, KEYS, OPS, _bearer
@@ -75,6 +78,27 @@ def test_large_answers_of_one_key_leave_memory_to_the_others(client: FlaskClient
             path = f"/get_result?job_id={job_id}"
             with client.open(path, method=method, headers=_bearer(ALICE)) as read:
                 assert read.status_code == 200
+
+
+def test_large_result_that_may_not_be_sent_starts_no_timer(
+    client: FlaskClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would run on, and end a later request of the same connection."""
+    timed = Mock(side_effect=limit_send_time)
+    monkeypatch.setattr(responses, "limit_send_time", timed)
+    ended = EXAMPLE.model_copy(update={"job_status": "finished"})
+    waiting = client.application.extensions["waiting"]
+    monkeypatch.setattr(waiting, "wait_for_new", lambda *_: Look(ended, b'"%s"' % (b"x" * LARGE)))
+    held = client.application.extensions["limits"].bytes
+
+    def enqueue_and_wait() -> Any:
+        return client.post("/enqueue/echo?wait=1", json=1, headers=_bearer(ALICE))
+
+    with enqueue_and_wait() as answer:
+        assert (json_of(answer)["result"], timed.call_count) == ("x" * LARGE, 1)
+    assert held.take("alice", MAX_LARGE_BYTES // 2)
+    answer = enqueue_and_wait()
+    assert (answer.status_code, "result" in json_of(answer), timed.call_count) == (202, False, 1)
 
 
 @pytest.mark.parametrize(
