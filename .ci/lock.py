@@ -1,9 +1,9 @@
 """Lock the dependencies, and leave no package index in the lock (`pipenv run lock`).
 
-Pipenv writes the default index into Pipfile.lock even when the Pipfile names none. A user behind a mirror should
-install from their own, so the index is taken out again; `pipenv sync` and `pipenv verify` accept the result.
-The hash in the lock covers the indexes that pip is set up for, too; so that it is the same on every machine, it is
-made, and verified by the hook, without pip's configuration.
+Pipenv writes the default index into Pipfile.lock even if the Pipfile names none. This script removes it, so that users
+behind a mirror install from their mirror. `pipenv sync` and `pipenv verify` accept the result.
+The hash in the lock covers the indexes of pip's configuration, too. To get the same hash on every machine, this script
+makes it, and the hook verifies it, without pip's configuration.
 """
 
 import json

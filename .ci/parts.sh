@@ -1,12 +1,13 @@
-# What .ci/run and .ci/nightly share. To be sourced, by bash.
+# Functions that .ci/run and .ci/nightly share. Source this file with bash.
 
 # A missing tool fails the tests that need it; elsewhere they are skipped (tests/conftest.py).
 export REQUIRE_ALL=1
 
-# Install the Debian packages of the commands that are missing, one by one: a machine may have npm from elsewhere.
+# Install the Debian packages of missing commands only: a machine may have npm from elsewhere.
 install_tools() {
   local command missing=()
-  # npm runs newman; faketime and ip make the fault suite's wrong clocks and hosts apart; chromium shows the dashboard.
+  # npm runs newman. The fault suite needs faketime for wrong clocks and ip for separate hosts. chromium shows the
+  # dashboard.
   local -A packages=(
     [git]=git [npm]=npm [faketime]=faketime [ip]=iproute2 [chromium]=chromium [openssl]=openssl [ps]=procps [curl]=curl
   )
@@ -23,7 +24,7 @@ install_tools() {
 
 install_project() { pip install pipenv && pipenv sync --dev; }
 
-# Run a part, given its name and its command, and note how long it took.
+# Run a part and note how long it took. Arguments: its name, its command.
 part() {
   local name=$1 start=$SECONDS code=0
   shift
@@ -35,14 +36,14 @@ part() {
 }
 durations=()
 
-# Run a command in the background, as a process group of its own: `finish` can end all of it.
+# Run a command in the background, as a process group of its own, so that `finish` can end all of its processes.
 beside() {
   set -m
   "$@" &
   set +m
 }
 
-# End what runs in the background, remove the temporary folder, and say what each part took.
+# End the background processes, remove the temporary folder, and print the time of each part.
 finish() {
   local job
   for job in $(jobs -p); do

@@ -1,1 +1,1 @@
-"""Benchmarks: each figure beside its peer or its limit, measured in the same run."""
+"""Benchmarks: each figure stands beside its peer or its limit, which the same run measures."""

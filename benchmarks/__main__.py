@@ -7,18 +7,18 @@ import sys
 
 from benchmarks import report
 
-#: In the order in which they stand in RESULTS.md; each a module of this package with `run() -> report.Section`.
+#: In the order of RESULTS.md. Each is a module of this package with `run() -> report.Section`.
 BENCHMARKS = ("workers", "http", "waiting", "size", "lists")
 
 
 def main() -> None:
-    """Measure, and write down what was found after each benchmark."""
+    """Measure, and write RESULTS.md after each benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(BENCHMARKS)}")
     names = parser.parse_args().names or BENCHMARKS
     if unknown := set(names) - set(BENCHMARKS):
         parser.error(f"there is no benchmark {', '.join(sorted(unknown))}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: what was started is ended, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # like Ctrl-C: it ends the started processes, too
     for name in names:
         report.save(name, importlib.import_module(f"benchmarks.{name}").run())
         report.render(BENCHMARKS)

@@ -1,6 +1,6 @@
 """Requests/s of the API beside a tutorial's app and beside floors: `pipenv run bench http` (minutes, 2 GB, wrk).
 
-The server of whoever's turn it is has one core for itself; wrk and Redis share the other one.
+The server that is measured has one core for itself; wrk and Redis share the other one.
 """
 
 import json
@@ -33,20 +33,20 @@ FUNCTION = FUNCTIONS[count_words.__name__]
 ENQUEUE = f"/enqueue/{FUNCTION.name}"
 PAYLOAD = {"text": "a word or two"}
 RESULT = {"words": [["a", 1], ["word", 1]], "total": 4}
-#: Many and short turns: a shared machine's speed changes within a minute by more than what is looked for.
+#: Use many short turns: within a minute the speed of a shared machine changes by more than the measured differences.
 ROUNDS, SECONDS = 15, 1
 QUEUED, BATCH = 1_000_000, 1000
 SMALL, LARGE = 1000, 10_000_000
 
 
 class Server(NamedTuple):
-    """A web server, and its process that answers."""
+    """A web server, and its process that answers the requests."""
 
     url: str
     process: psutil.Process
 
     def ask(self, path: str, body: str | None = None) -> dict[str, Any]:
-        """The JSON object that one GET, or POST of this JSON, is answered with."""
+        """Send a GET, or a POST of this JSON; returns the JSON object of the answer."""
         kind = {"Content-Type": "application/json"}
         method = "GET" if body is None else "POST"
         answer = requests.request(method, self.url + path, data=body, headers=kind, timeout=9)
@@ -55,13 +55,13 @@ class Server(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """What came of a turn."""
+    """The result of a turn."""
 
     #: requests/s
     rate: float
-    #: of processor, that the server took for one request
+    #: processor time of the server for one request
     microseconds: float
-    #: of a core, that the server, wrk and Redis took
+    #: the shares of a core that the server, wrk and Redis took
     shares: tuple[float, float, float]
 
 
@@ -76,9 +76,9 @@ class Contestant:
 
     server: Server
     redis: Redis
-    #: makes what will be asked for, and gives the path
+    #: makes the jobs that the requests need, and returns the path
     prepare: Callable[[], str]
-    #: members that the answer has
+    #: members that the answer must have
     expected: Mapping[str, Any]
     body: str | None = None
     #: whether each request makes a job
@@ -86,10 +86,10 @@ class Contestant:
     turns: list[Turn] = field(default_factory=list)
 
     def take_turn(self, seconds: int) -> float:
-        """Requests/s.
+        """Run one turn; returns the requests/s.
 
         Raises:
-            AssertionError: an answer was wrong, or there are not as many new jobs as there should be.
+            AssertionError: an answer was wrong, or the number of new jobs was.
         """
         path = self.prepare()
         answer = self.server.ask(path, self.body)
@@ -103,7 +103,7 @@ class Contestant:
             microseconds=server / load.requests * 1e6,
             shares=(server / load.seconds, load.own_cpu / load.seconds, redis / load.seconds),
         )
-        # What was on its way as wrk ended makes a job without an answer.
+        # A request that was under way when wrk ended makes a job without an answer.
         unknown = self._count_in_the_end() - queued - self.enqueues * load.requests
         assert 0 <= unknown <= self.enqueues * CONNECTIONS, f"{unknown} more jobs than answers"
         self.turns.append(turn)
@@ -114,7 +114,7 @@ class Contestant:
         return int(length)
 
     def _count_in_the_end(self) -> int:
-        """The jobs that wait once there come no more, so that the next turn begins in peace."""
+        """Wait until no more jobs arrive, so that they do not disturb the next turn; returns their count."""
         before, count = -1, self._count()
         while count != before:
             time.sleep(0.2)
@@ -122,9 +122,9 @@ class Contestant:
         return count
 
     def row(self) -> tuple[str, ...]:
-        """Its figures for a table.
+        """The figures of this route for a table.
 
-        On a busy machine the server's µs of processor for each request tell more than the requests/s.
+        On a busy machine the server's processor time for each request (µs) is more exact than the requests/s.
         """
         return (
             spread([turn.rate for turn in self.turns], 0),
@@ -134,7 +134,7 @@ class Contestant:
 
 
 class Stage:
-    """Starts servers, which end with the stack."""
+    """Starts servers. They end with the stack."""
 
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
@@ -146,13 +146,13 @@ class Stage:
         return self._folder / str(self._started)
 
     def start_redis(self) -> Redis:
-        """A client of a server of its own."""
+        """Start a Redis; returns its client."""
         server = self._stack.enter_context(valkey_server(self._place(), save=""))
         connection: Redis = self._stack.enter_context(Redis(port=server.port))
         return connection
 
     def start_web(self, redis: Redis, *args: str) -> Server:
-        """A web server by gunicorn with these arguments, on the other core."""
+        """Start gunicorn with these arguments on the other core."""
         port = redis.connection_pool.connection_kwargs["port"]
         env = environment(f"redis://127.0.0.1:{port}/0", MAX_QUEUE_LENGTH=10**9)
         with on_core(0):
@@ -166,13 +166,13 @@ def _empty(redis: Redis, path: str) -> str:
 
 
 def _poll_new(redis: Redis, server: Server, enqueue: str) -> str:
-    """The path that polls a new job, the only one there is."""
+    """Enqueue the only job; returns the path that polls it."""
     redis.flushall()
     return f"/check_status?job_id={server.ask(enqueue, json.dumps(PAYLOAD))['job_id']}"
 
 
 def _read_new(redis: Redis, server: Server) -> str:
-    """The path of the result of a new job, which has ended."""
+    """Enqueue and end a job; returns the path of its result."""
     path = _poll_new(redis, server, ENQUEUE)
     assert end_run(redis, take_job(redis), value=RESULT) == "finished"
     return path.replace("check_status", "get_result")
@@ -199,7 +199,7 @@ def make_contestants(stage: Stage, redis: Redis, ours: Server) -> dict[str, Cont
 
 
 def _measure_flatness(name: str, little: Contestant, much: Contestant) -> tuple[tuple[str, ...], Target]:
-    """A row for what is not to cost more where there is more, and its target."""
+    """A row and a target that compare a route with little and with much data; much must not cost more."""
     sides = {"little": partial(little.take_turn, SECONDS), "much": partial(much.take_turn, SECONDS)}
     take_turns(sides, 1)  # to warm up
     figures = take_turns(sides, ROUNDS)
@@ -211,7 +211,7 @@ def _measure_flatness(name: str, little: Contestant, much: Contestant) -> tuple[
 
 
 def _poll_size(redis: Redis, server: Server, size: int, is_finished: bool) -> Contestant:
-    """Polls of a job with a payload, and a result if it has ended, of so many bytes."""
+    """Polls of a job whose payload, and result if it has ended, have `size` bytes."""
     text = "x" * size
     job_id = server.ask("/enqueue/echo", json.dumps(text))["job_id"]
     if is_finished:
@@ -229,7 +229,7 @@ def _fill(redis: Redis) -> None:
 
 
 def measure_flatness(stage: Stage, redis: Redis, ours: Server) -> list[tuple[tuple[str, ...], Target]]:
-    """Whether large jobs and long queues cost more."""
+    """Measure whether large jobs and long queues cost more."""
     found = []
     for is_finished in (True, False):
         redis.flushall()
@@ -250,7 +250,7 @@ def measure_flatness(stage: Stage, redis: Redis, ours: Server) -> list[tuple[tup
     return found
 
 
-#: Ours, what it is compared with, and the least ratio of their requests/s.
+#: Our route, the one that it is compared with, and the least ratio of their requests/s.
 TARGETS = [
     ("POST /enqueue", "POST, tutorial", 2.0),
     ("POST /enqueue", "POST, one round trip", 0.7),

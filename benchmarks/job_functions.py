@@ -21,7 +21,7 @@ def noop_with_progress(number: int) -> dict[str, int]:
 
 @job_function()
 def compute(seconds: float) -> float:
-    """Use the processor for so many seconds, by the process' own clock, and return how many it used."""
+    """Use the processor for these seconds, by the process's own clock, and return the seconds used."""
     start = time.process_time()
     while (used := time.process_time() - start) < seconds:
         pass

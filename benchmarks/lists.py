@@ -1,7 +1,7 @@
-"""What `/jobs` costs, a page and a job, and what an idempotency key costs: `pipenv run bench lists` (minutes, 2 GB).
+"""The cost of a page of `/jobs`, a job and an idempotency key: `pipenv run bench lists` (minutes, 2 GB).
 
-Two servers stand side by side, one with a hundred jobs and one with a million. The same page is asked of both in turns,
-so that whatever else the machine does hits both; only their ratio is claimed.
+It runs two servers, one with a hundred jobs and one with a million, and asks both for the same page in turns. So
+other load of the machine affects both. Only the ratio is claimed.
 """
 
 import json
@@ -29,7 +29,7 @@ FUNCTION = FUNCTIONS[count_words.__name__]
 PAYLOAD = {"text": "a word or two"}
 JOBS, BATCH, ROUNDS, PAGES_A_ROUND = 1_000_000, 100, 9, 200
 
-#: The pages, and whether they begin in the middle of all jobs instead of at the newest one.
+#: The filters of each page, and whether it begins in the middle of all jobs instead of at the newest one.
 PAGES: dict[str, tuple[dict[str, str], bool]] = {
     "the newest 20": ({}, False),
     "20 from the middle": ({}, True),
@@ -46,7 +46,7 @@ class Store(NamedTuple):
     middle: str | None
 
     def page(self, filters: dict[str, str], from_middle: bool) -> float:
-        """Seconds that one page takes, from the call to the status objects."""
+        """The seconds of one page, from the call to the status objects."""
         start = time.perf_counter()
         listed, _ = self.jobs.list_jobs(filters, 20, self.middle if from_middle else None)
         seconds = time.perf_counter() - start
@@ -54,17 +54,17 @@ class Store(NamedTuple):
         return seconds
 
     def memory(self) -> int:
-        """Bytes that the server holds."""
+        """The server's memory in bytes."""
         return int(self.jobs.connection.info("memory")["used_memory"])
 
 
 def fill(jobs: Jobs, enqueuer: Enqueuer, count: int) -> str | None:
-    """Make so many jobs, a page of them failed and then one of each batch; returns the cursor at their middle."""
+    """Make `count` jobs: a page of them failed, then one of each batch. Returns the cursor at their middle."""
     ending = transitions.Ending("failed", 9999, 9999, failure=scripts.describe_failure("ValueError", "boom"))
     middle = None
     for made in range(0, count, BATCH):
         enqueuer.enqueue_many(FUNCTION, json.dumps([PAYLOAD] * BATCH).encode(), {})
-        for number in range(made, made + (20 if made == 0 else 1)):  # enough for a page, then few among many
+        for number in range(made, made + (20 if made == 0 else 1)):  # first enough for a page, then few among many
             taken = transitions.take(jobs.connection, "bench", str(number), 60, ["default"])
             assert isinstance(taken, transitions.Taken)
             run = transitions.Run(taken.job_id, str(number), taken.queue, "bench")
@@ -93,7 +93,7 @@ def compare_pages(few: Store, many: Store) -> list[tuple[str, ...]]:
 
 
 def bytes_of_keys(store: Store, count: int) -> float:
-    """Bytes that a job with an idempotency key takes more than one without."""
+    """The bytes that an idempotency key adds to a job."""
     before = store.memory()
     for _ in range(count):
         store.enqueuer.enqueue(FUNCTION, json.dumps(PAYLOAD).encode(), {})
@@ -104,7 +104,7 @@ def bytes_of_keys(store: Store, count: int) -> float:
 
 
 def bytes_of_index(store: Store, count: int) -> tuple[float, float]:
-    """Bytes of one job in all, and those of them that its entry in the index takes; the index is gone after it."""
+    """The bytes of one job in all, and of its entry in the index. This deletes the index."""
     before = store.memory()
     store.jobs.connection.delete(*store.jobs.connection.scan_iter("rq:api:jobs:*"))
     return before / count, (before - store.memory()) / count

@@ -1,4 +1,4 @@
-"""Load by wrk, which sends as much as a server takes: what it got, and how busy it was itself."""
+"""Load by wrk, which sends as many requests as a server answers. It also measures how busy wrk itself was."""
 
 import json
 import os
@@ -9,27 +9,27 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-#: Connections that are kept alive, with one request on its way on each.
+#: Connections that are kept alive. Each has one request under way.
 CONNECTIONS = 16
 
 _SCRIPT = Path(__file__).with_suffix(".lua")
 
 
 class Load(NamedTuple):
-    """What came of a load."""
+    """The result of a load."""
 
     requests: int
     seconds: float
-    #: seconds of processor that wrk took
+    #: processor time of wrk in seconds
     own_cpu: float
 
 
 @cache
 def find_wrk() -> str:
-    """The path of wrk, which Debian's package installs if it is missing and we are root.
+    """The path of wrk. If it is missing and we are root, install Debian's package.
 
     Raises:
-        SystemExit: it cannot be had.
+        SystemExit: it is missing and cannot be installed.
     """
     if not shutil.which("wrk") and shutil.which("apt-get") and os.geteuid() == 0:
         subprocess.run(["apt-get", "update", "-qq"], check=False)
@@ -45,7 +45,7 @@ def _used_by_children() -> float:
 
 
 def send_load(url: str, seconds: int, body: str | None = None) -> Load:
-    """Send GETs, or POSTs of this JSON, for so many seconds.
+    """Send GETs, or POSTs of this JSON, for `seconds`.
 
     Raises:
         AssertionError: an answer was an error, or missing.

@@ -1,4 +1,4 @@
-"""How things are measured: in turns, so that whatever else the machine does hits all alike, and told as ratios."""
+"""Measure contestants in turns, so that other load of the machine affects all alike, and compare them by ratios."""
 
 import math
 import os
@@ -15,7 +15,7 @@ def take_turns(contestants: Mapping[str, Callable[[], float]], rounds: int) -> F
     """Call each contestant once a round, every other round in the opposite order.
 
     Args:
-        contestants: by name, what runs once and returns its figure.
+        contestants: by name, a function that runs once and returns its figure.
         rounds: how often.
 
     Returns:
@@ -34,18 +34,18 @@ def ratios(figures: Figures, one: str, other: str) -> list[float]:
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    """The median and, in brackets, the least and the most."""
+    """The median and, in brackets, the minimum and the maximum."""
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The least of the values that so many percent of them do not exceed."""
+    """The least value that `percent` percent of the values do not exceed."""
     return sorted(values)[math.ceil(len(values) * percent / 100) - 1]
 
 
 @contextmanager
 def on_core(number: int) -> Iterator[None]:
-    """Stay on this core, and with us the processes that are started meanwhile, which stay there for good."""
+    """Run this process on this core until the block ends. Processes that it starts there stay on the core."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {_CORES[number % len(_CORES)]})
     try:

@@ -1,4 +1,4 @@
-"""What the benchmarks found: kept as JSON, section by section, and shown as RESULTS.md and a chart."""
+"""The results of the benchmarks: stored as JSON, section by section, and shown as RESULTS.md and a chart."""
 
 import json
 import os
@@ -16,7 +16,7 @@ RESULTS = FOLDER / "RESULTS.md"
 
 Rows = Sequence[Sequence[str]]
 
-#: Why targets are missed, by benchmark; it stands in RESULTS.md where one is.
+#: The reasons for missed targets, by benchmark. RESULTS.md shows the reason if a target is missed.
 WHY = {
     "workers": "The multiple of `rq worker`, and of Huey: a job costs one script, which ends it and takes the next, and"
     " the way to the work-horse and back. The script keeps what is promised of jobs (lease, fence, registries as RQ"
@@ -40,7 +40,7 @@ WHY = {
 
 @dataclass
 class Target:
-    """A figure that was aimed at, and what was measured of it."""
+    """A target for a figure, and the measured value."""
 
     figure: str
     aim: str
@@ -50,15 +50,15 @@ class Target:
 
 @dataclass
 class Section:
-    """What one benchmark found."""
+    """The results of one benchmark."""
 
     title: str
-    #: how it was measured, in a few sentences
+    #: the method, in a few sentences
     text: str
     #: tables, each with its head as the first row
     tables: list[Rows]
     targets: list[Target] = field(default_factory=list)
-    #: what it was measured with, by name
+    #: the version of each tool, by name
     versions: dict[str, str] = field(default_factory=dict)
     #: bars of the chart: name and figure
     bars: dict[str, float] = field(default_factory=dict)
@@ -76,7 +76,7 @@ def describe_machine() -> str:
 
 
 def save(name: str, section: Section) -> None:
-    """Keep what a benchmark found, in place of what it found before."""
+    """Store the results of a benchmark in place of its earlier ones."""
     stored = _load()
     stored[name] = {"date": time.strftime("%Y-%m-%d"), "machine": describe_machine(), **asdict(section)}
     STORE.write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n")

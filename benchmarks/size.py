@@ -1,4 +1,4 @@
-"""How much memory the idle processes take, and how soon a start has run a job: `pipenv run bench size` (a minute)."""
+"""The memory of the idle processes, and the time from start to the first result: `pipenv run bench size` (a minute)."""
 
 import statistics
 import sys
@@ -16,9 +16,9 @@ from benchmarks.report import Section, Target
 from tests.processes import environment, free_port, running, valkey_server, wait_until, web, worker
 
 ROUNDS = 5
-#: Requests to each of the routes, and jobs, before a process is looked at.
+#: The number of jobs, and of requests to each route, before a process is measured.
 CALLS = 20
-#: Seconds without a request, before it is.
+#: Seconds without a request before a process is measured.
 IDLE = 2.0
 PAYLOAD = {"text": "a b a"}
 RESULT = {"words": [["a", 2], ["b", 1]], "total": 3}
@@ -38,13 +38,13 @@ _START = (
 
 
 def memory_of(process: psutil.Process) -> Memory:
-    """What a process takes now."""
+    """The present memory of a process."""
     full = process.memory_full_info()
     return full.rss / 10**6, full.pss / 10**6
 
 
 def run_job(url: str) -> None:
-    """Have a job run, and look at its status and result."""
+    """Run a job, and check its status and result."""
     answer = requests.post(f"{url}/enqueue/count_words?wait=30", json=PAYLOAD, timeout=60)
     assert answer.status_code == 200, answer.text
     for link in ("check_status", "get_result"):
@@ -53,7 +53,7 @@ def run_job(url: str) -> None:
 
 
 def measure_memory() -> dict[str, Memory]:
-    """Of API and worker as shipped, started anew; idle, after some jobs."""
+    """The memory of a new API process and a new worker with the shipped settings, idle after some jobs."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         server = stack.enter_context(valkey_server(folder))
@@ -85,7 +85,7 @@ def measure_start() -> float:
                 assert process.popen.poll() is None, process.log
                 try:
                     run_job(url)
-                except requests.ConnectionError:  # it does not listen yet
+                except requests.ConnectionError:  # the service does not listen yet
                     return False
                 return True
 

@@ -1,7 +1,7 @@
-"""How soon those who wait are answered, and what they cost: `pipenv run bench waiting` (minutes).
+"""How soon waiting requests are answered, and what they cost: `pipenv run bench waiting` (minutes).
 
-First one client that enqueues and waits, beside the shortest way to another process and back; then thousands that wait
-in one web process while others ask it for something else, until a worker comes and ends their jobs, one after another.
+First one client enqueues and waits; its peer is the shortest way to another process and back. Then thousands of
+requests wait in one web process, which other clients use for something else, until a worker ends the jobs one by one.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ from tests.processes import environment, gunicorn, python, running, valkey_serve
 
 ROUNDS, REQUESTS = 9, 300
 CROWD_ROUNDS, CROWD, OTHERS, WARM_UP = 3, 2000, 500, 100
-#: Seconds between two of the crowd's requests, and between two of the others'.
+#: Seconds between two requests of the crowd, and between two requests of the other clients.
 CROWD_PAUSE, PAUSE = 0.004, 0.01
 
 _JSON = {"Content-Type": "application/json"}
@@ -45,7 +45,7 @@ class Client:
         """The answer's body: data if it is JSON, else text.
 
         Raises:
-            AssertionError: it was an error.
+            AssertionError: the answer was an error.
         """
         self._connection.request("GET" if body is None else "POST", path, body, _JSON)
         answer = self._connection.getresponse()
@@ -64,7 +64,7 @@ class Latencies:
 
     def take_turn(self) -> float:
         """The median in ms."""
-        client, taken = Client(self._url), []  # a new one: the last turn's connection may have been idle for too long
+        client, taken = Client(self._url), []  # new: the last turn's connection may have been idle for too long
         for number in range(REQUESTS):
             start = time.perf_counter()
             answer = client.ask(self._path, json.dumps({"number": number}))
@@ -83,7 +83,7 @@ class Waiter(asyncio.Protocol):
         self.is_done = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Ask."""
+        """Send the request."""
         assert isinstance(transport, asyncio.Transport)
         body = json.dumps(self.number)
         head = "Host: localhost\r\nConnection: close\r\nContent-Type: application/json"
@@ -91,16 +91,16 @@ class Waiter(asyncio.Protocol):
         transport.write(request.encode())
 
     def data_received(self, data: bytes) -> None:
-        """Note when the last of the answer came."""
+        """Note when the last part of the answer arrived."""
         self.answer += data
         self.arrived = time.time()
 
     def connection_lost(self, error: Exception | None) -> None:
-        """The server has said all."""
+        """The answer is complete."""
         self.is_done.set_result(None)
 
     def read_end(self) -> float:
-        """When the job ended, in seconds since 1970.
+        """The time of the job's end, in seconds since 1970.
 
         Raises:
             AssertionError: the answer is not that of a job that finished with its payload as its result.
@@ -113,7 +113,7 @@ class Waiter(asyncio.Protocol):
 
 
 async def _wait_in_crowd(url: str) -> list[Waiter]:
-    """The waiters, once each of them has been answered."""
+    """Run the crowd; returns the waiters once each has its answer."""
     host, _, port = urlsplit(url).netloc.partition(":")
     loop = asyncio.get_running_loop()
     waiters = []
@@ -126,11 +126,11 @@ async def _wait_in_crowd(url: str) -> list[Waiter]:
 
 
 class Crowd(NamedTuple):
-    """What a crowd of waiting requests cost, and how it was answered; times in ms."""
+    """The cost of a crowd of waiting requests, and its answers; times in ms."""
 
-    #: MB of the web process above those before
+    #: MB by which the web process grew
     memory: float
-    #: p99 of other requests meanwhile
+    #: p99 of other requests during the wait
     poll: float
     other: float
     #: jobs/s that ended
@@ -142,7 +142,7 @@ class Crowd(NamedTuple):
 
 
 def _ask_meanwhile(url: str) -> tuple[float, float]:
-    """The p99 in ms of other clients' polls, and of `GET /`, each from when it was to be sent."""
+    """The p99 in ms of other clients' polls and of `GET /`, each measured from the time at which it was due."""
     client = Client(url)
     job_id = client.ask("/enqueue/echo", "0")["job_id"]
     taken: dict[str, list[float]] = {f"/check_status?job_id={job_id}": [], "/": []}
@@ -159,16 +159,16 @@ def _ask_meanwhile(url: str) -> tuple[float, float]:
 
 
 def _measure_crowd() -> Crowd:
-    """Let a crowd wait in a new web process, ask it for other things, and then let the crowd's jobs end."""
+    """Let a crowd wait in a new web process, send it other requests, and then let the crowd's jobs end."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         server = stack.enter_context(valkey_server(folder / "valkey", save=""))
         redis = stack.enter_context(Redis(port=server.port))
         env = environment(f"redis://127.0.0.1:{server.port}/0")
-        pool = stack.enter_context(ThreadPoolExecutor(1))  # ends after the web server, and so with its connections
+        pool = stack.enter_context(ThreadPoolExecutor(1))  # ends after the web server, whose end closes its connections
         url, process = stack.enter_context(gunicorn(env, folder / "web.log", "app.main:app"))
         web = psutil.Process(process.popen.pid).children()[0]
-        stack.callback(web.kill)  # where something failed, it would take a minute to end for those who still wait
+        stack.callback(web.kill)  # after a failure a normal end would take a minute, because requests still wait
         client = Client(url)
         for _ in range(WARM_UP):
             job_id = client.ask("/enqueue/echo?wait=0.001", "0")["job_id"]
@@ -176,7 +176,7 @@ def _measure_crowd() -> Crowd:
         memory = web.memory_info().rss
         crowd = pool.submit(asyncio.run, _wait_in_crowd(url))
         wait_until(lambda: crowd.done() or redis.llen("rq:queue:default") == WARM_UP + CROWD, what="the crowd's jobs")
-        time.sleep(1)  # until the last of them waits, and all have grown patient
+        time.sleep(1)  # until the last one waits, and all are in their long pauses
         poll, other = _ask_meanwhile(url)
         memory = web.memory_info().rss - memory
         stack.enter_context(worker(env, folder / "worker.log"))
@@ -195,7 +195,7 @@ def _measure_crowd() -> Crowd:
 
 
 def measure_latency() -> tuple[Rows, list[Target], str]:
-    """Rows for our way and the shortest one, the targets, and the version of Valkey."""
+    """Rows for our service and the shortest way, the targets, and the version of Valkey."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         server = stack.enter_context(valkey_server(folder / "valkey", save=""))
@@ -225,7 +225,7 @@ def measure_latency() -> tuple[Rows, list[Target], str]:
     return rows, targets, valkey
 
 
-#: What is told of a crowd, with how much each may be at most, in the worst round.
+#: The reported figures of a crowd: the title of each, and its limit for the worst round.
 CROWD_FIGURES = {
     "memory": ("memory of the web process above idle, MB", 60),
     "poll": ("p99 of others' `GET /check_status` meanwhile, ms", 100),
@@ -238,7 +238,7 @@ CROWD_FIGURES = {
 
 
 def measure_crowd() -> tuple[Rows, list[Target]]:
-    """Rows for what a crowd of waiting requests costs, and the targets."""
+    """Rows for the cost of a crowd of waiting requests, and the targets."""
     rounds = [_measure_crowd() for _ in range(CROWD_ROUNDS)]
     rows, targets = [], []
     for name, (title, most) in CROWD_FIGURES.items():
@@ -251,7 +251,7 @@ def measure_crowd() -> tuple[Rows, list[Target]]:
 
 
 def allow_files(count: int) -> None:
-    """Let this process, and those it starts, have so many files and sockets open.
+    """Let this process and its children have `count` files and sockets open.
 
     Raises:
         SystemExit: the system allows fewer.

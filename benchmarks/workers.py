@@ -1,7 +1,7 @@
-"""How many jobs one worker does a second, beside its peers: `pipenv run bench workers` (some ten minutes).
+"""How many jobs a second one worker runs, beside its peers: `pipenv run bench workers` (some ten minutes).
 
-A job does nothing, and its result is kept in Redis. All jobs are enqueued before the worker starts, and are timed from
-the first one's result to the last one's (peers/client.py): so neither a worker's start nor who enqueues faster counts.
+A job does nothing, and its result is kept in Redis. All jobs are enqueued before the worker starts. The time is that
+from the first result to the last (peers/client.py), so neither the worker's start nor the speed of enqueuing counts.
 The peers are installed into virtualenvs of their own in `.bench/` on first use.
 """
 
@@ -29,9 +29,9 @@ from benchmarks.report import Section, Target
 from tests.processes import ROOT, Process, environment, running, valkey_server, wait_until, worker
 
 ROUNDS = 5
-#: Seconds that a client may take for its part; it gives up before by itself.
+#: The limit for a client in seconds. A client gives up earlier by itself.
 LONGEST_TURN = 200.0
-#: Of the jobs that compute, for one worker and for two: how many, and the processor's seconds that each uses.
+#: The jobs that compute, for one worker and for two: their number, and the processor seconds of each.
 COMPUTE_JOBS, COMPUTE_SECONDS = 80, 0.05
 
 _PEERS = ROOT / "benchmarks" / "peers"
@@ -41,14 +41,14 @@ _OWN = {"FUNCTION_MODULES": "benchmarks.job_functions", "BENCHMARK_FUNCTION": "n
 class Contestant(NamedTuple):
     """A worker, and the client that enqueues for it."""
 
-    #: of its module in benchmarks/peers
+    #: the name of its module in benchmarks/peers
     name: str
-    #: how many make a turn of some four seconds
+    #: the number of jobs for a turn of some four seconds
     jobs: int
-    #: the worker's, behind `python -m`
+    #: the worker's command, after `python -m`
     command: str
     setup: str
-    #: file in benchmarks/peers that says what its virtualenv has; without one it is that of this process
+    #: the file in benchmarks/peers with the packages of its virtualenv; without it, the virtualenv of this process
     requirements: str = ""
     #: environment variables
     settings: Mapping[str, str] = {}  # never changed
@@ -80,7 +80,7 @@ CONTESTANTS = {
         "requirements.txt",
     ),
     "Dramatiq": _DRAMATIQ,
-    # Its consumer sleeps when it has taken all that it may, so with one thread it mostly sleeps.
+    # Its consumer sleeps when it has taken as many jobs as it may, so with one thread it mostly sleeps.
     "Dramatiq, 16 ahead": _DRAMATIQ.with_settings(6000, dramatiq_queue_prefetch="16")._replace(
         setup="the same with `dramatiq_queue_prefetch` 16, its default for its default of eight threads"
     ),
@@ -110,7 +110,7 @@ CONTESTANTS = {
 
 @cache
 def interpreter_of(requirements: str) -> str:
-    """The Python of a virtualenv with what this file of benchmarks/peers names; made anew if the file has changed."""
+    """The Python of a virtualenv with the packages of this file of benchmarks/peers. A changed file gets a new one."""
     if not requirements:
         return sys.executable
     wanted = (_PEERS / requirements).read_text()
@@ -124,14 +124,14 @@ def interpreter_of(requirements: str) -> str:
 
 
 def versions_of(requirements: str) -> dict[str, str]:
-    """What the file pins, by the package's name."""
+    """The version of each package that the file pins."""
     lines = (line.partition("==") for line in (_PEERS / requirements).read_text().splitlines() if "==" in line)
     return {name.partition("[")[0]: version for name, _, version in lines}
 
 
 @contextmanager
 def running_group(command: list[str], env: dict[str, str], log: Path) -> Iterator[Process]:
-    """A process that is killed in the end with all that it started: how peers end is not what is measured."""
+    """A process that is killed at the end with all its children, because the end of a peer is not measured."""
     process = Process(command, env, log)
     try:
         yield process
@@ -142,7 +142,7 @@ def running_group(command: list[str], env: dict[str, str], log: Path) -> Iterato
 
 
 def run_jobs(contestant: Contestant, port: int) -> float:
-    """Jobs/s of one turn on the Valkey at this port, which is emptied before.
+    """Empty the Valkey at this port and run one turn on it; returns the jobs/s.
 
     Raises:
         RuntimeError: a job's result was wrong or missing, or the worker ended.
@@ -151,7 +151,7 @@ def run_jobs(contestant: Contestant, port: int) -> float:
         connection.flushall()
     url = f"redis://127.0.0.1:{port}"
     env = environment(url, **contestant.settings)
-    if contestant.name != SHIPPED.name:  # RQ as it comes is not to know of our classes, which .env names
+    if contestant.name != SHIPPED.name:  # plain RQ must not get our classes, which .env names
         env = {name: value for name, value in env.items() if not name.startswith("RQ_")}
     env["RQ_REDIS_URL"] = url
     python = interpreter_of(contestant.requirements)
@@ -168,7 +168,7 @@ def run_jobs(contestant: Contestant, port: int) -> float:
 
 
 def run_compute(port: int, workers: int) -> float:
-    """Jobs/s of so many idle workers that get jobs which compute, by Redis' clock."""
+    """Jobs/s of this number of idle workers that get computing jobs, by Redis' clock."""
     with ExitStack() as stack:
         connection = stack.enter_context(Redis(port=port))
         connection.flushall()
@@ -187,7 +187,7 @@ def run_compute(port: int, workers: int) -> float:
 
 
 def find_guarantees(plain: int, everysec: int, always: int) -> dict[str, tuple[Contestant, int]]:
-    """The shipped worker, and what one may ask of it on top; each with the port of the Valkey that it uses."""
+    """The shipped worker, alone and with each further guarantee, each with the port of the Valkey that it uses."""
     return {
         OURS: (SHIPPED, plain),
         "each job reports progress ten times": (
@@ -202,13 +202,13 @@ def find_guarantees(plain: int, everysec: int, always: int) -> dict[str, tuple[C
 
 
 def rank(figures: Figures) -> dict[str, float]:
-    """Each one's median, the best first."""
+    """The median of each contestant, the best first."""
     medians = {name: statistics.median(values) for name, values in figures.items()}
     return dict(sorted(medians.items(), key=lambda item: -item[1]))
 
 
 def compare_to(figures: Figures, other: str, factor: float) -> Target:
-    """Whether this service does so many times the jobs/s of another one."""
+    """The target that this service runs `factor` times the jobs/s of another one."""
     found = ratios(figures, OURS, other)
     return Target(
         f"jobs/s of one worker, to those of {other}",

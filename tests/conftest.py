@@ -2,11 +2,12 @@ import os
 import signal
 import threading
 
-# A shell ignores SIGINT in what it runs in the background, as with `pipenv run test &`; what tests start, heeds it.
+# A shell starts a background command, such as `pipenv run test &`, with SIGINT ignored, and its children inherit that.
+# The processes that tests start must react to SIGINT.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Before `app` is imported: its settings are read once.
+# Set these before `app` is imported, because it reads its settings once.
 os.environ["FUNCTION_MODULES"] = "app.functions,tests.job_functions"
 os.environ["SOME_LONG_FUNCTION_SECONDS"] = "0.3"
 for _name in ("REDIS_URL", "RQ_REDIS_URL", "REDIS_HOST", "REDIS_PORT", "QUEUES"):
@@ -64,38 +65,38 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
 
 @pytest.fixture
 def settings() -> Settings:
-    """Tests that want other settings override this fixture, or build their own app."""
+    """The default settings. A test that needs others overrides this fixture or makes its own app."""
     return Settings()
 
 
 @pytest.fixture(scope="session")
 def fake_redis() -> "Redis":
-    """A fake Redis in this process. Tests take `redis`."""
+    """A fake Redis in this process. Tests use the fixture `redis`, which empties it."""
     return fakeredis.FakeRedis(server=fakeredis.FakeServer())
 
 
 @pytest.fixture
 def redis(fake_redis: "Redis") -> "Redis":
-    """A fake Redis in this process, empty. Its tests share one client: what they replace of it, they restore."""
-    assert "execute_command" not in vars(fake_redis), "an earlier test did not restore it"
+    """An empty fake Redis in this process. Tests share its client, so a test that patches the client restores it."""
+    assert "execute_command" not in vars(fake_redis), "an earlier test did not restore execute_command"
     fake_redis.flushall()
     return fake_redis
 
 
 class Apps:
-    """An app on the fake Redis for each of the settings that tests want: to make one takes longer than most tests."""
+    """One app on the fake Redis for each set of settings, because making an app takes longer than most tests."""
 
     def __init__(self, fake_redis: "Redis") -> None:
         self._fake_redis = fake_redis
         self._made: list[tuple[Settings, APIFlask]] = []
 
     def get(self, settings: Settings, redis: "Redis") -> APIFlask:
-        """The app with these settings, as it was made for the first test that wanted them; new on another Redis."""
+        """Return the app made for the first test with these settings. On another Redis, return a new app."""
         if redis is not self._fake_redis:
             return create_app(settings, redis)
         for known, app in self._made:
             if known == settings:
-                # The secret that they knew is gone.
+                # The fake Redis was emptied, so their secret is gone.
                 app.extensions["jobs"].ids = app.extensions["enqueuer"].ids = JobIds(redis)
                 return app
         app = create_app(settings, redis)
@@ -133,7 +134,7 @@ def jobs(app: APIFlask) -> Iterator[Jobs]:
 
 @pytest.fixture
 def enqueuer(app: APIFlask) -> Iterator[Enqueuer]:
-    """The app's maker of jobs. A test may replace its settings; the fixture restores them."""
+    """The app's `Enqueuer`. A test may replace its settings; the fixture restores them."""
     found: Enqueuer = app.extensions["enqueuer"]
     settings = found.settings
     yield found
@@ -148,7 +149,7 @@ def waiting(app: APIFlask) -> Waiting:
 
 @pytest.fixture
 def quick_reader(redis: "Redis", monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """So that no reader of the event log outlives its test and its client."""
+    """End readers of the event log quickly, so that none outlives its test and its client."""
     monkeypatch.setattr(events, "BLOCK", 0.03)
     monkeypatch.setattr(events, "LINGER", 0)
     yield
@@ -157,14 +158,14 @@ def quick_reader(redis: "Redis", monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 @pytest.fixture(scope="session")
 def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyServer]:
-    """A real server; one for each process that runs tests."""
+    """A real server, one for each test process."""
     with valkey_server(tmp_path_factory.mktemp("valkey")) as server:
         yield server
 
 
 @pytest.fixture
 def real_redis(valkey: ValkeyServer) -> Iterator["Redis"]:
-    """A client of the real server, emptied. Not for use beside `service`, which has a server of its own."""
+    """A client of the real server, which is empty. Do not use it beside `service`, which has its own server."""
     with Redis(port=valkey.port) as connection:
         connection.flushall()
         yield connection

@@ -29,7 +29,7 @@ def echo(payload: Any) -> Any:
 
 @job_function()
 def sleep_for(seconds: Annotated[float, Field(ge=0, le=60)]) -> float:
-    """Sleep so many seconds, in small steps, and return them."""
+    """Sleep for this number of seconds, in small steps, and return the number."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         time.sleep(min(0.02, seconds))
@@ -38,14 +38,14 @@ def sleep_for(seconds: Annotated[float, Field(ge=0, le=60)]) -> float:
 
 @job_function()
 def wait_for_file(path: str) -> None:
-    """Wait until there is this file."""
+    """Wait until this file exists."""
     while not Path(path).exists():
         time.sleep(0.02)
 
 
 @job_function()
 def append_line(payload: dict[str, str]) -> None:
-    """Append a line to a file: what ran, and how often, can be seen there."""
+    """Append a line to a file, so that a test sees which jobs ran and how often."""
     with open(payload["path"], "a") as file:  # noqa: PTH123  # appends
         file.write(payload["line"] + "\n")
     time.sleep(float(payload.get("seconds", "0")))
@@ -53,13 +53,13 @@ def append_line(payload: dict[str, str]) -> None:
 
 @job_function()
 def fail(message: str) -> None:
-    """Raise."""
+    """Raise ValueError."""
     raise ValueError(message)
 
 
 @job_function(retries=2)
 def fail_with_retries(message: str) -> None:
-    """Raise; it is tried again."""
+    """Raise ValueError. The service retries the job."""
     raise ValueError(message)
 
 
@@ -84,7 +84,7 @@ def die(payload: dict[str, Any]) -> None:
 
 @job_function(max_crashes=0)
 def die_once(payload: dict[str, Any]) -> None:
-    """End the process, or wait to be killed; this must not be done twice."""
+    """End the process, or wait to be killed. The job must not run twice."""
     die(payload)
     time.sleep(60)
 
@@ -97,7 +97,7 @@ def größe(payload: dict[str, Any]) -> None:
 
 @job_function()
 def leave_child(payload: dict[str, Any]) -> None:
-    """Start a process, write down its number, and wait."""
+    """Start a process, write its id to a file, and wait."""
     child = subprocess.Popen(["sleep", "60"])
     append_line({"path": payload["path"], "line": str(child.pid), "seconds": "60"})
 
@@ -107,7 +107,7 @@ _leaked: list[bytes] = []
 
 @job_function()
 def eat_memory(payload: dict[str, Any]) -> None:
-    """Use so much memory for a while, in this process or in one that it starts."""
+    """Use this amount of memory for a while, in this process or in a child process."""
     code = f"import time; eaten = b'x' * {payload['bytes']}; time.sleep({30 if payload['bytes'] > 2**24 else 0})"
     if payload["where"] == "child":
         subprocess.run([sys.executable, "-c", code], check=True)
@@ -117,19 +117,19 @@ def eat_memory(payload: dict[str, Any]) -> None:
 
 @job_function()
 def leak_memory(payload: dict[str, Any]) -> None:
-    """Keep so much memory for ever, and tell which process did."""
+    """Keep this amount of memory for ever, and write the process id to a file."""
     _leaked.append(b"x" * payload["bytes"])
     append_line({"path": payload["path"], "line": str(os.getpid())})
 
 
 @job_function()
 def swallow_timeout(seconds: float) -> str:
-    """Catch whatever is raised inside, the timeout too, and go on."""
+    """Catch every exception, also the timeout, and go on."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
             time.sleep(0.05)
-        except Exception:  # noqa: BLE001  # this is the bad habit that is tested
+        except Exception:  # noqa: BLE001  # the test is about this bad habit
             continue
     return "done"
 
@@ -150,7 +150,7 @@ _UNJSONABLE: dict[str, Any] = {
 
 @job_function()
 def return_unjsonable(kind: str) -> Any:
-    """Return something that JSON has not."""
+    """Return a value that JSON cannot express."""
     if kind == "cycle":
         cycle: list[Any] = []
         cycle.append(cycle)
@@ -160,13 +160,13 @@ def return_unjsonable(kind: str) -> Any:
 
 @job_function()
 def return_bytes_of(size: int) -> str:
-    """Return a string of so many characters."""
+    """Return a string of this length."""
     return "x" * size
 
 
 @job_function()
 def report(payload: dict[str, Any]) -> str:
-    """Report the progress that the payload says, then wait a while, or for a file."""
+    """Report the progress in the payload, then wait for a while or for a file."""
     report_progress(payload["done"], payload["total"], payload.get("message", ""))
     time.sleep(payload.get("seconds", 0))
     if "until" in payload:
@@ -176,7 +176,7 @@ def report(payload: dict[str, Any]) -> str:
 
 @job_function()
 def report_too_late(payload: Any) -> None:
-    """Leave a thread that is about to report as this job ends, and does it in the next one."""
+    """Leave a thread behind that waits for the end of this job and reports in the next one."""
     send = runs._send_progress
     assert send
 
@@ -190,7 +190,7 @@ def report_too_late(payload: Any) -> None:
 
 @job_function(retries=3)
 def foresee(payload: dict[str, Any]) -> None:
-    """Fail as the payload says: for good, or with a pause."""
+    """Fail as the payload says: for good, or with a pause before the retry."""
     if payload["how"] == "give up":
         raise GiveUp("no such user")
     raise TryAgain("busy", after=payload.get("after"))
@@ -198,7 +198,7 @@ def foresee(payload: dict[str, Any]) -> None:
 
 @job_function()
 def close_stdout(payload: Any) -> None:
-    """Do what a careless library does."""
+    """Close stdout, as a careless library does."""
     sys.stdout.close()
 
 
@@ -212,14 +212,14 @@ def report_slowly(seconds: Annotated[float, Field(ge=0, le=600)]) -> None:
 
 
 class Place(BaseModel):
-    """Where something is."""
+    """The place of an order."""
 
     city: str
     height: float | None = None
 
 
 class Order(BaseModel):
-    """Something of each kind that a form can have a field for."""
+    """A payload with each kind of value that a form has a field for."""
 
     paper: Literal["A4", "A5"]
     copies: Annotated[int, Field(ge=1, le=99)] = 1
@@ -246,13 +246,13 @@ def _load_model() -> int:
 
 @job_function()
 def use_model(payload: Any) -> dict[str, Any]:
-    """Use what was loaded once; tell which process did."""
+    """Use a model that is loaded once, and return which process loaded it."""
     return {"loaded_in": _load_model(), "pid": os.getpid(), "loads": _load_model.cache_info().misses}
 
 
 @job_function(fresh_process=True)
 def use_fresh_process(payload: Any) -> int:
-    """Return the process' id."""
+    """Return the process id."""
     return os.getpid()
 
 
@@ -264,7 +264,7 @@ async def sleep_async(payload: Any) -> Any:
 
 @job_function()
 def current_job(payload: Any) -> dict[str, Any]:
-    """Tell what rq.get_current_job() knows."""
+    """Return attributes of rq.get_current_job()."""
     job = get_current_job()
     assert job
     return {"id": job.id, "origin": job.origin, "timeout": job.timeout, "args": list(job.args), "func": job.func_name}
@@ -272,14 +272,14 @@ def current_job(payload: Any) -> dict[str, Any]:
 
 @job_function()
 def current_job_reads_redis(payload: Any) -> bool:
-    """Ask Redis for the own job, over the connection that is opened for it."""
+    """Read the current job from Redis, over the connection that is opened for it."""
     job = get_current_job()
     assert job
     return job.is_started
 
 
 class StrictPayload(BaseModel, strict=True):
-    """A strict model: JSON has no dates, so a string must do."""
+    """A strict model. Its date is a string in the payload, because JSON has no dates."""
 
     day: datetime.date
     tags: frozenset[str] = frozenset()
@@ -287,26 +287,26 @@ class StrictPayload(BaseModel, strict=True):
 
 @job_function()
 def use_types(payload: StrictPayload) -> dict[str, Any]:
-    """Show that the function gets what its hint says."""
+    """Show that the function gets the type in its hint."""
     return {"type": type(payload.day).__name__, "year": payload.day.year, "tags": sorted(payload.tags)}
 
 
 @job_function()
 def write_pid(payload: dict[str, Any]) -> None:
-    """Write the number of the process to a file, and wait a while."""
+    """Write the process id to a file, and wait a while."""
     append_line({"path": payload["path"], "line": str(os.getpid()), "seconds": str(payload.get("seconds", 0))})
 
 
 @job_function()
 def hold_the_interpreter(payload: dict[str, str]) -> None:
-    """Write down the number of the process, and let no thread of it run for hours: C code, which holds the GIL."""
+    """Write the process id to a file, then run C code that holds the GIL for hours, so that no thread runs."""
     append_line({"path": payload["path"], "line": str(os.getpid())})
     re.match("(a+)+$", "a" * 60 + "b")
 
 
 @job_function()
 def die_beside_a_child(payload: Any) -> None:
-    """End the process, while one that it forked lives on for a minute with all that was open."""
+    """Fork a child that keeps all open files for a minute, and end the parent at once."""
     if os.fork() == 0:
         time.sleep(60)
         os._exit(0)
@@ -315,7 +315,10 @@ def die_beside_a_child(payload: Any) -> None:
 
 @job_function()
 def fork(how: str) -> list[int]:
-    """Fork a process that comes back from here as its parent does, and first; return both and how the child ended."""
+    """Fork a child that also returns from here, before its parent does.
+
+    Return the id of the first process, the id of this one, and the child's exit code.
+    """
     pid = os.getpid()
     child = os.fork()
     if child == 0 and how == "raise":
@@ -326,7 +329,7 @@ def fork(how: str) -> list[int]:
 
 @job_function()
 def fail_once(payload: dict[str, str]) -> str:
-    """Raise at the first run, which leaves a file behind."""
+    """Raise in the first run, which creates a file. Later runs find the file and return."""
     path = Path(payload["path"])
     if path.exists():
         return "second"
@@ -336,7 +339,7 @@ def fail_once(payload: dict[str, str]) -> str:
 
 @job_function()
 def log_something(text: str) -> None:
-    """Write to the log, also from a thread, and print."""
+    """Write to the log, also from another thread, and print."""
     logging.getLogger("mine").warning("from the function: %s", text)
     thread = threading.Thread(target=logging.getLogger("mine.too").info, args=("from its thread",))
     thread.start()
@@ -346,6 +349,6 @@ def log_something(text: str) -> None:
 
 @job_function()
 def write_pid_and_wait(payload: dict[str, str]) -> None:
-    """Write the number of the process to a file, and wait until there is another file."""
+    """Write the process id to a file, and wait until another file exists."""
     append_line({"path": payload["path"], "line": str(os.getpid())})
     wait_for_file(payload["until"])

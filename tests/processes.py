@@ -1,4 +1,4 @@
-"""Real processes for tests: a Valkey server, `rq worker`s, gunicorn; and waiting for conditions with a deadline."""
+"""Real processes for tests (a Valkey server, `rq worker`s, gunicorn), and waits with a deadline."""
 
 import base64
 import json
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 def wait_until(condition: Callable[[], T], seconds: float = 30, what: str = "") -> T:
-    """The condition's first true value; fails if there is none in time."""
+    """Return the condition's first true value. Fail if it is not true in time."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"waited {seconds} s in vain{what and ' for '}{what}"
@@ -42,9 +42,9 @@ def wait_until(condition: Callable[[], T], seconds: float = 30, what: str = "") 
 
 
 def read_pressure() -> float:
-    """The seconds, since the machine was started, in which somebody waited for a processor or the disk.
+    """Return the seconds since the machine started in which some process waited for a processor or the disk.
 
-    It is the kernel's own count (proc_pressure(5)), and 0 where it keeps none.
+    The kernel counts them (proc_pressure(5)). The result is 0 if it does not.
     """
     total = 0
     for resource in ("cpu", "io"):
@@ -55,30 +55,30 @@ def read_pressure() -> float:
 
 
 class Stalls:
-    """How much time the machine took from those who run on it.
+    """The time for which the machine kept processes from running.
 
-    A limit to what a service's answer may take holds but for that much, for which nobody's code is to blame.
+    A test adds this time to its limit for a service's answer, because no code is to blame for it.
     """
 
     STEP = 0.02
 
     def __init__(self) -> None:
-        #: By time, the seconds lost until then.
+        #: Pairs of a time and the seconds lost until that time.
         self._lost = [(time.monotonic(), 0.0)]
 
     def watch(self, is_over: threading.Event) -> None:
-        """Look again and again until then."""
+        """Measure until `is_over` is set."""
         pressure = read_pressure()
         while not is_over.is_set():
             time.sleep(self.STEP)
             (before, lost), now = self._lost[-1], time.monotonic()
             pressure_before, pressure = pressure, read_pressure()
-            # Nobody waits where all stands still, as in a virtual machine that is not run: then this thread is late.
+            # A paused virtual machine counts no waiting processes. This thread then wakes up late.
             lost += max(pressure - pressure_before, now - before - 2 * self.STEP)
             self._lost.append((now, lost))
 
     def within(self, seconds: float) -> float:
-        """The most that was lost in any span of so many seconds."""
+        """Return the most seconds that were lost in any span of this length."""
         most, first = 0.0, 0
         for now, lost in self._lost:
             while self._lost[first][0] < now - seconds - self.STEP:
@@ -89,7 +89,7 @@ class Stalls:
 
 @contextmanager
 def watch_stalls() -> Iterator[Stalls]:
-    """The stalls of the machine while the block lasts."""
+    """Watch the stalls of the machine while the block runs."""
     stalls, is_over = Stalls(), threading.Event()
     with ThreadPoolExecutor(1) as pool:
         watching = pool.submit(stalls.watch, is_over)
@@ -108,14 +108,17 @@ def free_port() -> int:
 
 
 def patient_url(port: int) -> str:
-    """A Redis of tests, which a busy machine may let answer late: the API's own limit is a second."""
+    """The URL of a test's Redis, with long timeouts because a busy machine may delay its answers.
+
+    The API's own limit is a second.
+    """
     return f"redis://127.0.0.1:{port}/0?socket_timeout=20&socket_connect_timeout=20"
 
 
 def environment(redis_url: str, **settings: Any) -> dict[str, str]:
-    """The environment that pipenv would give, and settings that suit tests."""
+    """The environment that pipenv would set, with settings for tests."""
     env = dict(os.environ)
-    env.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes that compile the same modules
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # else hundreds of processes compile the same modules
     for line in (ROOT / ".env").read_text().splitlines():
         if line and not line.startswith("#"):
             name, _, value = line.partition("=")
@@ -130,7 +133,7 @@ def environment(redis_url: str, **settings: Any) -> dict[str, str]:
 
 
 class Process:
-    """A process with its output in a file; killed at the latest when the test ends."""
+    """A process that writes its output to a file. It is killed at the latest when the test ends."""
 
     def __init__(self, command: list[str], env: dict[str, str], log: Path, cwd: Path = ROOT) -> None:
         self.log_file = log
@@ -151,7 +154,7 @@ class Process:
         self.popen.send_signal(number)
 
     def stop(self, seconds: float = 30) -> int:
-        """SIGTERM, and the exit code."""
+        """Send SIGTERM and return the exit code."""
         if self.popen.poll() is None:
             self.popen.terminate()
         try:
@@ -161,7 +164,7 @@ class Process:
             raise AssertionError(f"did not end {seconds} s after SIGTERM:\n{self.log}") from None
 
     def kill(self) -> None:
-        """SIGKILL to it alone, as the kernel's out-of-memory killer does."""
+        """Send SIGKILL to this process only, as the kernel's out-of-memory killer does."""
         if self.popen.poll() is None:
             self.popen.kill()
         self.popen.wait()
@@ -195,7 +198,7 @@ def worker(env: dict[str, str], log: Path, *args: str) -> Iterator[Process]:
 
 @contextmanager
 def gunicorn(env: dict[str, str], log: Path, *args: str, port: int | None = None) -> Iterator[tuple[str, Process]]:
-    """A web server by gunicorn with these arguments; gives its base URL once it answers, and its process."""
+    """Run gunicorn with these arguments. Yield its base URL once it answers, and its process."""
     port = port or free_port()
     # Not measured for coverage: the routes run in the tests' own process too, and measuring greenlets is slow.
     env = {name: value for name, value in env.items() if not name.startswith("COVERAGE")}
@@ -215,13 +218,13 @@ def gunicorn(env: dict[str, str], log: Path, *args: str, port: int | None = None
 
 @contextmanager
 def web(env: dict[str, str], log: Path) -> Iterator[str]:
-    """The API under gunicorn; gives its base URL once it answers."""
+    """Run the API under gunicorn. Yield its base URL once it answers."""
     with gunicorn(env, log, "app.main:app") as (url, _):
         yield url
 
 
 def problem_of(answer: TestResponse | requests.Response, status: int, name: str) -> dict[str, Any]:
-    """The problem that an answer is, once it is known to be the expected one, in the form that RFC 9457 has."""
+    """Check that the answer is the expected problem in the form of RFC 9457, and return the problem."""
     assert (answer.status_code, answer.headers["Content-Type"]) == (status, "application/problem+json"), answer.text
     problem: dict[str, Any] = json.loads(answer.text)
     assert (problem["type"], problem["status"]) == (f"/problems/{name}", status), problem
@@ -236,7 +239,7 @@ def json_of(answer: TestResponse) -> Any:
 
 
 def enqueue_echo(client: FlaskClient, payload: Any = None, **options: Any) -> str:
-    """The id of a new job of `echo`."""
+    """Enqueue a job of `echo` and return its id."""
     answer = client.post(
         "/enqueue/echo", data=json.dumps(payload), content_type="application/json", query_string=options
     )
@@ -246,7 +249,7 @@ def enqueue_echo(client: FlaskClient, payload: Any = None, **options: Any) -> st
 
 
 def just_set(seconds: int) -> Any:
-    """What equals a TTL of so many seconds that was set a moment ago: on a busy machine, moments are seconds."""
+    """A value that equals a TTL set to these seconds a moment ago. On a busy machine, a moment takes seconds."""
     return pytest.approx(seconds - 3, abs=3)
 
 
@@ -265,7 +268,7 @@ def end_run(
     value: Any = None,
     ttl: int = 100,
 ) -> str:
-    """End the run, as a worker does; a failed one raised `ValueError: boom`."""
+    """End the run, as a worker does. The error of a failed run is `ValueError: boom`."""
     text = json.dumps(value, ensure_ascii=False).encode()
     ending = transitions.Ending(outcome, ttl, ttl)
     if outcome != "finished":
@@ -276,7 +279,7 @@ def end_run(
 
 
 def run_stock_worker(redis: "Redis") -> None:
-    """Have RQ's own worker run what waits, in this process."""
+    """Run the waiting jobs with RQ's own worker, in this process."""
     worker = SimpleWorker(["default"], connection=redis, serializer=JSONSerializer)
     worker.log.disabled = True
     worker.work(burst=True)
@@ -287,8 +290,8 @@ STATES = ("queued", "started", "deferred", "scheduled", "finished", "failed", "s
 
 
 def job_in_state(client: FlaskClient, redis: "Redis", state: str, value: Any = None) -> str:
-    """The id of a job that was brought into a state in the way it comes there, on an otherwise empty queue."""
-    if state == "scheduled":  # between two tries
+    """Bring a new job into a state as the service does, and return its id. The queue must be empty before."""
+    if state == "scheduled":  # between two attempts
         job_id: str = json_of(client.post("/enqueue/fail_with_retries", json="boom"))["job_id"]
         assert end_run(redis, take_job(redis), "failed") == "scheduled"
         return job_id
@@ -307,7 +310,7 @@ def job_in_state(client: FlaskClient, redis: "Redis", state: str, value: Any = N
 
 @contextmanager
 def valkey_server(folder: Path, **config: Any) -> Iterator[ValkeyServer]:
-    """A real server on a port of its own; tried again if another test took the port in between."""
+    """Run a real server on its own port. Try another port if a test took this one in between."""
     for attempt in range(5):
         server = ValkeyServer(
             port=free_port(), data_dir=folder, config={k.replace("_", "-"): v for k, v in config.items()}

@@ -1,7 +1,7 @@
-"""Pictures of the dashboard for people to look at: `python -m tests.screenshots FOLDER`.
+"""Take screenshots of the dashboard: `python -m tests.screenshots FOLDER`.
 
-README's docs/dashboard.png is `overview-light-1280.png`. Both pages, light and dark, at the widths of
-a laptop and a phone.
+They show both pages, light and dark, at the widths of a laptop and a phone. README's docs/dashboard.png is
+`overview-light-1280.png`.
 """
 
 import re

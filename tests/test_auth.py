@@ -48,7 +48,7 @@ def client(redis: fakeredis.FakeRedis) -> FlaskClient:
         f"Bearer {KEYS[1]['sha256']}",
     ],
 )
-def test_auth_refuses_whoever_has_no_known_key(client: FlaskClient, route: str, header: str | None) -> None:
+def test_auth_refuses_a_request_without_a_known_key(client: FlaskClient, route: str, header: str | None) -> None:
     answer = client.get(route, headers={"Authorization": header} if header else {})
     assert answer.status_code == 401
     assert answer.json
@@ -56,18 +56,18 @@ def test_auth_refuses_whoever_has_no_known_key(client: FlaskClient, route: str, 
     assert answer.headers["WWW-Authenticate"] == "Bearer"
 
 
-def test_auth_refuses_an_enqueue_before_it_looks_at_the_body(client: FlaskClient, redis: fakeredis.FakeRedis) -> None:
+def test_auth_refuses_an_enqueue_before_it_reads_the_body(client: FlaskClient, redis: fakeredis.FakeRedis) -> None:
     assert client.post("/enqueue", data=b"not json").status_code == 401
     assert redis.llen("rq:queue:default") == 0
 
 
 @pytest.mark.parametrize("route", [*sorted(PUBLIC - {"/readyz"}), "/problems/job-not-found", "/docs/swagger-ui.css"])
-def test_auth_wants_no_key_for_public_routes(client: FlaskClient, route: str) -> None:
+def test_auth_needs_no_key_for_public_routes(client: FlaskClient, route: str) -> None:
     with client.get(route) as answer:
         assert answer.status_code == 200
 
 
-def test_auth_lets_a_key_given_as_hash_in(client: FlaskClient) -> None:
+def test_auth_accepts_a_key_given_as_a_hash(client: FlaskClient) -> None:
     assert client.get("/functions", headers=_bearer(BOB)).status_code == 200
 
 
@@ -97,8 +97,8 @@ def test_auth_hides_the_jobs_of_others_even_after_they_expired(
     assert statuses == [410, 404, 410]
 
 
-def test_auth_no_route_that_is_not_public_answers_without_a_key(client: FlaskClient) -> None:
-    """Whatever routes there are, and whatever comes to them."""
+def test_auth_protects_every_route_that_is_not_public(client: FlaskClient) -> None:
+    """The app lists its routes and their methods, so this covers new ones too."""
     rules = [rule for rule in client.application.url_map.iter_rules() if not is_public_rule(rule.rule)]
     assert len(rules) >= 15
     for rule in rules:
@@ -112,10 +112,10 @@ def is_public_rule(rule: str) -> bool:
 
 
 @pytest.mark.parametrize("is_expired", [False, True])
-def test_auth_no_route_shows_or_controls_the_jobs_of_others(
+def test_auth_lets_no_route_show_or_control_the_jobs_of_others(
     client: FlaskClient, redis: fakeredis.FakeRedis, is_expired: bool
 ) -> None:
-    """Each route that takes a job's or a group's id, as the OpenAPI document has them."""
+    """The OpenAPI document lists each route that takes the id of a job or a group."""
     job_id = json_of(client.post("/enqueue/echo", json=1, headers=_bearer(ALICE)))["job_id"]
     batch = json_of(client.post("/enqueue_many/echo", json=[1], headers=_bearer(ALICE)))
     if is_expired:
@@ -176,7 +176,7 @@ def test_auth_refuses_bad_keys_without_showing_them(keys: str, message: str) -> 
     assert "0123456789abcdef" not in text
 
 
-def test_auth_refuses_a_key_for_functions_that_there_are_not(redis: fakeredis.FakeRedis) -> None:
+def test_auth_refuses_a_key_for_unknown_functions(redis: fakeredis.FakeRedis) -> None:
     keys = [{**KEYS[1], "functions": ["count_words", "count_wrods"]}]
     with pytest.raises(SystemExit, match="'bob' use count_wrods, and there is no such"):
         create_app(Settings(api_keys=json.dumps(keys)), redis)
@@ -210,7 +210,7 @@ def test_rate_limit_counts_addresses_where_there_are_no_keys(redis: fakeredis.Fa
 
 
 @pytest.mark.parametrize(("address", "status"), [("127.0.0.1", 200), ("::1", 200), ("192.0.2.1", 403), ("", 200)])
-def test_without_keys_only_this_machine_is_served_whatever_the_server(
+def test_without_keys_the_app_serves_only_this_machine_under_any_server(
     redis: fakeredis.FakeRedis, address: str, status: int
 ) -> None:
     from_there = {"environ_base": {"REMOTE_ADDR": address}}
@@ -224,7 +224,7 @@ def test_without_keys_only_this_machine_is_served_whatever_the_server(
 def test_a_key_may_have_any_characters(redis: fakeredis.FakeRedis, key: str) -> None:
     settings = Settings(api_keys=json.dumps([{"name": "alice", "key": key}]))
     client = create_app(settings, redis).test_client()
-    sent = f"Bearer {key}".encode().decode("latin-1")  # as WSGI has it
+    sent = f"Bearer {key}".encode().decode("latin-1")  # as WSGI passes it on
     for scheme in ("Bearer ", "bearer  "):
         answer = client.get("/functions", environ_overrides={"HTTP_AUTHORIZATION": sent.replace("Bearer ", scheme)})
         assert answer.status_code == 200

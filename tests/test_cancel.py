@@ -61,20 +61,20 @@ def test_cancel_is_the_link_that_the_status_names(client: FlaskClient) -> None:
     assert json_of(client.post(status["links"]["cancel"]))["job_status"] == "canceled"
 
 
-def test_cancel_of_a_running_job_is_a_promise_that_the_worker_keeps(client: FlaskClient, redis: Any) -> None:
+def test_cancel_of_a_running_job_is_accepted_and_the_worker_stops_the_job(client: FlaskClient, redis: Any) -> None:
     job_id = enqueue_echo(client)
     run = take_job(redis)
     answer = cancel(client, job_id)
     assert (answer.status_code, json_of(answer)["job_status"]) == (202, "started")
     assert answer.headers["Retry-After"]
-    assert cancel(client, job_id).status_code == 202  # as often as one likes
+    assert cancel(client, job_id).status_code == 202  # it may be repeated
     assert end_run(redis, run, value="too late") == "stopped"
     assert json_of(cancel(client, job_id))["job_status"] == "stopped"
     problem = problem_of(client.get(f"/get_result?job_id={job_id}"), 409, "job-stopped")
     assert problem["error"] == {"type": "JobStopped", "message": "The job was stopped on request."}
 
 
-def test_cancel_tells_the_worker_in_rqs_own_words(client: FlaskClient, redis: Any) -> None:
+def test_cancel_sends_the_worker_rqs_own_stop_command(client: FlaskClient, redis: Any) -> None:
     job_id = enqueue_echo(client)
     run = take_job(redis)
     with redis.pubsub() as listener:
@@ -82,12 +82,12 @@ def test_cancel_tells_the_worker_in_rqs_own_words(client: FlaskClient, redis: An
         cancel(client, job_id)
         heard = [message for _ in range(3) if (message := listener.get_message(timeout=1))]
     commands = [json.loads(message["data"]) for message in heard if message["type"] == "message"]
-    # And which run it is for, which RQ does not look at.
+    # The command also names its run. RQ ignores that field.
     assert commands == [{"command": "stop-job", "job_id": job_id, "execution": run.execution}]
 
 
 @pytest.mark.parametrize("state", ["canceled", "stopped"])
-def test_cancel_leaves_what_is_canceled_or_stopped_as_it_is(client: FlaskClient, redis: Any, state: str) -> None:
+def test_cancel_leaves_a_canceled_or_stopped_job_as_it_is(client: FlaskClient, redis: Any, state: str) -> None:
     job_id = job_in_state(client, redis, state)
     before = client.get(f"/check_status?job_id={job_id}").json
     answer = cancel(client, job_id)
@@ -108,13 +108,13 @@ def test_cancel_covers_every_status() -> None:
         {*WAITING, "started", "canceled", "stopped", "finished", "failed"}
         == set(STATES)
         == {status.value for status in JobStatus} - {"created", "rate_limited", "ready_to_enqueue"}
-    )  # of RQ's own rate limits and rows
+    )  # these belong to RQ's own rate limits and rows
 
 
 def test_canceled_job_never_runs_though_it_stays_in_a_long_list(client: FlaskClient, redis: Any) -> None:
     first = [enqueue_echo(client) for _ in range(2)]
     in_the_middle = enqueue_echo(client)
-    # More than cancel searches through, from either end.
+    # Cancel searches fewer entries than these, from either end.
     redis.lpush("rq:queue:default", *[f"before-{number}" for number in range(1000)])
     redis.rpush("rq:queue:default", *[f"behind-{number}" for number in range(1000)])
     assert json_of(cancel(client, in_the_middle))["job_status"] == "canceled"
@@ -144,17 +144,17 @@ def test_cancel_frees_a_place_in_a_full_queue(client: FlaskClient, enqueuer: Enq
     enqueue_echo(client)
 
 
-def test_cancel_ends_a_started_job_that_nobody_has(client: FlaskClient, redis: Any) -> None:
+def test_cancel_ends_a_started_job_that_no_worker_runs(client: FlaskClient, redis: Any) -> None:
     job_id = enqueue_echo(client)
     run = take_job(redis)
-    redis.delete(f"rq:execution:{job_id}:{run.execution}")  # it ran out long ago, and no worker was there to recover
+    redis.delete(f"rq:execution:{job_id}:{run.execution}")  # its lease expired, and no worker recovered the job
     answer = cancel(client, job_id)
     assert (answer.status_code, json_of(answer)["job_status"]) == (200, "stopped")
     assert end_run(redis, run, value="from the dead") == "lost"
     assert status_of(client, job_id) == "stopped"
 
 
-def test_cancel_wakes_those_who_wait(client: FlaskClient, redis: Any) -> None:
+def test_cancel_wakes_waiting_clients(client: FlaskClient, redis: Any) -> None:
     job_id = enqueue_echo(client)
     last = redis.xrevrange("rq:api:events", count=1)[0][0]
     cancel(client, job_id)
@@ -168,7 +168,7 @@ def test_cancel_of_an_unknown_job_is_404(client: FlaskClient, redis: Any, job_id
     assert not [key for key in redis.scan_iter() if key != b"rq:api:secret"]
 
 
-def test_cancel_of_a_job_that_is_not_kept_any_more_is_410(client: FlaskClient, redis: Any) -> None:
+def test_cancel_of_an_expired_job_is_410(client: FlaskClient, redis: Any) -> None:
     job_id = enqueue_echo(client)
     redis.delete(f"rq:job:{job_id}")
     problem_of(cancel(client, job_id), 410, "result-expired")
@@ -187,7 +187,7 @@ def test_cancel_wants_post(client: FlaskClient, method: str) -> None:
 
 
 @pytest.mark.parametrize("fields", [{"status": "nonsense"}, {"status": "nonsense", "failure_ttl": "x", "origin": ""}])
-def test_cancel_of_a_corrupt_job_is_no_bug_of_ours(client: FlaskClient, redis: Any, fields: dict[str, str]) -> None:
+def test_cancel_works_on_a_corrupt_job(client: FlaskClient, redis: Any, fields: dict[str, str]) -> None:
     job_id = enqueue_echo(client)
     redis.hset(f"rq:job:{job_id}", mapping=fields)
     assert json_of(cancel(client, job_id))["job_status"] == "canceled"

@@ -19,7 +19,7 @@ def check(client: FlaskClient, job_id: str, **headers: str) -> Any:
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_check_status_tells_each_state(client: FlaskClient, redis: "Redis", state: str) -> None:
+def test_check_status_shows_each_state(client: FlaskClient, redis: "Redis", state: str) -> None:
     job_id = job_in_state(client, redis, state, value="secret")
     answer = check(client, job_id)
     status = answer.json
@@ -53,13 +53,13 @@ def test_check_status_links_work(client: FlaskClient, redis: "Redis") -> None:
     assert client.get(links["get_result"]).json == 5
 
 
-def test_check_status_tells_a_failure_without_its_traceback(client: FlaskClient, redis: "Redis") -> None:
+def test_check_status_shows_a_failure_without_its_traceback(client: FlaskClient, redis: "Redis") -> None:
     answer = check(client, job_in_state(client, redis, "failed"))
     assert answer.json["error"] == {"type": "ValueError", "message": "boom"}
     assert "Traceback" not in answer.text
 
 
-def test_check_status_tells_progress(client: FlaskClient, redis: "Redis") -> None:
+def test_check_status_shows_progress(client: FlaskClient, redis: "Redis") -> None:
     job_id = enqueue_echo(client)
     progress = '{"done": 3, "total": 10, "message": "step 3"}'
     assert transitions.renew(redis, take_job(redis), 30, progress) == "held"
@@ -71,7 +71,7 @@ def test_check_status_counts_the_retries_that_are_left(client: FlaskClient, redi
     assert (status["retries_left"], status["error"], status["ended_at"]) == (1, None, None)
 
 
-def test_check_status_passes_a_status_of_a_later_rq_on(client: FlaskClient, redis: "Redis") -> None:
+def test_check_status_passes_on_a_status_of_a_later_rq(client: FlaskClient, redis: "Redis") -> None:
     job_id = enqueue_echo(client)
     redis.hset(f"rq:job:{job_id}", "status", "hibernating")
     answer = check(client, job_id)
@@ -119,10 +119,10 @@ def test_check_status_answers_head_without_a_body(client: FlaskClient) -> None:
     assert [head.headers[name] for name in ("ETag", "Content-Length")] == [got.headers["ETag"], str(len(got.data))]
 
 
-# The following are the same for the two routes that read a job.
+# The next tests are the same for both routes that read a job.
 
 READS = pytest.mark.parametrize("route", ["/check_status", "/get_result"])
-#: Neither these nor any other text is an id that was given out.
+#: Texts that the service never issued as ids.
 UNKNOWN_IDS = [
     "abc", "0", "None", "null", "..", "../../etc/passwd", "a b", " ", "\x00", "é", "\U0001d518", "x" * 255, "x" * 256,
     "x" * 5000,
@@ -133,14 +133,14 @@ UNKNOWN_IDS = [
 
 @READS
 @pytest.mark.parametrize("job_id", UNKNOWN_IDS)
-def test_check_status_and_get_result_know_no_other_job(client: FlaskClient, route: str, job_id: str) -> None:
+def test_check_status_and_get_result_of_an_unknown_job_are_404(client: FlaskClient, route: str, job_id: str) -> None:
     answer = client.get(route, query_string={"job_id": job_id})
     assert problem_of(answer, 404, "job-not-found")["job_id"] == job_id
     assert "X-Injected" not in answer.headers
 
 
 @READS
-def test_check_status_and_get_result_survive_bytes_that_are_no_text(client: FlaskClient, route: str) -> None:
+def test_check_status_and_get_result_survive_bytes_that_are_not_text(client: FlaskClient, route: str) -> None:
     problem_of(client.get(f"{route}?job_id=%FF%ED%A0%80"), 404, "job-not-found")
 
 
@@ -171,7 +171,7 @@ def test_check_status_and_get_result_refuse_other_methods(client: FlaskClient, r
 
 
 @READS
-def test_check_status_and_get_result_tell_expired_from_never_existed(
+def test_check_status_and_get_result_distinguish_expired_jobs_from_unknown_ones(
     client: FlaskClient, redis: "Redis", route: str
 ) -> None:
     job_id = job_in_state(client, redis, "finished")
@@ -187,7 +187,7 @@ def test_check_status_and_get_result_tell_expired_from_never_existed(
 def test_check_status_and_get_result_do_not_take_half_a_hash_for_a_job(
     client: FlaskClient, redis: "Redis", route: str
 ) -> None:
-    # A stock worker's late heartbeat brings a hash back that has expired (rq#1450).
+    # A stock worker's late heartbeat creates an expired hash again (rq#1450).
     job_id = enqueue_echo(client)
     redis.delete(f"rq:job:{job_id}")
     redis.hset(f"rq:job:{job_id}", "last_heartbeat", "2026-11-23T10:00:00.000000Z")
@@ -203,11 +203,9 @@ def test_check_status_and_get_result_do_not_show_another_owners_job(
     problem_of(client.get(route, query_string={"job_id": job_id}), 404, "job-not-found")
 
 
-def test_check_status_at_the_end_of_a_result_ttl_of_zero_tells_that_it_is_gone(
-    client: FlaskClient, redis: "Redis"
-) -> None:
+def test_check_status_of_a_finished_job_with_a_result_ttl_of_zero_is_410(client: FlaskClient, redis: "Redis") -> None:
     job_id = enqueue_echo(client)
-    redis.hset(f"rq:job:{job_id}", "result_ttl", 0)  # RQ's word for: keep nothing
+    redis.hset(f"rq:job:{job_id}", "result_ttl", 0)  # in RQ this means: keep nothing
     assert end_run(redis, take_job(redis), value=1) == "finished"
     problem_of(check(client, job_id), 410, "result-expired")
 
@@ -221,7 +219,9 @@ def test_check_status_at_the_end_of_a_result_ttl_of_zero_tells_that_it_is_gone(
         ("error", "{"),
     ],
 )
-def test_check_status_bears_what_others_wrote(client: FlaskClient, redis: "Redis", field: str, value: str) -> None:
+def test_check_status_tolerates_bad_fields_written_by_others(
+    client: FlaskClient, redis: "Redis", field: str, value: str
+) -> None:
     job_id = job_in_state(client, redis, "failed")
     redis.hset(f"rq:job:{job_id}", field, value)
     status = check(client, job_id).json
@@ -233,7 +233,7 @@ def test_check_status_bears_what_others_wrote(client: FlaskClient, redis: "Redis
 @pytest.mark.parametrize(
     ("field", "value"), [("timeout", "soon"), ("data", "{"), ("data", "[1, null, [], {}]"), ("created_at", "then")]
 )
-def test_check_status_bears_a_corrupt_job_that_does_not_name_its_function(
+def test_check_status_tolerates_a_corrupt_job_without_the_name_of_its_function(
     client: FlaskClient, redis: "Redis", field: str, value: str
 ) -> None:
     job_id = job_in_state(client, redis, "queued")
@@ -272,7 +272,7 @@ def test_list_shows_a_job_whose_status_is_empty(client: FlaskClient, redis: "Red
 
 
 def test_ids_are_410_before_and_after_redis_lost_its_data(client: FlaskClient, redis: "Redis") -> None:
-    """All parts of a process have the same secret, and write it to Redis again."""
+    """All parts of a process share one secret, and write it to Redis again."""
     lost = enqueue_echo(client)
     redis.flushall()
     problem_of(check(client, lost), 410, "result-expired")
@@ -283,7 +283,7 @@ def test_ids_are_410_before_and_after_redis_lost_its_data(client: FlaskClient, r
 
 @pytest.mark.parametrize("text", ["\u2028", "\u0085", "é"])
 def test_status_is_ascii(client: FlaskClient, redis: "Redis", text: str) -> None:
-    """Some clients of /events split lines at other characters than the standard."""
+    """Some clients of /events also split lines at characters where the standard does not."""
     job_id = enqueue_echo(client)
     progress = json.dumps({"done": 1, "total": 2, "message": text})
     redis.hset(f"rq:job:{job_id}", "progress", progress)

@@ -1,4 +1,4 @@
-"""`.ci/run` and `.ci/nightly` fail where a part of theirs fails. Stand-ins note how their commands are called."""
+"""`.ci/run` and `.ci/nightly` fail if one of their parts fails. Stand-ins for their commands write down each call."""
 
 import os
 import subprocess
@@ -41,7 +41,7 @@ class Scripts:
         file.chmod(0o755)
 
     def let_fail(self, call: str) -> None:
-        """Let pipenv fail with 3 if it is called in this way."""
+        """Let this call of pipenv fail with the exit code 3."""
         self.write("pipenv", f'echo "$*" >>{self._calls}\ncase "$*" in "{call}"|"{call} "*) exit 3;; esac')
 
     def run(self, script: str, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
@@ -85,16 +85,14 @@ def test_nightly_goes_on_after_a_part_that_failed_and_fails_in_the_end(scripts: 
     assert done.returncode == 1
     assert "3 rounds of the suite under load: FAILED" in done.stdout
     calls = scripts.calls()
-    assert calls.count("run test-all -q") == 1  # no round comes after the one that failed
+    assert calls.count("run test-all -q") == 1  # the round that failed is the last one
     assert [call.partition(" --seed")[0] for call in calls if "faults" in call] == [
         "run faults --long",
         "run faults --long",
     ]
 
 
-def test_nightly_does_so_many_rounds_and_leaves_nothing_that_keeps_the_machine_busy(
-    scripts: Scripts, tmp_path: Path
-) -> None:
+def test_nightly_does_each_round_and_ends_its_load(scripts: Scripts, tmp_path: Path) -> None:
     hogs = tmp_path / "hogs"
     hogs.touch()
     scripts.write("python3", f"echo $$ >>{hogs}\nexec sleep 60")
@@ -106,7 +104,7 @@ def test_nightly_does_so_many_rounds_and_leaves_nothing_that_keeps_the_machine_b
     wait_until(lambda: not any(is_running(int(pid)) for pid in pids), what="the end of the loops")
 
 
-def test_nightly_knows_its_parts(scripts: Scripts) -> None:
+def test_nightly_refuses_an_unknown_part(scripts: Scripts) -> None:
     done = scripts.run(".ci/nightly", "load", "everything")
     assert (done.returncode, done.stderr) == (2, "There is no part 'everything'.\n")
     assert scripts.calls() == []

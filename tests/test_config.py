@@ -12,7 +12,7 @@ from app.config import Settings, get_settings
 from app.core.connections import connect
 from tests.processes import ROOT
 
-#: Those that the environment of the test run may have.
+#: The variables that the environment of the test run may have.
 ALL = [name.upper() for name in Settings.model_fields] + ["RQ_REDIS_URL"]
 
 
@@ -60,7 +60,7 @@ def test_config_refuses_a_bad_value_in_one_sentence(environment: pytest.MonkeyPa
     sentence = str(stopped.value)
     shown, _, allowed = sentence.partition(": ")
     assert shown.startswith(f"Bad setting {name}=")
-    # Of a list, the one bad name.
+    # For a list, the sentence shows the one bad name.
     assert any(repr(part) in shown for part in (value, *value.split(",")))
     assert len(allowed) > 10
     assert "\n" not in sentence
@@ -93,7 +93,7 @@ def test_config_table_names_settings_that_exist(name: str, value: str) -> None:
     assert name.lower() in Settings.model_fields
 
 
-def test_config_tests_every_number() -> None:
+def test_config_table_has_a_bad_value_for_every_number() -> None:
     numbers = {name.upper() for name, field in Settings.model_fields.items() if field.annotation in (int, float)}
     assert numbers <= {name for name, _ in BAD}
 
@@ -126,7 +126,7 @@ def test_config_describes_every_setting() -> None:
 def test_config_cannot_be_changed_and_does_not_show_the_password() -> None:
     settings = Settings(redis_password="hunter2")
     with pytest.raises(ValueError, match="frozen"):
-        settings.port = 1  # type: ignore[misc]  # that is what is tested
+        settings.port = 1  # type: ignore[misc]  # the test is about this error
     assert "hunter2" not in repr(settings)
 
 
@@ -160,7 +160,7 @@ def test_config_makes_the_address_of_redis(
         ({"REDIS_URL": "unix:///tmp/r.sock?db=2"}, {"path": "/tmp/r.sock", "db": 2}, UnixDomainSocketConnection),
     ],
 )
-def test_config_connects_to_where_it_says(
+def test_config_connects_to_the_configured_address(
     environment: pytest.MonkeyPatch, variables: dict[str, str], expected: dict[str, Any], kind: type | None
 ) -> None:
     pool = connect(settings_of(environment, **variables)).connection_pool
@@ -193,7 +193,7 @@ def test_config_knows_whether_redis_was_named(
     assert settings_of(environment, **variables).redis_is_configured == configured
 
 
-# A start that is stopped
+# Settings that stop the start
 
 
 @pytest.mark.parametrize(

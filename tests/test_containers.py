@@ -1,4 +1,4 @@
-"""Dockerfile and compose.yaml, without an engine: they agree with the code and each other, and their commands run."""
+"""Dockerfile and compose.yaml agree with the code and each other, and their commands run. No engine is needed."""
 
 import json
 import os
@@ -62,8 +62,8 @@ def test_image_starts_its_process_itself_so_that_signals_reach_it() -> None:
     assert json.loads(check.partition("CMD ")[2])[0] == "python"
 
 
-def test_image_gets_all_that_it_copies() -> None:
-    """And nothing else goes to the builder: no key, no data, no history."""
+def test_image_build_gets_the_files_that_it_copies_and_no_others() -> None:
+    """No key, no data and no history goes to the builder."""
     ignored, *kept = (ROOT / ".dockerignore").read_text().splitlines()
     assert ignored == "*"
     sources = {
@@ -76,13 +76,13 @@ def test_image_gets_all_that_it_copies() -> None:
     assert all((ROOT / source).exists() for source in sources)
 
 
-def test_image_sets_what_env_file_has() -> None:
+def test_image_sets_the_variables_of_the_env_file() -> None:
     lines = (ROOT / ".env").read_text().splitlines()
     defaults = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
     assert defaults.items() <= _image_environment().items()
 
 
-def test_environment_names_settings_that_there_are() -> None:
+def test_environment_names_only_existing_settings() -> None:
     known = {name.upper() for name in Settings.model_fields}
     known |= {"PATH", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE", "FLASK_APP"}
     known |= {"RQ_WORKER_CLASS", "RQ_QUEUE_CLASS", "RQ_CONFIG"}
@@ -105,8 +105,8 @@ def test_compose_gives_no_container_more_than_it_needs(name: str) -> None:
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert service["restart"] == "always"
     assert "privileged" not in service
-    assert name == "valkey" or "user" not in service  # the image's own is one without rights
-    # `--scale` wants neither.
+    assert name == "valkey" or "user" not in service  # the image's own user has no rights
+    # `--scale` works with neither.
     assert not {"container_name", "hostname"} & service.keys()
     for secret in service["secrets"]:
         assert secret in COMPOSE["secrets"]
@@ -124,7 +124,7 @@ def test_compose_keeps_secrets_out_of_environment_and_arguments() -> None:
         assert secret["file"].startswith("./secrets/")
 
 
-def test_compose_gives_processes_the_time_that_they_take_to_end() -> None:
+def test_compose_gives_processes_enough_time_to_end() -> None:
     settings = Settings()
 
     def seconds(service: str) -> int:
@@ -135,13 +135,13 @@ def test_compose_gives_processes_the_time_that_they_take_to_end() -> None:
 
 
 def _shell(text: str) -> str:
-    """What the container's shell gets: Compose takes one of two dollars."""
+    """The text that the container's shell gets: Compose turns two dollars into one."""
     return text.replace("$$", "$")
 
 
 @pytest.mark.slow
 def test_containers_commands_run_as_written(tmp_path: Path) -> None:
-    """In a clean folder with what the image has, each of the services' commands, its secrets and its health check."""
+    """Run the command, the secrets and the health check of each service, in a folder with only the image's files."""
     service, secrets, data = tmp_path / "service", tmp_path / "secrets", tmp_path / "data"
     for folder in (service, secrets, data):
         folder.mkdir()
@@ -163,7 +163,7 @@ def test_containers_commands_run_as_written(tmp_path: Path) -> None:
         env = {**image, **own, **paths, "REDIS_HOST": "127.0.0.1"}
         return {key: value.replace("/run/secrets", str(secrets)) for key, value in env.items()}
 
-    # The binary that Valkey's image has on its path.
+    # Valkey's image has this binary on its path.
     with valkey_server(tmp_path / "other") as other:
         binary = Path(f"/proc/{other._process.pid}/exe").resolve()
     binaries = tmp_path / "bin"
@@ -212,7 +212,7 @@ def test_containers_commands_run_as_written(tmp_path: Path) -> None:
 
         wait_until(
             lambda: codes() == [0, 0], 60, "healthy services"
-        )  # a check has some seconds, and Docker tries again
+        )  # Docker repeats a check too, and gives it some seconds
         for process in processes[:0:-1]:
             assert process.stop() == 0
         assert codes() == [1, 1]

@@ -1,4 +1,4 @@
-"""The dashboard: what its files may be, and what a person does with it, in a real browser."""
+"""The dashboard: its files, and its use in a real browser."""
 
 import json
 import os
@@ -23,12 +23,12 @@ from tests.processes import ROOT, environment, gunicorn, problem_of, valkey_serv
 from tests.test_auth import ALICE, KEYS, OPS
 
 STATIC = ROOT / "app/dashboard/static"
-expect.set_options(timeout=20_000)  # ms; the page of a busy machine is a slow one
+expect.set_options(timeout=20_000)  # ms; pages are slow on a busy machine
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def in_browser(test: Callable[..., None]) -> Callable[..., None]:
-    """A test that wants Chromium."""
+    """Mark a test that needs Chromium."""
     skip = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here (Debian: apt-get install chromium)")
     marked: Callable[..., None] = pytest.mark.slow(skip(test))
     return marked
@@ -78,7 +78,7 @@ def test_no_other_file_is_served(client: FlaskClient, name: str) -> None:
 
 
 class Visitor(NamedTuple):
-    """A page of the dashboard, and what its console said."""
+    """A page of the dashboard, and the messages of its console."""
 
     page: Page
     url: str
@@ -103,9 +103,9 @@ class Visitor(NamedTuple):
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    # Of this module only: Playwright's loop runs in this thread as long as it is open.
+    # Close it after this module, because Playwright's loop runs in this thread until then.
     with sync_playwright() as playwright:
-        # As root there is no sandbox; and a container's /dev/shm may be too small for a page.
+        # Chromium has no sandbox as root, and a container's /dev/shm may be too small for a page.
         found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
         yield found
         found.close()
@@ -188,13 +188,13 @@ def test_text_of_a_job_never_becomes_markup(visitor: Visitor) -> None:
     page.goto(f"{visitor.url}/dashboard#job={quote(evil)}")
     expect(page.locator("#alert")).to_contain_text("Job not found")
     assert page.locator("main img, main script").count() == 0
-    # The browser logs that the request for it was answered with 404, which is so.
+    # The browser logs the 404 answer for this id, which is right.
     assert all("404" in line for line in visitor.said)
     visitor.said.clear()
 
 
 @in_browser
-def test_a_payload_that_does_not_fit_is_told_at_its_field(visitor: Visitor) -> None:
+def test_an_error_in_a_payload_is_shown_at_its_field(visitor: Visitor) -> None:
     page = visitor.page
     visitor.open()
     visitor.choose("estimate_pi")
@@ -204,7 +204,7 @@ def test_a_payload_that_does_not_fit_is_told_at_its_field(visitor: Visitor) -> N
     expect(field).to_have_attribute("aria-invalid", "true")
     expect(field).to_be_focused()
     expect(page.locator("#alert")).to_contain_text("must be a number")
-    field.fill("0")  # which the service refuses
+    field.fill("0")  # the service refuses this value
     page.get_by_role("button", name="Enqueue").click()
     expect(page.locator("#fields")).to_contain_text("greater than or equal to 1")
     expect(field).to_have_attribute("aria-invalid", "true")
@@ -215,7 +215,7 @@ def test_a_payload_that_does_not_fit_is_told_at_its_field(visitor: Visitor) -> N
     page.locator("#json").fill('{"samples": 10, "more": 1}')
     page.get_by_role("button", name="Enqueue").click()
     expect(page.locator("#alert")).to_contain_text("body.more")
-    assert all("422" in line for line in visitor.said)  # the browser's own words
+    assert all("422" in line for line in visitor.said)  # the browser logs these answers
     visitor.said.clear()
 
 
@@ -240,8 +240,8 @@ def test_the_curl_line_does_what_the_form_does(visitor: Visitor) -> None:
 
 
 @in_browser
-def test_it_works_below_a_path(visitor: Visitor) -> None:
-    """As behind a proxy that has the service at /some/path."""
+def test_dashboard_works_below_a_path(visitor: Visitor) -> None:
+    """A proxy may serve it at /some/path."""
     page = visitor.page
     page.route("**/*", lambda route: route.continue_(url=route.request.url.replace("/some/path/", "/")))
     page.goto(f"{visitor.url}/some/path/dashboard")
@@ -300,7 +300,7 @@ def test_queues_and_workers_are_shown(visitor: Visitor) -> None:
 
 
 @in_browser
-def test_all_of_it_can_be_done_with_the_keyboard(visitor: Visitor) -> None:
+def test_dashboard_can_be_used_with_the_keyboard(visitor: Visitor) -> None:
     page = visitor.page
     visitor.open()
     page.keyboard.press("Tab")
@@ -329,8 +329,8 @@ def test_all_of_it_can_be_done_with_the_keyboard(visitor: Visitor) -> None:
 @in_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_it_suits_everybody_and_every_width(browser: Browser, service: Service, scheme: str, width: int) -> None:
-    """WCAG 2.1 A and AA, as far as axe-core sees it; and no sideways scrolling, whatever texts are there."""
+def test_dashboard_is_accessible_at_every_width(browser: Browser, service: Service, scheme: str, width: int) -> None:
+    """It meets WCAG 2.1 A and AA, as far as axe-core sees it, and no text makes it scroll sideways."""
     options = {"color_scheme": scheme, "viewport": {"width": width, "height": 800}}
     for visitor in visit(browser, service.url, **options):
         page = visitor.page
@@ -356,7 +356,7 @@ def test_it_suits_everybody_and_every_width(browser: Browser, service: Service, 
 
 
 @in_browser
-def test_with_keys_it_asks_for_one_and_keeps_it_in_memory_only(browser: Browser, tmp_path: Path) -> None:
+def test_dashboard_asks_for_a_key_and_keeps_it_in_memory_only(browser: Browser, tmp_path: Path) -> None:
     with valkey_server(tmp_path / "valkey") as server:
         env = environment(f"redis://127.0.0.1:{server.port}/0", API_KEYS=json.dumps(KEYS))
         with web(env, tmp_path / "web.log") as url:
@@ -423,14 +423,14 @@ def test_the_form_has_a_field_for_each_part_of_a_payload(visitor: Visitor) -> No
 
 
 def status_of(redis_url: str, job_id: str) -> str:
-    """The status of a job while no web server is there."""
+    """The status of a job, read from Redis because no web server runs."""
     with Redis.from_url(redis_url) as connection:
         return (connection.hget(f"rq:job:{job_id}", "status") or b"").decode()
 
 
 @in_browser
-def test_a_browser_misses_no_end_while_the_server_starts_anew(browser: Browser, redis_url: str, tmp_path: Path) -> None:
-    """The browser's own EventSource, and the page: both come again by themselves."""
+def test_browser_misses_no_end_while_the_server_restarts(browser: Browser, redis_url: str, tmp_path: Path) -> None:
+    """The browser's own EventSource and the page both reconnect by themselves."""
     env = environment(redis_url)
     with worker(env, tmp_path / "worker.log"):
         with gunicorn(env, tmp_path / "web.log", "app.main:app") as (url, process):
@@ -442,25 +442,25 @@ def test_a_browser_misses_no_end_while_the_server_starts_anew(browser: Browser, 
             visitor.open(f"#job={job_id}")
             page.evaluate(
                 """jobId => {
-                    window.told = [];
+                    window.seen = [];
                     window.source = new EventSource(`/events?job_id=${jobId}`);
                     for (const kind of ["status", "end"]) {
-                        source.addEventListener(kind, event => told.push([kind, JSON.parse(event.data).job_status]));
+                        source.addEventListener(kind, event => seen.push([kind, JSON.parse(event.data).job_status]));
                     }
                 }""",
                 job_id,
             )
-            wait_until(lambda: page.evaluate("told.length"))
+            wait_until(lambda: page.evaluate("seen.length"))
             process.kill()
             os.killpg(process.popen.pid, signal.SIGKILL)
             expect(page.locator("#connection")).to_have_text("service not reachable, trying again")
             go_on.touch()
             wait_until(lambda: status_of(redis_url, job_id) == "finished")
         with gunicorn(env, tmp_path / "again.log", "app.main:app", port=int(url.rpartition(":")[2])):
-            wait_until(lambda: page.evaluate("told.at(-1)") == ["end", "finished"])
+            wait_until(lambda: page.evaluate("seen.at(-1)") == ["end", "finished"])
             expect(page.locator("#job .badge")).to_have_text("✓ finished")
             expect(page.locator("#connection")).to_have_text("live")
-            # It asks once more after the end, and is told by a 204 that there is nothing to come.
+            # It asks once more after the end. The answer 204 means that no more events come.
             wait_until(lambda: page.evaluate("source.readyState") == 2)
-            assert page.evaluate("told.filter(([kind]) => kind === 'end').length") == 1
+            assert page.evaluate("seen.filter(([kind]) => kind === 'end').length") == 1
             pages.close()

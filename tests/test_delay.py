@@ -1,4 +1,4 @@
-"""`delay=` and `at=` of `/enqueue`; that they are right in time is tested with real workers (test_worker, faults)."""
+"""`delay=` and `at=` of `/enqueue`. Tests with real workers check that jobs run on time (test_worker, faults)."""
 
 import time
 from datetime import UTC, datetime, timedelta
@@ -50,7 +50,7 @@ def test_delayed_job_waits_for_its_time_and_runs_then(client: FlaskClient, redis
     job_id = enqueue_echo(client, delay=0.2)
     at = due(redis, job_id)
     promoted = transitions.promote(redis, ["default"])
-    if not promoted.jobs:  # as on a busy machine there may be one already
+    if not promoted.jobs:  # on a busy machine, the job may be due already
         assert promoted.due is not None
         assert 0 < promoted.due <= 0.2
         time.sleep(promoted.due)
@@ -65,7 +65,7 @@ def test_delayed_job_waits_for_its_time_and_runs_then(client: FlaskClient, redis
 
 @pytest.mark.parametrize("delay", [0.4, 1.6])
 def test_delayed_job_is_never_early(client: FlaskClient, redis: "Redis", delay: float) -> None:
-    # RQ's own schedule is in whole seconds, cut off.
+    # RQ's own schedule cuts times down to whole seconds.
     before = time.time()
     assert due(redis, enqueue_echo(client, delay=delay)) >= before + delay - 0.001
 
@@ -83,7 +83,7 @@ def test_job_that_is_due_already_is_queued_at_once(client: FlaskClient, redis: "
         "2026-11-23T11:00:00 01:00", "2026-11-23 10:00:00Z", "2026-11-23T02:00:00-08:00",
     ],
 )  # fmt: skip
-def test_at_is_a_time_as_in_rfc_3339(client: FlaskClient, text: str) -> None:
+def test_at_is_a_time_of_rfc_3339(client: FlaskClient, text: str) -> None:
     assert enqueue(client, at=text).status_code == 202
 
 
@@ -96,7 +96,7 @@ def test_at_is_a_time_as_in_rfc_3339(client: FlaskClient, text: str) -> None:
         "٢٠٢٦-11-23T10:00:00Z",
     ],
 )  # fmt: skip
-def test_at_that_is_no_such_time_is_422(client: FlaskClient, redis: "Redis", text: str) -> None:
+def test_at_that_is_not_a_time_of_rfc_3339_or_too_late_is_422(client: FlaskClient, redis: "Redis", text: str) -> None:
     problem = problem_of(enqueue(client, at=text), 422, "invalid-request")
     assert problem["errors"][0]["loc"] == ["query", "at"]
     assert not redis.exists("rq:queue:default", "rq:scheduled:default")
@@ -190,7 +190,7 @@ def test_function_declares_its_own_defaults_and_a_request_overrides_them(client:
         ("ttl", None),
     ],
 )
-def test_function_with_a_default_that_cannot_be_stops_the_start(redis: "Redis", name: str, value: Any) -> None:
+def test_function_with_an_invalid_default_stops_the_start(redis: "Redis", name: str, value: Any) -> None:
     echo = FUNCTIONS["echo"]
     FUNCTIONS["broken"] = JobFunction("broken", echo.call, None, {name: value}, echo.signature)  # type: ignore[misc]  # any name
     try:

@@ -1,4 +1,4 @@
-"""A deploy: processes are told to end and others take their place, while clients go on."""
+"""A deploy: new processes replace old ones while clients go on."""
 
 import random
 import signal
@@ -38,7 +38,7 @@ def test_gunicorn_says_that_it_drains_before_it_stops(redis_url: str, tmp_path: 
         assert process.popen.wait(60) == 0
 
 
-def test_gunicorn_that_is_told_to_end_lets_nobody_wait_for_long(redis_url: str, tmp_path: Path) -> None:
+def test_gunicorn_answers_waiting_requests_soon_after_sigterm(redis_url: str, tmp_path: Path) -> None:
     with gunicorn(environment(redis_url), tmp_path / "web.log", "app.main:app") as (url, process):
         answers: list[requests.Response] = []
         waiting = threading.Thread(
@@ -50,11 +50,11 @@ def test_gunicorn_that_is_told_to_end_lets_nobody_wait_for_long(redis_url: str, 
         assert process.stop() == 0
         waiting.join()
         assert (answers[0].status_code, answers[0].json()["job_status"]) == (202, "queued")
-        assert time.monotonic() - start < 30  # it would have waited for 60
+        assert time.monotonic() - start < 30  # the request could wait for 60
 
 
 class Balancer:
-    """What a load balancer does: it asks each server whether it is ready, and sends requests to those that are."""
+    """A load balancer: it asks each server whether it is ready, and sends requests to the ready ones."""
 
     def __init__(self) -> None:
         self.servers: list[str] = []
@@ -62,7 +62,7 @@ class Balancer:
         self.is_over = self.is_closed = False
 
     def look(self) -> None:
-        """Go on until the last client has its last answer: one that finds nothing ready waits for what comes next."""
+        """Ask until the last client has its last answer, because a client without a ready server waits for one."""
         while not self.is_closed:
             ready = []
             for url in list(self.servers):
@@ -76,7 +76,7 @@ class Balancer:
 
 
 class Client(threading.Thread):
-    """Enqueues and polls on connections that are kept open; notes what was acknowledged and what went wrong."""
+    """A client that enqueues and polls on open connections, and keeps the acknowledged jobs and the failures."""
 
     def __init__(self, balancer: Balancer, path: Path) -> None:
         super().__init__(daemon=True)
@@ -85,7 +85,7 @@ class Client(threading.Thread):
         self.failures: list[str] = []
 
     def _choose(self) -> str:
-        """One that is ready; where none is for a moment, as gunicorn loads the app anew, the request waits."""
+        """Choose a ready server. Wait if there is none for a moment, while gunicorn loads the app again."""
         return random.choice(wait_until(lambda: self.balancer.ready, 60))
 
     def run(self) -> None:
@@ -125,7 +125,7 @@ def load(balancer: Balancer, path: Path, clients: int) -> Iterator[list[Client]]
 
 
 def check(redis: "Redis", clients: list[Client], path: Path) -> int:
-    """No request failed, and each job ran once; how many there were."""
+    """Check that no request failed and that each job ran once. Return the number of jobs."""
     assert [failure for client in clients for failure in client.failures] == []
     jobs = [job_id for client in clients for job_id in client.acknowledged]
     assert len(jobs) > 20
@@ -136,7 +136,7 @@ def check(redis: "Redis", clients: list[Client], path: Path) -> int:
 
 
 def roll(real_redis: Redis, redis_url: str, tmp_path: Path, restarts: int) -> int:
-    """Put new processes in the place of old ones so often, under load; how many jobs there were."""
+    """Replace old processes by new ones this many times, under load. Return the number of jobs."""
     env = environment(redis_url, DRAIN_SECONDS=5)
     balancer = Balancer()
     with ExitStack() as stack:
@@ -164,12 +164,12 @@ def roll(real_redis: Redis, redis_url: str, tmp_path: Path, restarts: int) -> in
 
 
 def test_rolling_restart_fails_no_request_and_loses_no_job(real_redis: Redis, redis_url: str, tmp_path: Path) -> None:
-    """Five times, with `pipenv run faults`."""
+    """`pipenv run faults` does five restarts."""
     roll(real_redis, redis_url, tmp_path, 1)
 
 
 def test_reload_of_gunicorn_fails_no_request(real_redis: Redis, redis_url: str, tmp_path: Path) -> None:
-    """SIGHUP: new processes with the new code, and the old ones end when they have answered."""
+    """SIGHUP starts processes with the new code. The old ones end once they have answered."""
     env, processes = environment(redis_url), 2
     balancer = Balancer()
     with (
@@ -190,6 +190,6 @@ def test_reload_of_gunicorn_fails_no_request(real_redis: Redis, redis_url: str, 
 
 @pytest.mark.parametrize("app", ["bare", "app"])
 def test_gunicorn_takes_other_apps_with_our_settings(redis_url: str, tmp_path: Path, app: str) -> None:
-    """The floors of the benchmarks."""
+    """These apps are the floors of the benchmarks."""
     with gunicorn(environment(redis_url), tmp_path / "web.log", f"benchmarks.apps.floors:{app}") as (url, _):
         assert status_of(f"{url}/healthz") == 200

@@ -40,7 +40,7 @@ def test_openapi_is_version_3_1_and_names_every_route(document: Any, app: APIFla
     assert set(operations(document)) == served - {f"POST {route}/{{function}}" for route in routes} | functions
 
 
-def test_openapi_has_unique_operation_ids_and_words_for_each(document: Any) -> None:
+def test_openapi_has_a_unique_id_and_a_summary_for_each_operation(document: Any) -> None:
     found = list(operations(document).values())
     ids = [operation["operationId"] for operation in found]
     assert len(ids) == len(set(ids))
@@ -163,7 +163,7 @@ def test_openapi_names_the_answers(document: Any, route: str, statuses: set[str]
 # The page
 
 
-def test_docs_is_a_page_without_any_other_host(client: FlaskClient) -> None:
+def test_docs_page_loads_nothing_from_other_hosts(client: FlaskClient) -> None:
     answer = client.get("/docs")
     assert (answer.status_code, answer.mimetype) == (200, "text/html")
     loaded = re.findall(r"""(?:src|href|url)\s*[=:]\s*["']([^"']+)""", answer.text)

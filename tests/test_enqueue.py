@@ -67,7 +67,7 @@ def test_enqueue_answers_the_status_of_the_new_job(
     assert list(stored_job(redis, job_id).args) == [{"secret": "payload"}]
 
 
-def test_enqueue_answers_what_check_status_then_says(client: FlaskClient) -> None:
+def test_enqueue_answers_the_same_as_check_status(client: FlaskClient) -> None:
     answer = client.post("/enqueue/echo", json=1)
     assert client.get(answer.headers["Location"]).json == answer.json
 
@@ -127,7 +127,7 @@ def test_enqueue_overrides_the_defaults_of_the_function(client: FlaskClient, red
     assert (timeout(), timeout(timeout=5)) == (3600, 5)
 
 
-def test_enqueue_tells_the_retries_that_the_function_declares(client: FlaskClient) -> None:
+def test_enqueue_shows_the_retries_that_the_function_declares(client: FlaskClient) -> None:
     assert json_of(client.post("/enqueue/fail_with_retries", json="x"))["retries_left"] == 2
 
 
@@ -278,7 +278,7 @@ def test_enqueue_refuses_a_body_that_is_not_json(
     problem = problem_of(post(client, body), 400, "invalid-json")
     if place:
         line, column = place
-        # Where exactly a parser stops inside an escape or a literal is its own business.
+        # Parsers may stop at different columns inside an escape or a literal.
         assert problem["line"] == line
         assert abs(problem["column"] - column) <= 2
     assert "line" not in problem or problem["line"] >= 1
@@ -320,11 +320,11 @@ def test_enqueue_refuses_other_content_types(client: FlaskClient, redis: "Redis"
     assert waiting(redis) == []
 
 
-# Too much
+# Limits
 
 
 def chunked(body: bytes) -> dict[str, Any]:
-    """A body whose length is not announced, as gunicorn hands it on."""
+    """A body without an announced length, as gunicorn passes it on."""
     return {
         "input_stream": io.BytesIO(body),
         "environ_overrides": {"wsgi.input_terminated": True, "HTTP_TRANSFER_ENCODING": "chunked"},
@@ -341,7 +341,7 @@ def test_enqueue_accepts_a_body_of_exactly_the_limit(client: FlaskClient) -> Non
     assert post(client, b'"' + b"x" * 399_998 + b'"').status_code == 202
 
 
-def test_enqueue_says_that_a_body_did_not_come_to_its_end(client: FlaskClient, redis: "Redis") -> None:
+def test_enqueue_refuses_a_body_that_it_cannot_read_to_its_end(client: FlaskClient, redis: "Redis") -> None:
     class Stalled(io.BytesIO):
         def read(self, *_: object) -> bytes:
             raise TimeoutError
@@ -393,7 +393,7 @@ def test_enqueue_refuses_a_huge_announced_body_unread(client: FlaskClient) -> No
     ],
 )
 def test_enqueue_limits_the_values_of_a_body(client: FlaskClient, redis: "Redis", item: bytes, count: int) -> None:
-    """An empty array or object counts as one that holds something: whether it does is not looked at."""
+    """An empty array or object counts like one with an item, because the count does not look inside."""
     most = (100_100 - 1) // count
     assert post(client, b"[" + b",".join([item] * most) + b"]").status_code == 202
     before = waiting(redis)
@@ -463,14 +463,14 @@ def test_enqueue_has_no_other_paths(client: FlaskClient, path: str) -> None:
     problem_of(client.post(path, json=1), 404, "not-found")
 
 
-def test_enqueue_options_tells_the_methods_and_enqueues_nothing(client: FlaskClient, redis: "Redis") -> None:
+def test_enqueue_options_names_the_methods_and_enqueues_nothing(client: FlaskClient, redis: "Redis") -> None:
     answer = client.options("/enqueue", json=1)
     assert (answer.status_code, allowed(answer)) == (200, {"OPTIONS", "POST"})
     assert waiting(redis) == []
 
 
 def test_enqueue_refuses_to_start_with_a_function_on_an_unknown_queue(redis: "Redis") -> None:
-    # `create_app` reads the registry; a function that wants another queue stands for a typo in QUEUES.
+    # `create_app` reads the registry. A function on another queue stands for a typo in QUEUES.
     FUNCTIONS["lost"] = dataclasses.replace(FUNCTIONS["echo"], name="lost", defaults={"queue": "gpu"})
     try:
         with pytest.raises(SystemExit, match="lost has the default queue='gpu'"):
@@ -479,7 +479,7 @@ def test_enqueue_refuses_to_start_with_a_function_on_an_unknown_queue(redis: "Re
         del FUNCTIONS["lost"]
 
 
-def test_enqueue_refuses_an_option_that_is_there_twice(client: FlaskClient, redis: "Redis") -> None:
+def test_enqueue_refuses_an_option_given_twice(client: FlaskClient, redis: "Redis") -> None:
     answer = client.post("/enqueue/echo?queue=default&queue=default", json=1)
     assert problem_of(answer, 422, "invalid-request")["errors"] == [
         {"loc": ["query", "queue"], "msg": "The option is given more than once."}

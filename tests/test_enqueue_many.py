@@ -62,7 +62,7 @@ def test_jobs_of_a_batch_are_jobs_like_any_other(client: FlaskClient, redis: Any
 def test_enqueue_many_is_one_round_trip(
     client: FlaskClient, enqueuer: Enqueuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    enqueue_many(client, [0])  # the script is known, and the secret loaded
+    enqueue_many(client, [0])  # loads the script and the secret
     sent: list[Any] = []
     execute: Any = enqueuer.connection.execute_command
 
@@ -146,7 +146,7 @@ def test_batch_that_does_not_fit_into_the_queue_is_refused_whole(
 
 
 @pytest.mark.parametrize("body", ["{}", "null", '"text"', "1", "[]", "true", json.dumps([1] * 1001)])
-def test_body_that_is_no_batch_is_422(client: FlaskClient, redis: Any, body: str) -> None:
+def test_body_that_is_not_a_batch_is_422(client: FlaskClient, redis: Any, body: str) -> None:
     answer = client.post("/enqueue_many/echo", data=body, content_type="application/json")
     problem = problem_of(answer, 422, "invalid-request")
     assert problem["errors"] == [{"loc": ["body"], "msg": "It must be an array of 1 to 1000 payloads."}]
@@ -154,12 +154,12 @@ def test_body_that_is_no_batch_is_422(client: FlaskClient, redis: Any, body: str
 
 
 @pytest.mark.parametrize("body", [b"", b"[1,", b"[NaN]", b"\xff", b'["\\ud800"]', b"[" * 200 + b"]" * 200])
-def test_body_that_is_no_json_is_400(client: FlaskClient, body: bytes) -> None:
+def test_body_that_is_not_json_is_400(client: FlaskClient, body: bytes) -> None:
     answer = client.post("/enqueue_many/echo", data=body, content_type="application/json")
     problem_of(answer, 400, "invalid-json")
 
 
-def test_enqueue_many_wants_json_said_to_be_json(client: FlaskClient) -> None:
+def test_enqueue_many_needs_a_json_content_type(client: FlaskClient) -> None:
     problem_of(client.post("/enqueue_many/echo", data=b"[1]"), 415, "unsupported-media-type")
 
 
@@ -182,7 +182,7 @@ def test_wrong_method_is_405(client: FlaskClient, path: str) -> None:
     problem_of(client.put(path), 405, "method-not-allowed")
 
 
-def test_enqueue_many_wants_a_function(client: FlaskClient) -> None:
+def test_enqueue_many_needs_a_function(client: FlaskClient) -> None:
     problem_of(client.post("/enqueue_many", json=[1]), 404, "not-found")
 
 
@@ -206,9 +206,7 @@ def test_check_group_counts_its_jobs_by_status(client: FlaskClient, redis: Any) 
 
 
 @pytest.mark.parametrize("is_cleaned_by_rq", [False, True])
-def test_jobs_that_are_not_kept_any_more_count_as_expired(
-    client: FlaskClient, redis: Any, is_cleaned_by_rq: bool
-) -> None:
+def test_jobs_that_are_gone_count_as_expired(client: FlaskClient, redis: Any, is_cleaned_by_rq: bool) -> None:
     group = json_of(enqueue_many(client, [1, 2, 3]))
     redis.delete(*[f"rq:job:{job_id}" for job_id in group["job_ids"][:2]])
     if is_cleaned_by_rq:
@@ -217,7 +215,7 @@ def test_jobs_that_are_not_kept_any_more_count_as_expired(
     assert (counts["total"], counts["counts"]) == (3, {"expired": 2, "queued": 1})
 
 
-def test_group_is_one_of_rqs(client: FlaskClient, redis: Any) -> None:
+def test_group_is_a_group_of_rq(client: FlaskClient, redis: Any) -> None:
     group = json_of(enqueue_many(client, [1, 2]))
     (found,) = Group.all(redis)
     assert found.name == group["group_id"]
@@ -240,7 +238,7 @@ def test_admin_sees_the_group_of_a_key_that_is_gone(redis: Any) -> None:
     problem_of(bob.get(f"/check_group?group_id={group_id}", headers=headers), 404, "group-not-found")
 
 
-def test_group_that_rq_made_can_be_looked_at(client: FlaskClient, redis: Any) -> None:
+def test_group_made_by_rq_can_be_read(client: FlaskClient, redis: Any) -> None:
     redis.sadd("rq:group:theirs", "a", "b")
     redis.hset("rq:job:a", "status", "queued")
     assert json_of(check_group(client, "theirs")) == {
@@ -255,7 +253,7 @@ def test_groups_are_not_kept_for_ever(client: FlaskClient, redis: Any) -> None:
     problem_of(check_group(client, group_id), 410, "result-expired")
 
 
-def test_group_is_no_job_and_a_job_is_no_group(client: FlaskClient) -> None:
+def test_group_is_not_a_job_and_a_job_is_not_a_group(client: FlaskClient) -> None:
     group = json_of(enqueue_many(client, [1]))
     problem_of(check_group(client, group["job_ids"][0]), 404, "group-not-found")
     problem_of(client.get(f"/check_status?job_id={group['group_id']}"), 404, "job-not-found")

@@ -1,4 +1,4 @@
-"""`GET /events?job_id=`: what happens to a job, as it happens, as a browser's `EventSource` reads it."""
+"""`GET /events?job_id=`: the events of a job as they happen, in the form that a browser's `EventSource` reads."""
 
 import json
 import os
@@ -46,7 +46,7 @@ class Event(NamedTuple):
 
 
 def parse(text: str) -> list[Event | str]:
-    """Events as the standard has it, and comments as they are."""
+    """Parse events as the standard says, and keep comments as they are."""
     found: list[Event | str] = []
     for block in text.strip("\n").split("\n\n"):
         if block.startswith(":"):
@@ -85,7 +85,7 @@ def test_events_of_a_job_that_has_ended_are_its_status_and_the_end(
     assert f'"{status.id}"' == polled.headers["ETag"]
 
 
-def test_events_tell_each_change_of_status_and_progress_as_it_happens(client: FlaskClient, redis: "Redis") -> None:
+def test_events_show_each_change_of_status_and_progress_as_it_happens(client: FlaskClient, redis: "Redis") -> None:
     job_id = enqueue_echo(client)
     answer = client.get("/events", query_string={"job_id": job_id}, buffered=False)
     chunks = iter(answer.response)
@@ -108,7 +108,7 @@ def test_events_tell_each_change_of_status_and_progress_as_it_happens(client: Fl
     assert next(chunks, None) is None
 
 
-def test_events_are_not_told_again_to_a_client_that_has_had_them(client: FlaskClient, redis: "Redis") -> None:
+def test_events_are_not_sent_again_to_a_client_that_has_them(client: FlaskClient, redis: "Redis") -> None:
     job_id = job_in_state(client, redis, "finished")
     status, end = events_of(client, job_id)
     assert events_of(client, job_id, status.id) == [end]
@@ -118,13 +118,13 @@ def test_events_are_not_told_again_to_a_client_that_has_had_them(client: FlaskCl
         assert events_of(client, job_id, unknown) == [status, end]
 
 
-def test_events_of_a_job_that_nobody_may_see(client: FlaskClient) -> None:
+def test_events_refuses_an_unknown_job_and_a_bad_request(client: FlaskClient) -> None:
     problem_of(client.get("/events?job_id=nope"), 404, "job-not-found")
     problem_of(client.get("/events"), 422, "invalid-request")
     problem_of(client.post("/events?job_id=nope"), 405, "method-not-allowed")
 
 
-def test_events_of_another_owners_job_are_none(redis: "Redis") -> None:
+def test_events_of_a_job_are_hidden_from_other_owners(redis: "Redis") -> None:
     client = create_app(Settings(api_keys=json.dumps(KEYS)), redis).test_client()
     alice, bob = ({"Authorization": f"Bearer {key}"} for key in (ALICE, BOB))
     job_id = json_of(client.post("/enqueue/echo", json=1, headers=alice))["job_id"]
@@ -134,7 +134,7 @@ def test_events_of_another_owners_job_are_none(redis: "Redis") -> None:
     assert client.get(f"/events?job_id={job_id}", headers=alice).status_code == 200
 
 
-def test_events_where_no_place_is_left_are_the_present_status(redis: "Redis") -> None:
+def test_events_over_max_waiting_are_only_the_present_status(redis: "Redis") -> None:
     client = create_app(
         Settings(max_waiting=0, function_modules=("app.functions", "tests.job_functions")), redis
     ).test_client()
@@ -167,7 +167,7 @@ def test_events_of_a_job_that_vanishes_end(
 
 
 def listen(url: str, job_id: str, last: str | None = None) -> Iterator[Event]:
-    """The events, each as it comes."""
+    """Yield each event as it comes."""
     headers = {"Last-Event-ID": last} if last else {}
     with requests.get(f"{url}/events", {"job_id": job_id}, headers=headers, stream=True, timeout=40) as answer:
         block = ""
@@ -184,9 +184,9 @@ def test_events_reach_a_client_of_the_real_server_at_once(service: Service, tmp_
     job_id = requests.post(f"{service.url}/enqueue/report?delay=1000", json=payload, timeout=10).json()["job_id"]
     found: list[Event] = []
     for event in listen(service.url, job_id):
-        if not found:  # it begins once somebody listens
+        if not found:  # the job begins once the client listens
             service.redis.zadd("rq:scheduled:default", {job_id: 1})
-        if event.data["progress"]:  # it ends once its progress was told
+        if event.data["progress"]:  # the job ends once the client has its progress
             go_on.touch()
         found.append(event)
     assert [event.kind for event in found[-2:]] == ["status", "end"]
@@ -218,7 +218,10 @@ def test_events_after_a_crash_of_the_server_miss_no_end(redis_url: str, real_red
 
 
 def listen_in_a_crowd(redis_url: str, real_redis: "Redis", tmp_path: Path, listeners: int) -> tuple[float, float]:
-    """So many, on one connection to Redis: bytes that each of them takes, and seconds until all of a job's are told."""
+    """Open this many listeners, which share one connection to Redis.
+
+    Return the bytes that each listener takes, and the seconds until all listeners of one job have its end.
+    """
     env = environment(redis_url)
     with gunicorn(env, tmp_path / "web.log", "app.main:app") as (url, process):
         port = int(url.rpartition(":")[2])
@@ -235,13 +238,13 @@ def listen_in_a_crowd(redis_url: str, real_redis: "Redis", tmp_path: Path, liste
         try:
 
             def count() -> float:
-                time.sleep(0.1)  # a scrape costs as much as some listeners
+                time.sleep(0.1)  # a scrape costs as much as several listeners
                 text = session.get(f"{url}/metrics", timeout=30).text
                 return float(text.partition("\nhttp_listeners ")[2].partition("\n")[0])
 
             wait_until(lambda: count() == listeners, 60, "all listeners")
             taken = web.memory_info().rss - before
-            assert len(real_redis.client_list()) <= clients + 100  # the pool's, in the burst
+            assert len(real_redis.client_list()) <= clients + 100  # the pool opens these in the burst
             end_run(real_redis, take_job(real_redis))
             start = time.monotonic()
             for listener in sockets[::10]:  # those of the first job
@@ -249,26 +252,26 @@ def listen_in_a_crowd(redis_url: str, real_redis: "Redis", tmp_path: Path, liste
                 text = b""
                 while b"event: end" not in text:
                     text += listener.recv(65536)
-            told = time.monotonic() - start
+            seconds = time.monotonic() - start
         finally:
             for listener in sockets:
                 listener.close()
-        wait_until(lambda: count() == 0, 60, "the end of those who vanished")
-    return taken / listeners, told
+        wait_until(lambda: count() == 0, 60, "the end of the listeners that vanished")
+    return taken / listeners, seconds
 
 
 @pytest.mark.slow
-def test_listeners_share_a_connection_and_those_who_vanish_are_dropped(
+def test_listeners_share_a_connection_and_are_dropped_when_they_vanish(
     redis_url: str, real_redis: "Redis", tmp_path: Path
 ) -> None:
-    """1 000 of them, and what they take, with `pipenv run faults`."""
+    """`pipenv run faults` opens 1 000 listeners and limits their memory."""
     with watch_stalls() as stalls:
-        _, told = listen_in_a_crowd(redis_url, real_redis, tmp_path, 50)
-    assert told < 5 + stalls.within(told)
+        _, seconds = listen_in_a_crowd(redis_url, real_redis, tmp_path, 50)
+    assert seconds < 5 + stalls.within(seconds)
 
 
 def test_a_listener_that_reads_nothing_is_dropped(client: FlaskClient, redis: "Redis") -> None:
-    """By gunicorn, which writes to this socket: a write that takes longer than this raises."""
+    """Gunicorn writes to this socket. A write that takes longer than this timeout raises."""
     connection = Mock()
     job_id = job_in_state(client, redis, "finished")
     client.get(f"/events?job_id={job_id}", environ_overrides={"gunicorn.socket": connection})

@@ -20,7 +20,7 @@ def readers() -> list[threading.Thread]:
 
 @pytest.fixture(autouse=True)
 def short_blocks(real_redis: "Redis", monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """So that no reader outlives its test."""
+    """End readers quickly, so that none outlives its test."""
     monkeypatch.setattr(app.jobs.events, "BLOCK", 0.05)
     monkeypatch.setattr(app.jobs.events, "LINGER", 0.2)
     wait_until(lambda: not readers(), what="the end of an earlier test's reader")
@@ -30,11 +30,11 @@ def short_blocks(real_redis: "Redis", monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 @pytest.fixture
 def log(real_redis: "Redis", valkey: ValkeyServer) -> EventLog:
-    # As in the service, the reader has a client of its own, and closes it.
+    # As in the service, the reader has its own client and closes it.
     return EventLog(Redis(port=valkey.port), lambda: Redis(port=valkey.port, socket_timeout=30))
 
 
-def tell(redis: "Redis", job_id: str, status: str) -> None:
+def add_event(redis: "Redis", job_id: str, status: str) -> None:
     redis.xadd(EVENTS_KEY, {"job_id": job_id, "status": status})
 
 
@@ -45,10 +45,10 @@ def heard(subscription: Subscription) -> str:
 
 
 def test_events_notifies_of_each_event(log: EventLog, real_redis: "Redis") -> None:
-    tell(real_redis, "a", "queued")
+    add_event(real_redis, "a", "queued")
     with log.subscribe("a") as subscription:
         for status in ("started", "scheduled", "finished"):
-            tell(real_redis, "a", status)
+            add_event(real_redis, "a", status)
             assert heard(subscription) == status
     assert not subscription.is_set()
 
@@ -66,9 +66,9 @@ def test_events_that_come_together_notify_of_the_newest(log: EventLog, real_redi
 
 def test_events_notifies_of_the_own_job_only(log: EventLog, real_redis: "Redis") -> None:
     with log.subscribe("a") as a, log.subscribe("b") as b:
-        tell(real_redis, "b", "started")
-        tell(real_redis, "c", "started")
-        tell(real_redis, "a", "finished")
+        add_event(real_redis, "b", "started")
+        add_event(real_redis, "c", "started")
+        add_event(real_redis, "a", "finished")
         assert (heard(a), heard(b)) == ("finished", "started")
         assert not a.is_set()
         assert not b.is_set()
@@ -76,7 +76,7 @@ def test_events_notifies_of_the_own_job_only(log: EventLog, real_redis: "Redis")
 
 def test_events_notifies_every_subscriber_of_a_job(log: EventLog, real_redis: "Redis") -> None:
     with log.subscribe("a") as first, log.subscribe("a") as second:
-        tell(real_redis, "a", "started")
+        add_event(real_redis, "a", "started")
         assert heard(first) == heard(second) == "started"
 
 
@@ -90,10 +90,10 @@ def test_events_keeps_nothing_of_subscribers_that_left(log: EventLog, real_redis
     assert not log._subscriptions
 
 
-def test_events_of_the_time_before_are_not_heard(log: EventLog, real_redis: "Redis") -> None:
-    tell(real_redis, "a", "finished")
+def test_events_before_a_subscription_are_not_heard(log: EventLog, real_redis: "Redis") -> None:
+    add_event(real_redis, "a", "finished")
     with log.subscribe("a") as subscription:
-        tell(real_redis, "a", "started")
+        add_event(real_redis, "a", "started")
         assert heard(subscription) == "started"
 
 
@@ -102,14 +102,14 @@ def test_events_has_one_reader_that_ends_when_nobody_listens(log: EventLog, real
         return {client["id"] for client in real_redis.client_list() if client["cmd"] == "xread"}
 
     assert readers() == []
-    before = blocked()  # of other tests' clients
+    before = blocked()  # reads of other tests' clients
     with log.subscribe("a"), log.subscribe("b"), log.subscribe("a"):
         assert len(readers()) == 1
         wait_until(lambda: len(blocked() - before) == 1, what="a blocked read")
     wait_until(lambda: not readers(), what="the reader's end")
     wait_until(lambda: blocked() <= before, what="the end of its connection")
     with log.subscribe("c") as subscription:
-        tell(real_redis, "c", "started")
+        add_event(real_redis, "c", "started")
         assert heard(subscription) == "started"
 
 
@@ -117,7 +117,7 @@ def test_events_reader_stays_while_somebody_listens(log: EventLog, real_redis: "
     with log.subscribe("a") as subscription:
         assert not subscription.wait(0.6)  # three times as long as it lingers
         assert len(readers()) == 1
-        tell(real_redis, "a", "started")
+        add_event(real_redis, "a", "started")
         assert heard(subscription) == "started"
 
 
@@ -125,7 +125,7 @@ def test_events_reader_survives_a_lost_connection(log: EventLog, real_redis: "Re
     with log.subscribe("a") as subscription:
         readers_id = wait_until(lambda: [found["id"] for found in real_redis.client_list() if found["cmd"] == "xread"])
         real_redis.client_kill_filter(_id=readers_id[0])
-        tell(real_redis, "a", "finished")
+        add_event(real_redis, "a", "finished")
         assert heard(subscription) == "finished"
 
 
@@ -136,17 +136,17 @@ def test_events_reader_survives_an_outage_and_misses_nothing(
     with log.subscribe("a") as subscription:
         with patch.object(Redis, "xread", side_effect=error) as xread:
             wait_until(lambda: xread.call_count >= 2, what="a second try")
-            tell(real_redis, "a", "started")
+            add_event(real_redis, "a", "started")
             assert not subscription.is_set()
         assert heard(subscription) == "started"
-        tell(real_redis, "a", "finished")
+        add_event(real_redis, "a", "finished")
         assert heard(subscription) == "finished"
 
 
 def test_events_reader_survives_an_entry_that_it_does_not_know(log: EventLog, real_redis: "Redis") -> None:
     with log.subscribe("a") as subscription:
         real_redis.xadd(EVENTS_KEY, {"written_by": "a later version"})
-        tell(real_redis, "a", "finished")
+        add_event(real_redis, "a", "finished")
         assert heard(subscription) == "finished"
 
 
@@ -156,9 +156,9 @@ def test_events_without_redis_raises_and_works_later(log: EventLog, real_redis: 
         pytest.raises(RedisConnectionError),
         log.subscribe("a"),
     ):
-        pytest.fail("there is nothing to hear")
+        pytest.fail("subscribed without Redis")
     assert not log._subscriptions
     assert readers() == []
     with log.subscribe("a") as subscription:
-        tell(real_redis, "a", "started")
+        add_event(real_redis, "a", "started")
         assert heard(subscription) == "started"

@@ -1,4 +1,4 @@
-"""The processes that work-horses are: forked by a server that the worker has, replaced now and then."""
+"""The processes of work-horses: the worker's fork server forks them, and they are replaced now and then."""
 
 import logging
 import signal
@@ -35,23 +35,23 @@ def family(process: Process) -> tuple[psutil.Process, psutil.Process, psutil.Pro
 
 
 def processes_of(own: Bench, function: str, count: int) -> list[Any]:
-    """In which process each of so many jobs ran."""
+    """Run this many jobs, and return the process id of each."""
     jobs = [own.enqueue(function) for _ in range(count)]
     results = [own.result_of(job_id) for job_id in jobs]
     return [result["pid"] if isinstance(result, dict) else result for result in results]
 
 
-def test_work_horse_has_none_of_the_workers_connections(own: Bench, tmp_path: Path) -> None:
+def test_work_horse_has_no_connection_of_its_worker(own: Bench, tmp_path: Path) -> None:
     with worker(environment(own.url), tmp_path / "worker.log") as process:
         parent, server, horse = family(process)
         assert parent.net_connections("tcp")
         assert server.net_connections("tcp") == horse.net_connections("tcp") == []
-        # What the worker keeps for itself the horse could otherwise write to, or hold on to.
+        # Otherwise the work-horse could write to the worker's connections, or keep them open.
         assert own.result_of(own.enqueue("current_job_reads_redis")) is True
 
 
-def test_fork_server_is_not_ended_by_what_ends_a_service(own: Bench, tmp_path: Path) -> None:
-    """As systemd does it: SIGTERM to each of the processes; the work-horse may die of it, which the worker sees to."""
+def test_fork_server_survives_the_signals_that_end_a_service(own: Bench, tmp_path: Path) -> None:
+    """The signals go to each process, as systemd sends them. The work-horse may die, and the worker handles that."""
     with worker(environment(own.url), tmp_path / "worker.log") as process:
         _, server, horse = family(process)
         server.terminate()
@@ -63,7 +63,7 @@ def test_fork_server_is_not_ended_by_what_ends_a_service(own: Bench, tmp_path: P
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_nothing_is_left_of_a_worker_that_ended(own: Bench, tmp_path: Path, number: signal.Signals) -> None:
+def test_worker_that_ended_leaves_no_process(own: Bench, tmp_path: Path, number: signal.Signals) -> None:
     with worker(environment(own.url), tmp_path / "worker.log") as process:
         pids = [each.pid for each in family(process)]
         process.signal(number)
@@ -92,7 +92,7 @@ def test_worker_whose_fork_server_died_puts_its_job_back_and_ends(own: Bench, tm
         assert process.popen.returncode != 0
         wait_until(lambda: not is_running(horse.pid))
     job = own.read(job_id)
-    # What kills it may be the job: it is not to end one worker after the other for ever.
+    # The job may have killed the fork server. It must not end one worker after the other for ever.
     assert (job["status"], job.get("crashes")) == ("queued", "1")
     with worker(environment(own.url, WORKER_SHUTDOWN_SECONDS=0), tmp_path / "another.log"):
         own.wait_for(job_id, "started")
@@ -113,24 +113,24 @@ def test_fork_server_without_a_free_file_descriptor_says_so_and_goes_on(own: Ben
 
 def test_job_is_not_put_back_before_its_work_horse_is_killed(own: Bench) -> None:
     job_id = own.enqueue("echo", 1)
-    bereft = Worker(["default"], connection=own.redis)
+    rq_worker = Worker(["default"], connection=own.redis)
     ours, its = socket.socketpair()
     channel = Channel(ours)
     horse = Mock(spec=WorkHorseHandle, channel=channel, crash_limits={}, fresh=frozenset(), is_spent=False, jobs=0)
     horse.has_died.side_effect = [False, False, ForkServerDied]
     seen = []
     horse.kill.side_effect = lambda *_: seen.append(own.read(job_id)["status"])
-    bereft._horses.horse = horse
-    taken = bereft.dequeue_job_and_maintain_ttl(None)
+    rq_worker._horses.horse = horse
+    taken = rq_worker.dequeue_job_and_maintain_ttl(None)
     assert taken
     with ours, its, pytest.raises(ForkServerDied):
-        bereft.execute_job(*taken)
+        rq_worker.execute_job(*taken)
     assert seen == ["started"]
     job = own.read(job_id)
     assert (job["status"], job["crashes"]) == ("queued", "1")
 
 
-def test_no_work_horse_is_left_where_the_fork_server_died() -> None:
+def test_close_kills_the_work_horses_if_the_fork_server_died() -> None:
     horses = WorkHorses(get_settings(), logging.getLogger("test"), Mock())
     horses.horse, horses._next = both = [Mock(spec=WorkHorseHandle), Mock(spec=WorkHorseHandle)]
     for horse in both:
@@ -143,7 +143,7 @@ def test_no_work_horse_is_left_where_the_fork_server_died() -> None:
 @pytest.mark.parametrize(
     ("function", "settings"), [("use_model", {"WORKER_FRESH_PROCESS": "true"}), ("use_fresh_process", {})]
 )
-def test_job_has_a_fresh_process_if_it_wants_one(
+def test_job_runs_in_a_fresh_process_if_configured(
     own: Bench, tmp_path: Path, function: str, settings: dict[str, Any]
 ) -> None:
     with worker(environment(own.url, **settings), tmp_path / "worker.log") as process:
@@ -154,15 +154,15 @@ def test_job_has_a_fresh_process_if_it_wants_one(
         assert process.popen.poll() is None
 
 
-def test_work_horse_gives_way_after_so_many_jobs_and_none_waits_for_it(own: Bench, tmp_path: Path) -> None:
+def test_work_horse_is_replaced_after_its_job_limit_without_a_wait(own: Bench, tmp_path: Path) -> None:
     with worker(environment(own.url, WORKER_MAX_JOBS=5), tmp_path / "worker.log"):
         found: list[int] = []
 
-        def gave_way() -> bool:
+        def was_replaced() -> bool:
             found.extend(processes_of(own, "use_model", 20))
             return len(set(found)) > 2
 
-        wait_until(gave_way, 60, "a second successor")
+        wait_until(was_replaced, 60, "a second successor")
     *whole, _ = Counter(found).values()
     assert len(whole) >= 1
     assert min(whole) >= 5
@@ -175,7 +175,7 @@ def test_work_horse_goes_on_if_its_successor_cannot_load_the_functions(own: Benc
     )
 
     def write(text: str) -> None:
-        """At once: a successor that read the file half-written would load it without the function."""
+        """Replace the file in one step. A successor that reads half of it would load no function."""
         whole = tmp_path / "whole"
         whole.write_text(text)
         whole.replace(module)

@@ -1,4 +1,4 @@
-"""Scripts on a Redis without free memory: a real one, since a fake one has no limit."""
+"""Scripts on a Redis without free memory. It is a real Redis, because a fake one has no limit."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""`GET /get_payload`: what a job was given, in every state, as JSON."""
+"""`GET /get_payload`: the payload of a job in every state, as JSON."""
 
 import json
 import zlib
@@ -18,7 +18,7 @@ from tests.test_auth import ALICE, KEYS, OPS, _bearer
     "payload",
     [0, "", None, [], {}, False, "å\U0001f600", 2**80, 1e-300, {"b": 1, "a": [None, {"x": "<b>"}]}, "x" * 100_000],
 )  # fmt: skip
-def test_the_payload_is_what_was_sent(client: FlaskClient, payload: Any) -> None:
+def test_get_payload_answers_the_payload_as_sent(client: FlaskClient, payload: Any) -> None:
     answer = client.get(f"/get_payload?job_id={enqueue_echo(client, payload)}")
     assert (answer.status_code, answer.content_type) == (200, "application/json")
     assert json_of(answer) == payload
@@ -26,7 +26,7 @@ def test_the_payload_is_what_was_sent(client: FlaskClient, payload: Any) -> None
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_the_payload_is_there_as_long_as_the_job(client: FlaskClient, redis: "Redis", state: str) -> None:
+def test_get_payload_answers_as_long_as_the_job_exists(client: FlaskClient, redis: "Redis", state: str) -> None:
     job_id = job_in_state(client, redis, state, [1, 2])
     expected = "boom" if state == "scheduled" else [1, 2]
     assert json_of(client.get(f"/get_payload?job_id={job_id}")) == expected
@@ -34,7 +34,7 @@ def test_the_payload_is_there_as_long_as_the_job(client: FlaskClient, redis: "Re
     problem_of(client.get(f"/get_payload?job_id={job_id}"), 410, "result-expired")
 
 
-def test_head_tells_its_size(client: FlaskClient) -> None:
+def test_get_payload_answers_head_with_the_size(client: FlaskClient) -> None:
     body = '  ["å", "\\u00e5"]\n'.encode()  # as it was sent
     job_id = json_of(client.post("/enqueue/echo", data=body, content_type="application/json"))["job_id"]
     assert client.get(f"/get_payload?job_id={job_id}").data == body
@@ -50,7 +50,7 @@ def test_head_tells_its_size(client: FlaskClient) -> None:
         zlib.compress(b'["f", null, ["' + b"x" * 101_000_000 + b'"], {}]'), zlib.compress(b'["f", null, ["\xff"], {}]'),
     ],
 )  # fmt: skip
-def test_what_others_wrote_into_redis_is_no_payload(client: FlaskClient, redis: "Redis", data: bytes) -> None:
+def test_get_payload_of_bad_data_in_redis_is_404(client: FlaskClient, redis: "Redis", data: bytes) -> None:
     job_id = enqueue_echo(client, 1)
     redis.hset(f"rq:job:{job_id}", "data", data)
     redis.hdel(f"rq:job:{job_id}", "owner")
@@ -59,7 +59,7 @@ def test_what_others_wrote_into_redis_is_no_payload(client: FlaskClient, redis: 
     problem_of(client.get(f"/get_payload?job_id={job_id}"), 404, "payload-not-found")
 
 
-def test_the_payload_is_its_owners(redis: "Redis") -> None:
+def test_get_payload_hides_the_payload_from_other_owners(redis: "Redis") -> None:
     client = create_app(Settings(api_keys=json.dumps(KEYS)), redis).test_client()
     job_id = json_of(client.post("/enqueue/echo", json=1, headers=_bearer(ALICE)))["job_id"]
     bob = _bearer("bob's own long key")

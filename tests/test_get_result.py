@@ -105,7 +105,7 @@ def test_get_result_of_a_job_that_failed_on_a_stock_worker(client: FlaskClient, 
 
 
 @pytest.mark.parametrize("kind", ["nan", "infinity"])
-def test_get_result_never_answers_what_is_not_json(client: FlaskClient, redis: "Redis", kind: str) -> None:
+def test_get_result_never_answers_a_value_that_is_not_json(client: FlaskClient, redis: "Redis", kind: str) -> None:
     job_id = Queue("default", connection=redis).enqueue(return_unjsonable, kind).id
     run_stock_worker(redis)
     problem = problem_of(get(client, job_id), 409, "job-failed")
@@ -113,7 +113,7 @@ def test_get_result_never_answers_what_is_not_json(client: FlaskClient, redis: "
 
 
 @pytest.mark.parametrize("stored", [b"%%%", base64.b64encode(pickle.dumps({"a": 1})), base64.b64encode(b"{"), b""])
-def test_get_result_never_answers_what_another_serializer_stored(
+def test_get_result_never_answers_a_value_of_another_serializer(
     client: FlaskClient, redis: "Redis", stored: bytes
 ) -> None:
     job_id = job_in_state(client, redis, "finished", 1)

@@ -13,12 +13,12 @@ from tests.processes import json_of, problem_of
 
 
 def sign_on(redis: "Redis", queue: str = "default") -> None:
-    """As a worker does."""
+    """Register a worker, as a worker does itself."""
     redis.hset("rq:worker:w", "birth", "now")
     redis.sadd(f"rq:workers:{queue}", "rq:worker:w")
 
 
-def test_healthz_tells_that_the_process_serves(client: FlaskClient) -> None:
+def test_healthz_says_that_the_process_serves(client: FlaskClient) -> None:
     answer = client.get("/healthz")
     assert (answer.status_code, json_of(answer)) == (200, {"status": "ok"})
 
@@ -43,13 +43,13 @@ def test_readyz_names_a_queue_without_a_worker(client: FlaskClient) -> None:
     assert int(answer.headers["Retry-After"]) >= 1
 
 
-def test_readyz_does_not_count_a_worker_that_died_without_a_word(client: FlaskClient, redis: "Redis") -> None:
+def test_readyz_does_not_count_a_worker_that_died_suddenly(client: FlaskClient, redis: "Redis") -> None:
     sign_on(redis)
-    redis.delete("rq:worker:w")  # as it expires; the set's member stays
+    redis.delete("rq:worker:w")  # as when it expires: the set keeps its member
     assert problem_of(client.get("/readyz"), 503, "not-ready")["checks"]["queue default"] == "no live worker"
 
 
-def test_readyz_wants_a_worker_for_every_queue(redis: "Redis") -> None:
+def test_readyz_needs_a_worker_for_every_queue(redis: "Redis") -> None:
     client = create_app(Settings(queues=("high", "low")), redis).test_client()
     sign_on(redis, "high")
     problem = problem_of(client.get("/readyz"), 503, "not-ready")
@@ -70,7 +70,7 @@ def test_readyz_names_redis(client: FlaskClient, redis: "Redis", error: RedisErr
     assert problem["checks"] == {"redis": type(error).__name__}
 
 
-def test_readyz_sees_that_redis_takes_no_writes(real_redis: "Redis", settings: Settings) -> None:
+def test_readyz_sees_that_redis_refuses_writes(real_redis: "Redis", settings: Settings) -> None:
     sign_on(real_redis)
     client = create_app(settings, real_redis).test_client()
     assert client.get("/readyz").status_code == 200

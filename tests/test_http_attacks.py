@@ -17,7 +17,7 @@ from tests.conftest import Service
 JSON = "Content-Type: application/json"
 Answer = TypeVar("Answer")
 
-#: What the service fixture is set to.
+#: MAX_PAYLOAD_BYTES of the fixture `service`.
 LIMIT = 200_000
 
 
@@ -35,7 +35,7 @@ def connect(service: Service, timeout: float = 15) -> socket.socket:
 
 
 def read_reply(connection: socket.socket) -> Reply:
-    """Read until the server closes the connection, which all requests here ask for or lead to."""
+    """Read until the server closes the connection. Every request here asks for that or causes it."""
     received = b""
     while True:
         try:
@@ -65,9 +65,9 @@ def jobs_waiting_or_run(service: Service) -> set[bytes]:
 
 
 def attack_while_others_ask(service: Service, attack: Callable[[], Answer], attackers: int) -> set[Answer]:
-    """What comes of an attack during which others are answered again and again.
+    """Return the outcomes of an attack, and check that other clients get answers during it.
 
-    It has some tries: the machine may have kept those others, or the server, from going on until one was over.
+    Repeat the attack a few times: the machine may have stopped the others, or the server, until an attack was over.
     """
     outcomes: set[Answer] = set()
     for _ in range(5):
@@ -80,12 +80,12 @@ def attack_while_others_ask(service: Service, attack: Callable[[], Answer], atta
         outcomes |= {each.result() for each in attacking}
         if answers > 5:
             return outcomes
-    pytest.fail("the others were held up")
+    pytest.fail("the attack held up the other clients")
 
 
 @pytest.fixture(autouse=True)
 def still_answers(service: Service) -> Iterator[None]:
-    """Whatever a test did, the service goes on."""
+    """The service still answers after each test."""
     yield
     answer = requests.post(f"{service.url}/enqueue/echo?wait=20", json={"still": "there"}, timeout=30)
     assert answer.json()["result"] == {"still": "there"}
@@ -138,7 +138,7 @@ def test_enqueue_takes_a_well_formed_chunked_body(service: Service) -> None:
 def test_enqueue_answers_a_client_that_announces_a_gigabyte_without_reading_it(service: Service) -> None:
     start = time.monotonic()
     reply = send(service, "POST /enqueue/echo HTTP/1.1", JSON, f"Content-Length: {10**9}", body=b"[")
-    assert time.monotonic() - start < 15  # it would have waited twice as long for the rest
+    assert time.monotonic() - start < 15  # a wait for the rest takes twice as long
     assert reply.status == 413
     assert f'"limit_bytes":{LIMIT}' in reply.body
     assert "application/problem+json" in reply.head
@@ -183,10 +183,10 @@ def test_enqueue_does_not_cut_a_chunked_body_off_at_the_limit(service: Service) 
     assert jobs_waiting_or_run(service) == before
 
 
-def test_enqueue_after_a_refused_body_reads_no_second_request_out_of_it(service: Service) -> None:
+def test_enqueue_does_not_read_a_second_request_from_a_refused_body(service: Service) -> None:
     before = jobs_waiting_or_run(service)
     inner = f"POST /enqueue/echo HTTP/1.1\r\nHost: x\r\n{JSON}\r\nContent-Length: 1\r\n\r\n1".encode()
-    # Refused before its body is read; what the body holds must not be taken for the next request.
+    # The server refuses the request before it reads the body. It must not take the body for the next request.
     for path, content_type in (
         ("/enqueue/echo", "text/plain"),
         ("/enqueue/nope", "application/json"),
@@ -303,9 +303,9 @@ def test_get_with_hostile_headers_is_an_ordinary_answer(service: Service, header
     ["", "GET", "GET /", "GET / HTTP/9.9", "GET / HTTP/1.1 x", "GET  / HTTP/1.1", "\x16\x03\x01\x02", "get / HTTP/1.1",
      "G@T / HTTP/1.1", "PRI * HTTP/2.0", "x" * 100_000],
 )  # fmt: skip
-def test_request_line_that_is_none_is_refused(service: Service, line: str) -> None:
+def test_malformed_request_line_is_refused(service: Service, line: str) -> None:
     with connect(service) as connection:
-        with contextlib.suppress(OSError):  # the server may have refused the line and gone before its end was sent
+        with contextlib.suppress(OSError):  # the server may refuse the line and close before the end is sent
             connection.sendall(line.encode("latin-1") + b"\r\nHost: x\r\nConnection: close\r\n\r\n")
             connection.shutdown(socket.SHUT_WR)
         reply = read_reply(connection)
@@ -338,7 +338,7 @@ def test_unknown_method_is_refused(service: Service, path: str, method: str) -> 
 
 
 @pytest.mark.parametrize("path", ROUTES)
-def test_options_tells_the_methods(service: Service, path: str) -> None:
+def test_options_names_the_methods(service: Service, path: str) -> None:
     reply = send(service, f"OPTIONS {path} HTTP/1.1")
     assert reply.status == 200
     assert f"{'POST' if 'enqueue' in path else 'GET'}" in reply.head.lower().partition("allow:")[2].upper()
@@ -365,10 +365,10 @@ def test_slow_clients_hold_up_nobody(service: Service) -> None:
             start = time.monotonic()
             answer = requests.post(f"{service.url}/enqueue/echo?wait=20", json=1, timeout=30)
             assert (answer.status_code, answer.json()["result"]) == (200, 1)
-            assert time.monotonic() - start < 15  # those who are silent have twice as long
+            assert time.monotonic() - start < 15  # silent clients have twice as long
 
 
-def test_enqueue_of_a_burst_is_taken_whole(service: Service) -> None:
+def test_enqueue_accepts_every_request_of_a_burst(service: Service) -> None:
     with ThreadPoolExecutor(300) as pool:
         answers = list(pool.map(lambda n: requests.post(f"{service.url}/enqueue/echo", json=n, timeout=30), range(300)))
     assert {answer.status_code for answer in answers} == {202}
@@ -406,7 +406,7 @@ def test_large_bodies_that_come_together_hold_up_nobody(service: Service) -> Non
 
 @pytest.mark.parametrize("content_type", ["application/json", "text/plain"])
 def test_tiny_chunks_hold_up_nobody_and_are_refused(service: Service, content_type: str) -> None:
-    """Gunicorn takes 10 µs for each, and gives way to nobody meanwhile."""
+    """Gunicorn takes 10 µs for each chunk, and lets no other request run meanwhile."""
     head = f"POST /enqueue/echo HTTP/1.1\r\nHost: x\r\nContent-Type: {content_type}\r\n"
 
     def pump() -> int:
@@ -420,7 +420,7 @@ def test_tiny_chunks_hold_up_nobody_and_are_refused(service: Service, content_ty
     assert attack_while_others_ask(service, pump, 10) <= {0, 400, 415}
 
 
-def test_small_chunks_are_a_body_if_they_are_not_too_many(service: Service) -> None:
+def test_small_chunks_are_accepted_if_they_are_not_too_many(service: Service) -> None:
     for body, size in ((b"[" + b"1," * 5000 + b"1]", 1), (b"[" + b"1," * 40_000 + b"1]", 20)):
         pieces = [body[at : at + size] for at in range(0, len(body), size)]
         chunks = b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"

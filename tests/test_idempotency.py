@@ -1,4 +1,4 @@
-"""`Idempotency-Key` on `/enqueue` and `/enqueue_many`; the races over two processes are in tests/faults."""
+"""`Idempotency-Key` on `/enqueue` and `/enqueue_many`. The races between two processes are in tests/faults."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +40,7 @@ def test_same_request_again_is_answered_with_the_same_job(client: FlaskClient, r
 
 
 @pytest.mark.parametrize("state", [state for state in STATES if state != "deferred"])
-def test_replay_tells_the_present_status(client: FlaskClient, redis: Any, state: str) -> None:
+def test_replay_shows_the_present_status(client: FlaskClient, redis: Any, state: str) -> None:
     options: dict[str, Any] = {"delay": 100} if state == "scheduled" else {}
     job_id = json_of(send(client, "k", **options))["job_id"]
     if state in ("started", "finished", "failed", "stopped"):
@@ -102,7 +102,7 @@ def test_same_key_for_anything_else_is_refused(
         ({"key": 'a"b'}, {"key": '"a\\"b"'}),
     ],
 )
-def test_what_means_the_same_is_the_same_request(
+def test_requests_with_the_same_meaning_are_the_same_request(
     client: FlaskClient, redis: Any, first: dict[str, Any], second: dict[str, Any]
 ) -> None:
     answers = [
@@ -120,7 +120,7 @@ def test_what_means_the_same_is_the_same_request(
     assert len(job_ids(redis)) == 1
 
 
-def test_each_key_is_a_job_of_its_own(client: FlaskClient, redis: Any) -> None:
+def test_each_key_makes_its_own_job(client: FlaskClient, redis: Any) -> None:
     keys = ["a", "A", "a ".strip() + "b", "x" * 255, "!", "~", '"a,b"', "é".encode().hex(), "a:b", "0"]
     assert len({json_of(send(client, key))["job_id"] for key in keys}) == len(keys) == len(job_ids(redis))
 
@@ -148,7 +148,7 @@ def test_refused_request_does_not_use_its_key_up(client: FlaskClient, redis: Any
     send(client, "first")
     problem_of(send(client, "k"), 503, "queue-full")
     enqueuer.settings = settings
-    answer = send(client, "k", 2)  # even for something else
+    answer = send(client, "k", 2)  # even with another payload
     assert answer.status_code == 202
     assert REPLAYED not in answer.headers
 
@@ -181,20 +181,20 @@ def test_key_is_remembered_as_long_as_its_job(client: FlaskClient, redis: Any) -
 
 
 @pytest.mark.parametrize("at", ["0001-01-01T00:00:00+14:00", "0001-01-01T00:00:00Z"])
-def test_key_with_an_early_time_is_no_bug_of_ours(client: FlaskClient, at: str) -> None:
+def test_key_works_with_the_earliest_times(client: FlaskClient, at: str) -> None:
     for replayed in (None, "true"):
         answer = client.post("/enqueue/echo", json=1, query_string={"at": at}, headers={"Idempotency-Key": "k"})
         assert (answer.status_code, answer.headers.get(REPLAYED)) == (202, replayed), answer.text
 
 
-def test_key_that_is_there_twice_is_refused(client: FlaskClient, redis: Any) -> None:
+def test_key_given_twice_is_refused(client: FlaskClient, redis: Any) -> None:
     for given in ("d", '"d"'):
         headers = [("Idempotency-Key", given)] * 2
         problem_of(client.post("/enqueue/echo", json=1, headers=headers), 422, "invalid-request")
     assert job_ids(redis) == []
 
 
-def test_owners_have_keys_of_their_own(redis: Any) -> None:
+def test_owners_have_their_own_keys(redis: Any) -> None:
     keys = [{"name": name, "key": f"the long key of {name}"} for name in ("alice", "bob")]
     client = create_app(Settings(api_keys=json.dumps(keys)), redis).test_client()
     answers = [
@@ -216,7 +216,7 @@ def test_all_processes_derive_the_same_id_though_redis_lost_its_secret(redis: An
     assert new.derive("", "k") == old.derive("", "k")
 
 
-def test_derived_ids_prove_themselves_as_others_do(redis: Any) -> None:
+def test_derived_ids_can_be_verified_like_other_ids(redis: Any) -> None:
     ids = JobIds(redis)
     job_id = ids.derive("alice", "k")
     assert ids.is_ours(job_id, "alice")
@@ -262,7 +262,7 @@ def test_key_stands_for_one_request_on_both_routes(client: FlaskClient, redis: A
 
 
 @pytest.mark.parametrize("lost", ["marks", "marks and the first job"])
-def test_batch_is_never_written_over_though_its_key_ran_out(client: FlaskClient, redis: Any, lost: str) -> None:
+def test_batch_is_never_overwritten_even_if_its_key_expired(client: FlaskClient, redis: Any, lost: str) -> None:
     first = json_of(send(client, "k", [1, 2], "/enqueue_many/echo"))
     redis.delete(*redis.keys("rq:api:key:*"), *redis.keys("rq:api:group:*"))
     if lost == "marks":

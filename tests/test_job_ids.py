@@ -36,7 +36,7 @@ def test_job_ids_knows_no_id_with_one_digit_changed(ids: JobIds, position: int) 
 def test_job_ids_knows_an_id_in_its_own_form_only(ids: JobIds) -> None:
     job_id = ids.new()
     forms = [job_id.replace("-", ""), f"{{{job_id}}}", f"urn:uuid:{job_id}", f" {job_id}", f"{job_id}\n", job_id[:-1]]
-    # An id may have no letters at all; then it has no upper case either.
+    # An id may have no letters at all. Then it has no upper case either.
     forms += [job_id.upper()] if job_id.upper() != job_id else []
     assert [form for form in forms if ids.is_ours(form)] == []
 

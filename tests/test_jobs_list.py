@@ -77,7 +77,7 @@ def test_page_has_twenty_jobs_by_default_and_a_hundred_at_most(client: FlaskClie
     assert (len(ids_of(list_page(client))), len(ids_of(list_page(client, limit=100)))) == (20, 100)
 
 
-def test_pages_are_stable_while_jobs_are_added_and_move(client: FlaskClient, redis: "Redis") -> None:
+def test_pages_repeat_and_skip_no_job_while_jobs_are_added_and_move(client: FlaskClient, redis: "Redis") -> None:
     job_ids = enqueue_batch(client, 12)
     seen: list[str] = []
     page = list_page(client, limit=2)
@@ -92,7 +92,7 @@ def test_pages_are_stable_while_jobs_are_added_and_move(client: FlaskClient, red
     assert seen == job_ids[::-1]
 
 
-def test_jobs_of_the_same_microsecond_are_told_apart(client: FlaskClient, redis: "Redis") -> None:
+def test_jobs_of_the_same_microsecond_are_each_listed_once(client: FlaskClient, redis: "Redis") -> None:
     job_ids = enqueue_batch(client, 30)
     redis.zadd("rq:api:jobs::queued", dict.fromkeys(job_ids, 1_700_000_000_000_000))
     for limit in (1, 7, 100):
@@ -113,7 +113,7 @@ def test_retried_job_keeps_its_place(client: FlaskClient, redis: "Redis") -> Non
 def test_jobs_can_be_filtered_by_status(client: FlaskClient, redis: "Redis", state: str) -> None:
     job_id = job_in_state(client, redis, state)
     others = [other for other in STATES if other not in (state, "deferred")]
-    if state == "deferred":  # only RQ's own code makes such jobs, and the sweep puts them where they belong
+    if state == "deferred":  # only RQ's own code makes such jobs, and the sweep adds them to the index
         transitions.sweep(redis)
     for other in others:
         assert ids_of(list_page(client, status=other)) == []
@@ -158,7 +158,7 @@ def test_page_looks_at_a_bounded_number_of_jobs(client: FlaskClient) -> None:
 def commands_of_a_page(redis: Any, client: FlaskClient, **query: Any) -> int:
     redis.config_resetstat()
     list_page(client, **query)
-    # Those of the script count too; the fields of a job are the bulk of them.
+    # The commands of the script count too. Most of them read the fields of a job.
     return sum(int(stat["calls"]) for name, stat in redis.info("commandstats").items() if "config" not in name)
 
 
@@ -208,9 +208,7 @@ def test_cursor_of_another_owner_shows_nothing_of_theirs(as_key: Any) -> None:
     assert ids_of(json_of(as_key("alice").get(following))) == [alices[1]]
 
 
-def test_service_that_wants_no_keys_any_more_does_not_list_the_jobs_that_keys_made(
-    as_key: Any, client: FlaskClient
-) -> None:
+def test_service_without_keys_does_not_list_jobs_made_with_keys(as_key: Any, client: FlaskClient) -> None:
     enqueue_echo(as_key("alice"))
     anybodys = enqueue_echo(client)
     assert ids_of(list_page(client)) == [anybodys]
@@ -246,7 +244,7 @@ def test_key_that_may_not_use_a_function_may_not_retry_or_enqueue_many_of_it(red
     client.post(f"/cancel?job_id={job_id}")
     assert client.post(f"/retry?job_id={job_id}").status_code == 202
     client.post(f"/cancel?job_id={job_id}")
-    redis.hset(f"rq:job:{job_id}", "function", "echo")  # enqueued when the key was still allowed to
+    redis.hset(f"rq:job:{job_id}", "function", "echo")  # as if enqueued while the key was allowed to
     problem_of(client.post(f"/retry?job_id={job_id}"), 403, "forbidden")
 
 
@@ -314,18 +312,18 @@ def test_sweep_looks_at_a_bounded_number_of_jobs_at_a_time(redis: "Redis") -> No
     for scope in ("", "alice"):
         for state in ("finished", "failed"):
             redis.zadd(f"rq:api:jobs:{scope}:{state}", {f"gone-{number}": number for number in range(2500)})
-    # A bound for all jobs and one for those of owners; and the first hundred of a set are looked at in any case.
+    # One bound is for all jobs, another for the jobs of owners. The sweep always looks at the first hundred of a set.
     assert [sweep(redis) for _ in range(3)] == [6000, 4000, 0]
     assert not redis.exists("rq:api:owners", "rq:api:sweep")
 
 
-def test_sweep_is_done_once_a_second_whoever_asks(client: FlaskClient, redis: "Redis") -> None:
+def test_sweep_is_done_once_a_second_for_all_callers(client: FlaskClient, redis: "Redis") -> None:
     redis.delete(f"rq:job:{enqueue_echo(client)}")
     start = time.monotonic()
     assert transitions.sweep(redis) == 1
     left = redis.pttl("rq:api:swept")
-    assert 0 < left <= 1000 or (left == -2 and time.monotonic() - start >= 1)  # on a busy machine it may be over
-    redis.set("rq:api:swept", 1, ex=60)  # the same second, however long it takes here
+    assert 0 < left <= 1000 or (left == -2 and time.monotonic() - start >= 1)  # on a busy machine it may have expired
+    redis.set("rq:api:swept", 1, ex=60)  # stay in the same second, even on a slow machine
     redis.delete(f"rq:job:{enqueue_echo(client)}")
     assert transitions.sweep(redis) == 0
     redis.delete("rq:api:swept")
@@ -333,7 +331,7 @@ def test_sweep_is_done_once_a_second_whoever_asks(client: FlaskClient, redis: "R
 
 
 @pytest.mark.parametrize("number", [99, 100, 101, 250])
-def test_sweep_gets_round_all_jobs(client: FlaskClient, redis: "Redis", number: int) -> None:
+def test_sweep_reaches_all_jobs(client: FlaskClient, redis: "Redis", number: int) -> None:
     job_ids = enqueue_batch(client, number)
     assert sum(sweep(redis) for _ in range(5)) == 0
     redis.delete(*[f"rq:job:{job_id}" for job_id in job_ids[:: max(1, number // 10)]])
@@ -346,7 +344,7 @@ def test_sweep_takes_many_at_once_when_many_are_gone(client: FlaskClient, redis:
     assert not redis.exists("rq:api:jobs::queued", "rq:api:sweep")
 
 
-def test_sweep_puts_right_what_rqs_own_code_moved(client: FlaskClient, redis: "Redis") -> None:
+def test_sweep_corrects_the_index_of_jobs_that_rqs_own_code_moved(client: FlaskClient, redis: "Redis") -> None:
     canceled = enqueue_echo(client)
     Job.fetch(canceled, connection=redis, serializer=JSONSerializer).cancel()
     finished = enqueue_echo(client, 5)
@@ -371,7 +369,7 @@ def test_sweep_looks_at_a_bounded_number_of_owners_at_a_time(enqueuer: Enqueuer,
         receipt = enqueuer.enqueue(enqueuer.find_function("echo"), b"%d" % number, {}, Origin(f"owner-{number}"))
         redis.delete(f"rq:job:{receipt.job_id}")
     swept = [sweep(redis) for _ in range(13)]
-    assert swept[0] == 50 + 4  # the index of all jobs, and those of some owners
+    assert swept[0] == 50 + 4  # the index of all jobs, and the indexes of some owners
     assert sum(swept) == 2 * 50
     assert not redis.exists("rq:api:owners")
 
@@ -384,12 +382,12 @@ def test_job_that_keeps_no_result_leaves_the_index_at_once(redis: "Redis", jobs:
     assert not redis.exists(*[f"rq:api:jobs::{state}" for state in STATES])
 
 
-def test_job_that_plain_rq_enqueued_is_listed_once_our_worker_has_it(client: FlaskClient, redis: "Redis") -> None:
+def test_job_that_plain_rq_enqueued_is_listed_once_our_worker_takes_it(client: FlaskClient, redis: "Redis") -> None:
     job = PlainQueue("default", connection=redis, serializer=JSONSerializer).enqueue("tests.job_functions.echo", 1)
     assert ids_of(list_page(client)) == []
     run = take_job(redis)
     assert ids_of(list_page(client, status="started")) == [job.id]
     end_run(redis, run)
     (status,) = list_page(client)["jobs"]
-    # What only RQ's own pickle of the call tells is not read for a list.
+    # Only RQ's own pickle of the call holds the function, and a list does not read it.
     assert (status["job_id"], status["job_status"], status["function"]) == (job.id, "finished", None)

@@ -1,4 +1,4 @@
-"""Keys and limits as they are met over the wire: refused before the body, and no way around them."""
+"""Keys and limits over the wire: they refuse a request before its body comes, and nothing bypasses them."""
 
 import json
 import select
@@ -22,12 +22,12 @@ class Reply(NamedTuple):
 
 
 class Guarded(NamedTuple):
-    """A web server that wants keys."""
+    """A web server that needs keys."""
 
     port: int
 
     def send(self, text: str) -> Reply:
-        """The answer to a request's bytes, which need not be all of the request."""
+        """Send the bytes of a request, or only a part of them, and return the answer."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=15) as connection:
             connection.sendall(text.encode("latin-1"))
             answer = HTTPResponse(connection, method=text.partition(" ")[0])
@@ -78,7 +78,7 @@ ANNOUNCED = "Content-Type: application/json\r\nContent-Length: 100000\r\n"
 def test_enqueue_is_refused_before_its_body_comes(
     guarded: Guarded, target: str, headers: str, status: int, problem: str
 ) -> None:
-    answer = guarded.send(f"POST {target} HTTP/1.1\r\nHost: x\r\n{headers}\r\n")  # and no byte of the body
+    answer = guarded.send(f"POST {target} HTTP/1.1\r\nHost: x\r\n{headers}\r\n")  # without a byte of the body
     assert answer.status == status
     assert json.loads(answer.body)["type"] == f"/problems/{problem}"
 
@@ -106,9 +106,9 @@ def test_enqueue_is_refused_before_its_body_comes(
     ],
 )
 @pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS"])
-def test_no_spelling_of_a_path_is_a_way_around_the_key(guarded: Guarded, method: str, target: str) -> None:
+def test_no_spelling_of_a_path_bypasses_the_key(guarded: Guarded, method: str, target: str) -> None:
     answer = guarded.send(f"{method} {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-    # OPTIONS of a file of the documentation, whose name begins with dots, is the one good answer.
+    # Only one request succeeds: OPTIONS of a documentation file whose name begins with dots.
     assert answer.status in (400, 401, 404, 405) or (method, target[:6]) == ("OPTIONS", "/docs/")
     assert b'"jobs"' not in answer.body
 
@@ -143,14 +143,14 @@ def test_no_spelling_of_a_path_is_a_way_around_the_key(guarded: Guarded, method:
         f"Authorization: Bearer {ALICE}\r\nAuthorization: Bearer {OPS}",
     ],
 )
-def test_no_header_but_the_right_one_is_a_key(guarded: Guarded, header: str) -> None:
+def test_only_the_right_header_is_a_key(guarded: Guarded, header: str) -> None:
     answer = guarded.send(f"GET /queues HTTP/1.1\r\nHost: x\r\n{header}\r\nConnection: close\r\n\r\n")
     assert answer.status in (400, 401, 403, 431)
     assert b'"queues"' not in answer.body
 
 
-def test_a_body_is_no_second_request(guarded: Guarded) -> None:
-    """Smuggling: what a proxy takes for the body of one request is not read here as the next request."""
+def test_a_body_is_not_read_as_a_second_request(guarded: Guarded) -> None:
+    """Smuggling: a proxy takes these bytes for a body. The server must not read the next request from them."""
     smuggled = f"GET /queues HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {OPS}\r\n\r\n"
     for framing in (
         f"Content-Length: {len(smuggled)}\r\nTransfer-Encoding: chunked",
@@ -175,7 +175,7 @@ def test_a_body_is_no_second_request(guarded: Guarded) -> None:
 
 
 def test_one_key_leaves_connections_to_the_others(guarded: Guarded) -> None:
-    """What it holds open is counted, whatever that is: here bodies that do not come to their end."""
+    """Every open request of a key counts. Here the requests have bodies that do not come to their end."""
 
     def status(path: str, key: str) -> int:
         return guarded.send(f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n\r\n").status
@@ -188,15 +188,15 @@ def test_one_key_leaves_connections_to_the_others(guarded: Guarded) -> None:
         for connection in held:
             connection.sendall(head.encode())
         wait_until(lambda: status("/functions", ALICE) == 429)
-        assert guarded.send(head).status == 429  # and no byte of the body was waited for
+        assert guarded.send(head).status == 429  # without a wait for the body
         assert status("/healthz", ALICE) == 200  # public
         assert status("/functions", BOB) == 200
         assert status("/queues", OPS) == 200
-        assert select.select(held, [], [], 0)[0] == []  # and what is open goes on
+        assert select.select(held, [], [], 0)[0] == []  # open requests go on
     wait_until(lambda: status("/functions", ALICE) == 200)
 
 
-def test_a_key_with_many_large_bodies_lets_another_ones_go_first(guarded: Guarded) -> None:
+def test_a_key_with_many_large_bodies_lets_another_key_go_first(guarded: Guarded) -> None:
     body = json.dumps({f"{number:09}": number for number in range(9_000)})
     assert LARGE < len(body) < 200_000
 
@@ -213,5 +213,5 @@ def test_a_key_with_many_large_bodies_lets_another_ones_go_first(guarded: Guarde
         assert {each.result() for each in before} == {422}
         return are_left
 
-    # The one who waits for the first of them may have been kept from it until all were there.
+    # On a busy machine, the first answer may be noticed only after all have come. So there are several tries.
     assert any(overtakes() for _ in range(5))

@@ -1,4 +1,4 @@
-"""What the log says: one event a line, about which job and which request; and what it does not say."""
+"""The log: one event a line, which names its job and its request. It has no payload, result, key or query."""
 
 import io
 import json
@@ -50,7 +50,7 @@ RUN = Run("j1", "e1", "default", "w1", "r1")
 # A line
 
 
-def test_json_line_is_an_object_with_what_it_is_about() -> None:
+def test_json_line_is_an_object_that_names_its_job_and_request() -> None:
     line = json.loads(JsonLines().format(record("%s %s", RUN, "finished")))
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", line.pop("time"))
     assert line == {
@@ -69,7 +69,7 @@ def test_json_line_has_a_traceback_as_one_member() -> None:
     assert json.loads(text)["exception"] == "Traceback\n  File\nValueError: x"
 
 
-def test_text_line_says_what_it_is_about_once() -> None:
+def test_text_line_names_its_job_and_request_once() -> None:
     assert TextLines().format(record("%s finished", RUN))[9:] == "error: default: job j1 finished request_id=r1"
     process_members["job_id"] = "j2"
     try:
@@ -82,7 +82,7 @@ def test_text_line_says_what_it_is_about_once() -> None:
 @pytest.mark.parametrize(
     "hostile", ["a\n12:00:00 error: forged", "a\r\nb", "\x1b[31mred", "a\x00b", "a\x85b", "a\u2028b"]
 )
-def test_no_text_passes_for_a_line_of_its_own(shape: logging.Formatter, hostile: str) -> None:
+def test_no_text_can_forge_a_line(shape: logging.Formatter, hostile: str) -> None:
     lines = shape.format(record("%s", hostile)).splitlines()
     assert all(line.startswith("    ") for line in lines[1:])
     assert not re.search(r"[\x00-\x1f]", "".join(lines))
@@ -100,7 +100,7 @@ def test_no_text_passes_for_a_line_of_its_own(shape: logging.Formatter, hostile:
         ({"traceparent": f"cc-{TRACE_ID}-00f067aa0ba902b7-01-later"}, TRACE_ID),
     ],
 )
-def test_request_id_is_the_clients(client: FlaskClient, headers: dict[str, str], expected: str) -> None:
+def test_request_id_is_the_id_that_the_client_sent(client: FlaskClient, headers: dict[str, str], expected: str) -> None:
     assert client.get("/", headers=headers).headers["X-Request-ID"] == expected
 
 
@@ -122,7 +122,7 @@ def test_request_id_is_the_clients(client: FlaskClient, headers: dict[str, str],
         {"traceparent": "00"},
     ],
 )
-def test_request_id_is_a_new_one_if_the_clients_is_none(client: FlaskClient, headers: dict[str, str]) -> None:
+def test_request_id_is_new_if_the_client_sent_no_valid_id(client: FlaskClient, headers: dict[str, str]) -> None:
     ids = {client.get("/", headers=headers).headers["X-Request-ID"] for _ in range(2)}
     assert len(ids) == 2
     assert all(re.fullmatch("[0-9a-f]{32}", each) for each in ids)
@@ -140,7 +140,7 @@ def test_request_id_goes_with_the_job(client: FlaskClient, redis: "Redis") -> No
     assert {redis.hget(f"rq:job:{job_id}", "request_id") for job_id in batch["job_ids"]} == {b"r2"}
 
 
-def test_bug_is_told_with_the_id_that_the_log_has(
+def test_bug_is_answered_with_the_request_id_that_is_in_the_log(
     client: FlaskClient, jobs: Jobs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def raise_bug(*_: Any) -> None:
@@ -180,7 +180,7 @@ class Logged(NamedTuple):
     worker: Process
 
     def lines(self) -> list[dict[str, Any]]:
-        """All lines that there are; each is an object."""
+        """All lines up to now. Each is an object."""
         return [json.loads(line) for log in (self.web.log, self.worker.log) for line in log.splitlines()]
 
     def about(self, **members: str) -> list[dict[str, Any]]:
@@ -207,7 +207,7 @@ def test_one_id_leads_from_the_request_to_the_functions_own_lines(logged: Logged
         (line["logger"], line["message"])
         for log in (logged.web.log, logged.worker.log)
         for line in (json.loads(text) for text in log.splitlines() if text != "printed")
-        # That it runs is told of a job that takes its time, as on a busy machine.
+        # The worker logs that a job runs only if the job takes a while, as on a busy machine.
         if line.get("request_id") == TRACE_ID and line["message"] != f"default: job {job_id}, log_something, runs"
     ]
     assert found[1:] == [
@@ -268,7 +268,7 @@ def test_log_level_is_the_least_that_is_logged(redis_url: str, tmp_path: Path) -
         assert "from the function: hello" in line
 
 
-def test_start_keeps_json_lines_and_wraps_what_is_printed() -> None:
+def test_start_keeps_json_lines_and_wraps_printed_text() -> None:
     output = io.StringIO()
     supervisor = Supervisor(output, kill_after=1, log_format="json")
     code = 'import json; print(json.dumps({"time": "x", "message": "mine"})); print("printed \\u2192")'
@@ -282,12 +282,12 @@ def test_start_keeps_json_lines_and_wraps_what_is_printed() -> None:
 # Sentry
 
 
-def test_sentry_is_told_of_errors_if_it_is_there(redis_url: str, tmp_path: Path) -> None:
-    """With a stand-in for its package, which writes down what it is told."""
+def test_sentry_gets_errors_if_it_is_installed(redis_url: str, tmp_path: Path) -> None:
+    """A stand-in for its package writes down each call."""
     (tmp_path / "sentry_sdk.py").write_text(
         "import pathlib, os\n"
         "def _note(text):\n"
-        f"    with open({str(tmp_path / 'told')!r}, 'a') as file: file.write(text + '\\n')\n"
+        f"    with open({str(tmp_path / 'noted')!r}, 'a') as file: file.write(text + '\\n')\n"
         "def init(): _note('init ' + os.environ['SENTRY_DSN'])\n"
         "def capture_exception(error): _note(repr(error))\n"
     )
@@ -297,9 +297,9 @@ def test_sentry_is_told_of_errors_if_it_is_there(redis_url: str, tmp_path: Path)
         worker(env, tmp_path / "worker.log"),
     ):
         requests.post(f"{url}/enqueue/fail?wait=20", json="boom", timeout=30)
-    told = (tmp_path / "told").read_text().splitlines()
-    assert told.count("init https://k@sentry.example/1") == 3  # web, worker, work-horse
-    assert "ValueError('boom')" in told
+    noted = (tmp_path / "noted").read_text().splitlines()
+    assert noted.count("init https://k@sentry.example/1") == 3  # web, worker, work-horse
+    assert "ValueError('boom')" in noted
 
 
 def test_sentry_that_is_not_installed_is_one_warning(redis_url: str, tmp_path: Path) -> None:

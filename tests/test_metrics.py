@@ -1,4 +1,4 @@
-"""`GET /metrics`: what is counted, in Redis and in each web process; and that others name no metric there is not."""
+"""`GET /metrics`: the counts in Redis and in each web process. Dashboard, alerts and docs name only real metrics."""
 
 import json
 import re
@@ -56,7 +56,7 @@ def value(samples: Samples, name: str, **labels: str) -> float:
 
 
 def total(samples: Samples, name: str, **labels: str) -> float:
-    """The sum of all samples with these labels, whatever other ones they have."""
+    """The sum of all samples that have these labels; they may have others, too."""
     return sum(
         number for (found, has), number in samples.items() if found == name and labels.items() <= dict(has).items()
     )
@@ -138,7 +138,7 @@ def _stamp(seconds: float) -> str:
     return utcformat(datetime.fromtimestamp(seconds, UTC))
 
 
-def test_metrics_tells_of_a_redis_that_is_away(client: FlaskClient, redis: "Redis") -> None:
+def test_metrics_reports_a_redis_that_is_away(client: FlaskClient, redis: "Redis") -> None:
     assert value(samples_of(client), "redis_up") == 1
     assert 0 < value(samples_of(client), "redis_round_trip_seconds") < 5
     with patch.object(type(redis), "execute_command", side_effect=RedisConnectionError("down")):
@@ -184,14 +184,14 @@ def two_processes(redis_url: str, tmp_path: Path) -> Iterator[tuple[str, Process
 
 
 @pytest.mark.slow
-def test_metrics_tells_of_all_web_processes(two_processes: tuple[str, Process], real_redis: "Redis") -> None:
+def test_metrics_covers_all_web_processes(two_processes: tuple[str, Process], real_redis: "Redis") -> None:
     url, _ = two_processes
     session = requests.Session()
 
     def scrape() -> Samples:
         return read(session.get(f"{url}/metrics", timeout=10).text)
 
-    for _ in range(40):  # a connection each: they go to both
+    for _ in range(40):  # each opens a connection, so both processes get some
         assert requests.get(f"{url}/functions", timeout=10).ok
     labels = {"method": "GET", "route": "/functions", "status": "200", "waits": "no"}
     assert value(scrape(), "http_request_duration_seconds_count", **labels) == 40
@@ -212,7 +212,7 @@ def test_metrics_tells_of_all_web_processes(two_processes: tuple[str, Process], 
 
 
 @pytest.mark.slow
-def test_metrics_forgets_who_waited_in_a_process_that_died_but_not_its_requests(
+def test_metrics_of_a_dead_process_keep_its_requests_and_drop_its_waiters(
     two_processes: tuple[str, Process],
 ) -> None:
     url, process = two_processes
@@ -226,7 +226,7 @@ def test_metrics_forgets_who_waited_in_a_process_that_died_but_not_its_requests(
         def is_forgotten() -> bool:
             try:
                 text = requests.get(f"{url}/metrics", timeout=10).text
-            except requests.RequestException:  # the new processes load yet
+            except requests.RequestException:  # the new processes are still loading
                 return False
             return total(read(text), "http_waiting_requests") == 0
 
@@ -245,7 +245,7 @@ def test_gunicorn_leaves_no_measurements_behind(redis_url: str, tmp_path: Path) 
     assert list(folder.glob("metrics-*")) == []
 
 
-# What names metrics
+# Where metrics are named
 
 
 def names_of(client: FlaskClient, redis: "Redis") -> set[str]:
@@ -258,14 +258,14 @@ def names_of(client: FlaskClient, redis: "Redis") -> set[str]:
     return {name for name, _ in samples_of(client) if not name.endswith("_created")}
 
 
-def test_readme_lists_each_metric(client: FlaskClient, redis: "Redis") -> None:
+def test_operations_document_lists_each_metric(client: FlaskClient, redis: "Redis") -> None:
     families = {re.sub("_(bucket|count|sum)$", "", name) for name in names_of(client, redis)}
     table = (ROOT / "docs/operations.md").read_text().partition("| metric |")[2].partition("\n\n")[0]
     assert set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == families
 
 
 def _queries() -> list[str]:
-    """All PromQL that is shipped."""
+    """Each PromQL query in deploy/."""
     board = json.loads((ROOT / "deploy/grafana-dashboard.json").read_text())
     alerts = yaml.safe_load((ROOT / "deploy/alerts.yml").read_text())
     queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
@@ -285,7 +285,7 @@ def test_deploy_uses_only_metrics_that_exist(client: FlaskClient, redis: "Redis"
     assert unused == set()
 
 
-def test_deploy_has_a_place_in_the_documentation_for_each_alert() -> None:
+def test_operations_document_lists_each_alert() -> None:
     alerts = yaml.safe_load((ROOT / "deploy/alerts.yml").read_text())
     names = [rule["alert"] for group in alerts["groups"] for rule in group["rules"]]
     text = (ROOT / "docs/operations.md").read_text()

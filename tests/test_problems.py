@@ -21,7 +21,7 @@ def test_problems_explains_each_problem(client: FlaskClient, name: str) -> None:
     assert answer.text.count(".") >= 1
 
 
-def test_problems_are_all_of_the_contract() -> None:
+def test_problems_include_all_of_the_contract() -> None:
     expected = {
         "invalid-request": 422, "job-not-found": 404, "function-not-found": 404, "invalid-json": 400,
         "unsupported-media-type": 415, "payload-too-large": 413, "not-found": 404, "method-not-allowed": 405,
@@ -32,7 +32,7 @@ def test_problems_are_all_of_the_contract() -> None:
 
 
 @pytest.mark.parametrize("name", ["nope", "JobNotFound", "job-not-found%00", "problem"])
-def test_problems_knows_no_other(client: FlaskClient, name: str) -> None:
+def test_problems_with_an_unknown_name_is_404(client: FlaskClient, name: str) -> None:
     problem_of(client.get(f"/problems/{name}"), 404, "not-found")
 
 
@@ -48,7 +48,7 @@ def test_unknown_route_is_a_problem(client: FlaskClient, path: str, method: str)
     problem_of(client.open(path, method=method), 404, "not-found")
 
 
-# Redis that does not do what it is asked. The texts are Redis' own; a script's error has the word behind its own.
+# Redis is away or refuses a command. The texts are Redis' own. In a script's error the word (READONLY) comes later.
 
 OUTAGES: list[exceptions.RedisError] = [
     exceptions.ConnectionError("Connection refused"),
@@ -118,7 +118,7 @@ def test_redis_outage_is_a_503(
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_bug_is_a_500_that_the_log_knows(
+def test_bug_is_a_500_and_is_logged_with_its_request_id(
     client: FlaskClient, redis: "Redis", method: str, path: str, error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.ERROR):

@@ -1,4 +1,4 @@
-"""A payload goes in, is run, and comes out: whatever JSON it is."""
+"""A payload is enqueued, run, and read back as the result. Any JSON comes back unchanged."""
 
 import base64
 import json
@@ -32,7 +32,7 @@ values = st.recursive(
 
 
 @pytest.fixture(scope="module")
-def house() -> Iterator[tuple[Any, "Redis", Channel, Channel]]:
+def parts() -> Iterator[tuple[Any, "Redis", Channel, Channel]]:
     redis = fakeredis.FakeRedis(server=fakeredis.FakeServer())
     worker_end, horse_end = map(Channel, socket.socketpair())
     yield create_app(Settings(), redis).test_client(), redis, worker_end, horse_end
@@ -40,9 +40,9 @@ def house() -> Iterator[tuple[Any, "Redis", Channel, Channel]]:
     horse_end.close()
 
 
-def run_through(house: tuple[Any, "Redis", Channel, Channel], body: bytes) -> bytes:
+def run_through(parts: tuple[Any, "Redis", Channel, Channel], body: bytes) -> bytes:
     """Enqueue the body for `echo`, run it as worker and work-horse do, and fetch the result."""
-    client, redis, worker_end, horse_end = house
+    client, redis, worker_end, horse_end = parts
     enqueued = client.post("/enqueue/echo", data=body, content_type="application/json")
     assert enqueued.status_code == 202, enqueued.text
     run = take_job(redis)
@@ -78,7 +78,7 @@ def _packed(text: bytes) -> str:
 
 
 def canonical(value: Any) -> Any:
-    """Exact down to the type of each number: 1 is not 1.0, nor True."""
+    """A text that is equal only if each number has the same type: 1 is not 1.0, nor True."""
     return json.dumps(value, sort_keys=True)
 
 
@@ -92,17 +92,17 @@ def canonical(value: Any) -> Any:
 @hypothesis.example(value="NaN Infinity")
 @pytest.mark.parametrize("ascii_only", [True, False])
 def test_get_result_of_echo_is_what_was_enqueued(
-    house: tuple[Any, "Redis", Channel, Channel], ascii_only: bool, value: Any
+    parts: tuple[Any, "Redis", Channel, Channel], ascii_only: bool, value: Any
 ) -> None:
     body = json.dumps(value, ensure_ascii=ascii_only).encode()
-    found = run_through(house, body)
+    found = run_through(parts, body)
     assert canonical(json.loads(found)) == canonical(value)
     assert found.decode()  # UTF-8
 
 
 @pytest.mark.parametrize(("depth", "opening", "closing"), [(100, "[", "]"), (100, '{"a":', "}")])
-def test_get_result_of_echo_at_the_deepest(
-    house: tuple[Any, "Redis", Channel, Channel], depth: int, opening: str, closing: str
+def test_get_result_of_echo_at_the_greatest_depth(
+    parts: tuple[Any, "Redis", Channel, Channel], depth: int, opening: str, closing: str
 ) -> None:
     body = (opening * depth + ("1" if opening != "[" else "") + closing * depth).encode()
-    assert run_through(house, body) == body
+    assert run_through(parts, body) == body

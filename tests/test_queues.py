@@ -17,7 +17,7 @@ from tests.test_health import sign_on
 
 @pytest.fixture(params=["fake", "real"])
 def redis(request: pytest.FixtureRequest, fake_redis: "Redis") -> Any:
-    """Both: the script is run by a Lua of another make in each."""
+    """A fake and a real server: each runs the script with a Lua of its own."""
     if request.param == "real":
         return request.getfixturevalue("real_redis")
     fake_redis.flushall()
@@ -64,12 +64,12 @@ def test_queues_counts_jobs_by_status(client: FlaskClient, redis: "Redis", state
     assert {status: number for status, number in jobs.items() if number} == {counted: 1}
 
 
-def test_queues_does_not_count_jobs_that_are_kept_no_more(client: FlaskClient, redis: "Redis") -> None:
+def test_queues_does_not_count_expired_jobs(client: FlaskClient, redis: "Redis") -> None:
     redis.zadd("rq:finished:default", {"long ago": 1000, "for ever": float("inf")})
     assert queue_of(client)["jobs"]["finished"] == 1
 
 
-def test_queues_tells_the_age_of_the_oldest_waiting_job(client: FlaskClient, redis: "Redis") -> None:
+def test_queues_has_the_age_of_the_oldest_waiting_job(client: FlaskClient, redis: "Redis") -> None:
     oldest = enqueue_echo(client)
     redis.hset(f"rq:job:{oldest}", "enqueued_at", "2024-02-29T23:59:59.5Z")
     for _ in range(3):
@@ -82,7 +82,7 @@ def test_queues_tells_the_age_of_the_oldest_waiting_job(client: FlaskClient, red
     assert queue_of(client)["oldest_waiting_seconds"] < 60
 
 
-def test_queues_tells_how_many_runs_ended_lately_and_how_long_they_took(client: FlaskClient, redis: "Redis") -> None:
+def test_queues_has_the_rate_and_the_mean_duration_of_recent_runs(client: FlaskClient, redis: "Redis") -> None:
     for outcome in ("finished", "failed"):
         enqueue_echo(client)
         run = take_job(redis)
@@ -111,7 +111,7 @@ def test_queues_has_the_configured_queues_in_their_order(redis: "Redis") -> None
     assert [queue["name"] for queue in json_of(client.get("/queues"))["queues"]] == ["low", "high"]
 
 
-def test_queues_bears_what_others_wrote_to_redis(client: FlaskClient, redis: "Redis") -> None:
+def test_queues_survives_corrupt_keys_in_redis(client: FlaskClient, redis: "Redis") -> None:
     sign_on(redis)
     redis.sadd("rq:workers", "rq:worker:w", "rq:queues", b"\xff")
     for key in ("rq:queue:default", "rq:wip:default", "rq:finished:default", "rq:api:metrics"):
@@ -124,7 +124,7 @@ def test_queues_bears_what_others_wrote_to_redis(client: FlaskClient, redis: "Re
     assert client.get("/metrics").status_code == 200
 
 
-def test_queues_asks_redis_once_however_many_there_are(client: FlaskClient, redis: "Redis") -> None:
+def test_queues_counts_all_of_many_jobs(client: FlaskClient, redis: "Redis") -> None:
     for _ in range(150):
         enqueue_echo(client)
     answer = json_of(client.get("/queues"))
@@ -132,7 +132,7 @@ def test_queues_asks_redis_once_however_many_there_are(client: FlaskClient, redi
 
 
 @pytest.mark.parametrize("route", ["/queues", "/metrics"])
-def test_queues_and_metrics_want_an_admin_key(redis: "Redis", route: str) -> None:
+def test_queues_and_metrics_require_an_admin_key(redis: "Redis", route: str) -> None:
     client = create_app(Settings(api_keys=json.dumps(KEYS)), redis).test_client()
     problem_of(client.get(route), 401, "unauthorized")
     problem_of(client.get(route, headers={"Authorization": f"Bearer {ALICE}"}), 403, "forbidden")
@@ -146,7 +146,7 @@ def test_queues_and_metrics_refuse_other_methods(client: FlaskClient, route: str
     assert answer.headers["Allow"] == "GET, HEAD, OPTIONS"
 
 
-def test_queues_are_as_the_openapi_document_says(client: FlaskClient, redis: "Redis") -> None:
+def test_queues_match_the_openapi_document(client: FlaskClient, redis: "Redis") -> None:
     sign_on(redis)
     redis.sadd("rq:workers", "rq:worker:w")
     document = json_of(client.get("/openapi.json"))

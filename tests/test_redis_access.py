@@ -1,4 +1,4 @@
-"""Logins to Redis with small rights, and TLS: the service works with both, and with no more."""
+"""Redis users with few rights, and TLS: the service works with exactly these rights, and over TLS."""
 
 import hashlib
 import os
@@ -38,14 +38,14 @@ def _users(text: str) -> dict[str, list[str]]:
 
 
 class Guarded(NamedTuple):
-    """A server that was started with the file, and a user who may look at all of it."""
+    """A server that was started with deploy/redis-acl.conf, and a user with all rights."""
 
     port: int
     admin: Redis
 
 
 def _start(folder: Path, acl: str) -> tuple[int, list[str]]:
-    """A port, and the command that starts a server there with these users."""
+    """A free port, and the command that starts a server there with these users."""
     port = free_port()
     (folder / "acl.conf").write_text(acl)
     lines = (f"port {port}", f"dir {folder}", 'save ""', f"include {folder}/acl.conf", ADMIN)
@@ -66,7 +66,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
             yield Guarded(port, admin)
 
 
-def test_acl_without_passwords_starts_nothing(tmp_path: Path) -> None:
+def test_acl_without_passwords_stops_the_start(tmp_path: Path) -> None:
     _, command = _start(tmp_path, ACL)
     ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert ended.returncode != 0
@@ -74,14 +74,14 @@ def test_acl_without_passwords_starts_nothing(tmp_path: Path) -> None:
 
 
 def _denied(admin: Redis) -> list[tuple[Any, ...]]:
-    """What was refused to whom."""
+    """The commands that were refused, and to which user."""
     return [(entry["username"], entry["reason"], entry["object"]) for entry in admin.acl_log()]
 
 
 @pytest.mark.slow
 def test_acl_gives_web_and_worker_what_they_need_and_no_more(guarded: Guarded, tmp_path: Path) -> None:
     admin = guarded.admin
-    admin.acl_log_reset()  # what other tests were refused
+    admin.acl_log_reset()  # drop the refusals that other tests caused
 
     def login(name: str, **settings: Any) -> dict[str, str]:
         url = f"redis://{name}:{name.upper()}-PASSWORD@127.0.0.1:{guarded.port}/0"
@@ -118,7 +118,7 @@ def test_acl_gives_web_and_worker_what_they_need_and_no_more(guarded: Guarded, t
         assert post(f"/cancel?job_id={waiting}").status_code == 200
         assert post(f"/retry?job_id={waiting}").status_code == 202
         assert post("/enqueue/die?wait=30", {"how": "exit"}).json()["job_status"] == "failed"
-        # What maintenance does with canceled jobs that are due.
+        # Maintenance removes canceled jobs that are due.
         admin.zadd("rq:canceled:default", {"gone": 1})
         wait_until(lambda: admin.zscore("rq:canceled:default", "gone") is None)
         orphan = post("/enqueue/sleep_for", 2).json()["job_id"]
@@ -134,14 +134,14 @@ def test_acl_gives_web_and_worker_what_they_need_and_no_more(guarded: Guarded, t
         assert "redis_up 1.0" in requests.get(f"{url}/metrics", timeout=10).text
         with requests.get(f"{url}/events?job_id={orphan}", timeout=10) as events:
             assert "event: end" in events.text
-        # RQ's own way for jobs with dependents.
+        # RQ's own code ends jobs with dependents.
         queue = Queue(connection=admin)
         jobs = [queue.enqueue("tests.job_functions.echo", 1)]
         jobs.append(queue.enqueue("tests.job_functions.echo", 2, depends_on=jobs[0]))
         jobs.append(queue.enqueue("tests.job_functions.fail", "boom"))
         jobs.append(queue.enqueue("tests.job_functions.echo", 3, depends_on=Dependency(jobs[2], allow_failure=True)))
         wait_until(lambda: [job.get_status() for job in jobs] == ["finished", "finished", "failed", "finished"])
-        # As a job function that enqueues another one does.
+        # A job function may enqueue another job like this.
         code = "from app.redis_resc import redis_queue as q; print(q.enqueue('tests.job_functions.echo', 1).id)"
         for command in (["rq.cli", "info"], ["rq.cli", "suspend"], ["rq.cli", "resume"]):
             subprocess.run(python(*command), env=login("worker"), cwd=ROOT, capture_output=True, timeout=60, check=True)
@@ -161,7 +161,7 @@ def test_acl_gives_web_and_worker_what_they_need_and_no_more(guarded: Guarded, t
      "EVAL return(redis.call('GET','other')) 0", "EVAL return(redis.call('KEYS','*')) 0", "FUNCTION LIST",
      "XREAD STREAMS other 0", "SORT rq:queues BY rq:job:*", "SWAPDB 0 1"],
 )  # fmt: skip
-def test_acl_refuses_all_else(guarded: Guarded, user: str, command: str) -> None:
+def test_acl_refuses_other_commands_and_keys(guarded: Guarded, user: str, command: str) -> None:
     with (
         Redis(port=guarded.port, username=user, password=f"{user.upper()}-PASSWORD", protocol=2) as connection,
         pytest.raises(ResponseError, match=r"(?i)permissions?\b|can't run this command|not allowed"),
@@ -169,13 +169,13 @@ def test_acl_refuses_all_else(guarded: Guarded, user: str, command: str) -> None
         connection.execute_command(*command.split())
 
 
-def test_acl_lets_nobody_in_without_a_name(guarded: Guarded) -> None:
+def test_acl_refuses_a_login_without_a_name(guarded: Guarded) -> None:
     with Redis(port=guarded.port, protocol=2) as connection, pytest.raises(AuthenticationError):
         connection.ping()
 
 
-def test_acl_allows_all_that_the_scripts_call() -> None:
-    """A new command in a script fails here, not at an operator's."""
+def test_acl_allows_each_command_that_the_scripts_call() -> None:
+    """A new command in a script has to fail here, and not on the server of an operator."""
     scripts = "".join(path.read_text() for path in (ROOT / "app/core/lua").glob("*.lua"))
     called = {name.lower() for name in re.findall(r"(?:redis\.p?call|ask|size)\([^'(]*'([A-Z]+)'", scripts)}
     called |= {name.lower() for name in re.findall(r"'(LPUSH|RPUSH)'", scripts)}
@@ -221,9 +221,9 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def tls_in_front_of(port: int, certificates: Path, *, wants_client: bool = False) -> Iterator[int]:
-    """A port that speaks TLS for this one: the Valkey of the tests is built without it.
+    """A port that speaks TLS in front of this one, because the Valkey of the tests is built without TLS.
 
-    It wants a certificate of the client, too, as Redis does by itself (`tls-auth-clients`).
+    With `wants_client` it requires a certificate of the client, too, as Redis does by default (`tls-auth-clients`).
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificates / "redis.pem", certificates / "redis.key")
@@ -298,12 +298,12 @@ def test_web_worker_and_command_speak_tls(tls_port: int, certificates: Path, tmp
     [
         ("localhost", "other.pem", "client", "certificate verify failed: self-signed certificate in certificate chain"),
         ("127.0.0.1", "ca.pem", "client", "certificate is not valid for '127.0.0.1'"),
-        # With TLS 1.3 the client may hear of these two with its first command, or only that nobody is there.
+        # With TLS 1.3 the client may get these two refusals with its first command, or only a closed connection.
         ("localhost", "ca.pem", "", ""),
         ("localhost", "ca.pem", "other", ""),
     ],
 )
-def test_who_does_not_prove_who_it_is_gets_nothing(
+def test_tls_peer_without_a_valid_certificate_is_refused(
     tls_port: int, certificates: Path, tmp_path: Path, host: str, ca: str, client: str, said: str
 ) -> None:
     env = environment(_url(host, tls_port, certificates, ca, client), PORT=free_port())
@@ -322,7 +322,7 @@ def test_who_does_not_prove_who_it_is_gets_nothing(
 
 
 @pytest.mark.slow
-def test_tls_goes_for_sentinels_too(
+def test_tls_is_used_for_sentinels_too(
     real_redis: Redis, valkey: ValkeyServer, certificates: Path, tmp_path: Path
 ) -> None:
     plain = free_port()
@@ -331,7 +331,7 @@ def test_tls_goes_for_sentinels_too(
             "sentinel resolve-hostnames yes",
             "sentinel announce-hostnames yes",
             f"sentinel monitor mymaster localhost {port} 1",
-            "sentinel down-after-milliseconds mymaster 600000",  # it speaks no TLS itself, and is not to say so yet
+            "sentinel down-after-milliseconds mymaster 600000",  # without TLS it cannot reach the master
         )
         (tmp_path / "sentinel.conf").write_text("\n".join(lines) + "\n")
         command = [str(get_binary_path()), str(tmp_path / "sentinel.conf"), "--sentinel", "--port", str(plain)]

@@ -1,4 +1,4 @@
-"""The pool of connections that the API and the worker take theirs from."""
+"""The connection pool of the API and the worker."""
 
 import pytest
 from redis import Redis
@@ -17,7 +17,7 @@ def test_pool_replaces_a_connection_that_redis_closed(real_redis: Redis, redis_u
         assert pipeline.execute() == [True]
 
 
-def test_pool_refuses_whoever_waited_too_long_for_a_connection(redis_url: str) -> None:
+def test_pool_raises_after_a_long_wait_for_a_connection(redis_url: str) -> None:
     pool = Pool.from_url(redis_url, max_connections=1, timeout=0.05)
     client = Redis(connection_pool=pool)
     taken = pool.get_connection()

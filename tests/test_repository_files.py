@@ -1,4 +1,4 @@
-"""What a fork gets beside the code: workflows, forms, editor settings. Only GitHub and editors can run them."""
+"""Workflows, forms and editor settings, which a fork gets beside the code. Only GitHub and editors can run them."""
 
 import json
 import re
@@ -59,11 +59,11 @@ def test_ci_checks_each_push_to_main_and_each_pull_request() -> None:
     triggers = _workflow("ci.yml")["on"]
     assert triggers["push"] == {"branches": ["main"]}
     assert "pull_request" in triggers
-    assert "pull_request_target" not in triggers  # it would give the code of strangers a token that may write
+    assert "pull_request_target" not in triggers  # it would give a token with write access to the code of strangers
 
 
 def _image_of(job: Any) -> str:
-    """The image of the job's container, where its caller names none."""
+    """The image of the job's container if its caller names none."""
     found = re.fullmatch(
         r"\$\{\{ inputs\.image \|\| '(python:3\.\d+-(bookworm|trixie))' \}\}", job["container"]["image"]
     )
@@ -71,7 +71,7 @@ def _image_of(job: Any) -> str:
     return found[1]
 
 
-def test_ci_runs_the_script_in_a_debian_container_with_the_rights_that_it_needs() -> None:
+def test_ci_runs_its_script_in_a_debian_container_with_the_needed_rights() -> None:
     (job,) = _workflow("ci.yml")["jobs"].values()
     assert _image_of(job).startswith("python:3.11-")
     options = shlex.split(job["container"]["options"])
@@ -93,7 +93,7 @@ def test_ci_lets_git_read_the_checkout_before_the_script_uses_it() -> None:
     assert steps[0].startswith("actions/checkout@")
 
 
-def test_nightly_runs_all_parts_of_its_script_by_the_same_job_every_week_and_by_hand() -> None:
+def test_nightly_runs_all_parts_of_its_script_every_week_and_by_hand() -> None:
     workflow = _workflow("nightly.yml")
     inputs = {"script", "minutes", "image"}
     assert set(_workflow("ci.yml")["on"]["workflow_call"]["inputs"]) == inputs
@@ -151,14 +151,14 @@ def test_devcontainer_installs_what_ci_and_the_readme_install() -> None:
     assert done.returncode == 0
 
 
-def test_devcontainer_forwards_the_port_that_the_service_has() -> None:
+def test_devcontainer_forwards_the_port_of_the_service() -> None:
     (port,) = _devcontainer()["forwardPorts"]
     assert f"http://127.0.0.1:{port}/" in (ROOT / "README.md").read_text()
     assert f"EXPOSE {port}\n" in (ROOT / "Dockerfile").read_text()
 
 
 @pytest.mark.parametrize("command", re.findall(r"pipenv run ([\w-]+)", PULL_REQUEST_TEMPLATE))
-def test_pull_request_template_names_commands_that_there_are(command: str) -> None:
+def test_pull_request_template_names_only_commands_that_exist(command: str) -> None:
     assert command in SCRIPTS or (Path(sys.executable).parent / command).is_file()
 
 
@@ -175,7 +175,7 @@ def test_issue_form_keeps_keys_and_security_problems_out_of_the_public(path: Pat
     assert "Do not paste keys" in first["attributes"]["value"]
 
 
-def test_bug_form_asks_for_what_it_takes_to_repeat_the_bug() -> None:
+def test_bug_form_asks_how_to_repeat_the_bug() -> None:
     form = YAML(typ="safe").load(ROOT / ".github/ISSUE_TEMPLATE/bug.yml")
     fields = {field["id"]: field for field in form["body"] if "id" in field}
     required = {name for name, field in fields.items() if field.get("validations", {}).get("required")}
@@ -188,7 +188,7 @@ def test_editorconfig_has_the_line_length_of_ruff() -> None:
     assert _editorconfig().getint("*.py", "max_line_length") == ruff["line-length"]
 
 
-def test_tracked_text_files_are_as_editorconfig_says() -> None:
+def test_tracked_text_files_follow_editorconfig() -> None:
     rules = dict(_editorconfig()["*"])
     assert (
         rules.items()

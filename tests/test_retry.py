@@ -60,7 +60,7 @@ def test_retry_sent_twice_enqueues_once(client: FlaskClient, redis: "Redis") -> 
     assert redis.llen("rq:queue:default") == 1
 
 
-def test_retry_renews_the_retries(client: FlaskClient, redis: "Redis") -> None:
+def test_retry_resets_the_retries(client: FlaskClient, redis: "Redis") -> None:
     job_id = json_of(client.post("/enqueue/echo?retries=1", json=1))["job_id"]
     assert end_run(redis, take_job(redis), "failed") == "scheduled"
     redis.zadd("rq:scheduled:default", {job_id: 1})
@@ -70,7 +70,7 @@ def test_retry_renews_the_retries(client: FlaskClient, redis: "Redis") -> None:
     assert end_run(redis, take_job(redis), "failed") == "scheduled"
 
 
-def test_retry_forgets_the_crashes(client: FlaskClient, redis: "Redis") -> None:
+def test_retry_resets_the_crashes(client: FlaskClient, redis: "Redis") -> None:
     job_id = enqueue_echo(client)
 
     def crash() -> str:
@@ -81,7 +81,7 @@ def test_retry_forgets_the_crashes(client: FlaskClient, redis: "Redis") -> None:
     assert [crash(), crash()] == ["queued", "failed"]
 
 
-def test_retry_renews_the_ttl_within_which_a_worker_must_take_it(client: FlaskClient, redis: "Redis") -> None:
+def test_retry_resets_the_ttl(client: FlaskClient, redis: "Redis") -> None:
     job_id = enqueue_echo(client, ttl=60)
     client.post(f"/cancel?job_id={job_id}")
     assert redis.ttl(f"rq:job:{job_id}") > 60
@@ -126,7 +126,7 @@ def test_wait_on_a_retried_job_returns_the_end_of_the_new_run(
     assert (answer.status_code, json_of(answer)) == (200, "new")
 
 
-def test_retry_after_a_stop_is_not_stopped_again(client: FlaskClient, redis: "Redis") -> None:
+def test_retry_of_a_stopped_job_is_not_stopped_again(client: FlaskClient, redis: "Redis") -> None:
     job_id = enqueue_echo(client)
     run = take_job(redis)
     client.post(f"/cancel?job_id={job_id}")
@@ -153,7 +153,7 @@ def test_retry_of_an_unknown_job_is_404(client: FlaskClient, job_id: str) -> Non
     assert problem_of(retry(client, job_id), 404, "job-not-found")["job_id"] == job_id
 
 
-def test_retry_of_a_job_that_is_not_kept_any_more_is_410(client: FlaskClient, redis: "Redis") -> None:
+def test_retry_of_an_expired_job_is_410(client: FlaskClient, redis: "Redis") -> None:
     job_id = enqueue_echo(client)
     redis.delete(f"rq:job:{job_id}")
     problem_of(retry(client, job_id), 410, "result-expired")
@@ -165,7 +165,7 @@ def test_retry_with_a_bad_query_is_422(client: FlaskClient, query: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE"])
-def test_retry_wants_post(client: FlaskClient, method: str) -> None:
+def test_retry_refuses_other_methods(client: FlaskClient, method: str) -> None:
     problem_of(client.open("/retry?job_id=x", method=method), 405, "method-not-allowed")
 
 

@@ -65,7 +65,7 @@ def test_rq_dashboard_shows_our_queues_and_jobs(dashboard: FlaskClient, real_red
 def test_rq_dashboard_shows_our_workers_and_sends_a_job_back(
     dashboard: FlaskClient, real_redis: "Redis", redis_url: str, tmp_path: Path
 ) -> None:
-    """Of workers that are idle: rq-dashboard 0.9.0 reads the jobs that run with pickle, whatever `--json` says."""
+    """Idle workers only: rq-dashboard 0.9.0 reads running jobs with pickle, even with `--json`."""
     env = environment(redis_url, WORKER_SHUTDOWN_SECONDS=1)
     with web(env, tmp_path / "web.log") as url, worker(env, tmp_path / "worker.log"):
         failed = requests.post(f"{url}/enqueue/fail?wait=30", json="boom", timeout=40).json()

@@ -1,6 +1,6 @@
-"""What of RQ 3.0.0 our worker overrides, and why: each of its behaviours that an override answers is seen here.
+"""The methods of RQ 3.0.0 that our worker overrides: a test shows, for each override, the behaviour that it replaces.
 
-A test that fails after an upgrade of RQ says that an override has become needless, or may be wrong by now.
+If a test fails after an upgrade of RQ, an override may no longer be needed, or may be wrong.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from app.worker.rq_worker import ResilientWorker
 from app.worker.worker import Worker
 from tests.processes import free_port
 
-#: What was read as the overrides were written: the first digits of the SHA-256 of the source of RQ 3.0.0.
+#: The first digits of the SHA-256 of each method's source in RQ 3.0.0, which we read to write the overrides.
 READ = {
     "__init__": "86f83bb69582",
     "_pubsub_exception_handler": "5213e36c3b77",
@@ -57,29 +57,29 @@ READ = {
 
 
 def overridden() -> dict[str, Callable[..., Any]]:
-    """RQ's methods that ours replace or go around, by name."""
+    """The methods of RQ that our worker replaces, by name."""
     names = {name for own in (ResilientWorker, Worker) for name, value in vars(own).items() if callable(value)}
     return {name: getattr(rq.Worker, name) for name in names if hasattr(rq.Worker, name)}
 
 
-#: Methods that are not overridden, but that ours lean on.
-LEANED_ON = (
+#: RQ's own methods on which our overrides rely.
+RELIED_ON = (
     "_shutdown", "handle_job_failure", "handle_job_success", "register_birth", "request_force_stop",
     "request_stop_execution", "wait_for_horse",
 )  # fmt: skip
 
 
-def test_no_override_is_of_a_method_that_rq_has_no_more() -> None:
-    assert overridden().keys() | set(LEANED_ON) == READ.keys()
+def test_overridden_methods_still_exist_in_rq() -> None:
+    assert overridden().keys() | set(RELIED_ON) == READ.keys()
 
 
 @pytest.mark.parametrize("name", sorted(READ))
-def test_rqs_own_method_is_still_what_was_read_as_it_was_overridden(name: str) -> None:
+def test_rqs_own_method_is_unchanged(name: str) -> None:
     found = hashlib.sha256(inspect.getsource(getattr(rq.Worker, name)).encode()).hexdigest()[:12]
     assert found == READ[name], f"RQ changed rq.Worker.{name}: read it, then our override, then note {found!r}"
 
 
-def test_each_override_says_what_it_answers() -> None:
+def test_overrides_say_which_behaviour_of_rq_they_replace() -> None:
     for own in (ResilientWorker, Worker):
         for name in overridden().keys() & vars(own).keys() - {"__init__"}:
             assert "RQ" in (vars(own)[name].__doc__ or ""), f"{own.__name__}.{name}"
@@ -96,27 +96,27 @@ def enqueue(redis: "Redis", **options: Any) -> Job:
 
 @pytest.fixture
 def away() -> "Redis":
-    """A client of a Redis that is not there."""
+    """A client of a Redis that does not exist."""
     return Redis(port=free_port(), retry=redis_py.retry.Retry(redis_py.backoff.NoBackoff(), 0))
 
 
-def test_rq_pickles_unless_told_otherwise() -> None:
-    """__init__: JSON is forced."""
+def test_rq_pickles_by_default() -> None:
+    """`__init__` forces JSON."""
     assert resolve_serializer(None) in (PickleSerializer, resolve_serializer("pickle"))
 
 
 def test_rq_waits_minutes_for_an_answer(redis: "Redis") -> None:
-    """_set_connection: seconds."""
+    """`_set_connection` makes it seconds."""
     assert stock_worker(redis).connection_timeout > 400
 
 
 def test_rqs_pop_from_several_queues_leaves_the_job_nowhere(real_redis: "Redis") -> None:
-    """dequeue_job_and_maintain_ttl: `take` pops and notes who has it at once."""
+    """`dequeue_job_and_maintain_ttl` calls `take`, which pops the job and notes its worker in one step."""
     job = enqueue(real_redis)
     queues = [rq.Queue(name, connection=real_redis, serializer=JSONSerializer) for name in ("high", "default")]
     found = rq.Queue.dequeue_any(queues, None, connection=real_redis, serializer=JSONSerializer)
     assert found
-    # A worker that is killed now was the only one that knew.
+    # If the worker is killed now, nobody else knows of the job.
     assert job.get_status(refresh=True) == JobStatus.QUEUED
     ids = {key: real_redis.type(key) for key in real_redis.keys("*") if job.id.encode() not in key}
     for key, kind in ids.items():
@@ -127,7 +127,7 @@ def test_rqs_pop_from_several_queues_leaves_the_job_nowhere(real_redis: "Redis")
 
 
 def test_rqs_cleanup_fails_the_job_of_a_dead_worker(redis: "Redis") -> None:
-    """clean_registries: only what `recover` does not look after is cleaned."""
+    """`clean_registries` cleans only what `recover` does not handle."""
     job = enqueue(redis)
     job.set_status(JobStatus.STARTED)
     registry = StartedJobRegistry(connection=redis, serializer=JSONSerializer)
@@ -140,7 +140,7 @@ def test_rqs_cleanup_fails_the_job_of_a_dead_worker(redis: "Redis") -> None:
 
 
 def test_rqs_cancel_keeps_the_job_for_ever(redis: "Redis") -> None:
-    """clean_registries: canceled jobs are given an end."""
+    """`clean_registries` lets canceled jobs expire."""
     job = enqueue(redis)
     job.cancel()
     CanceledJobRegistry(connection=redis, serializer=JSONSerializer).cleanup()
@@ -150,15 +150,15 @@ def test_rqs_cancel_keeps_the_job_for_ever(redis: "Redis") -> None:
 def test_rq_kills_its_own_process_group_where_there_is_no_work_horse(
     redis: "Redis", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """kill_horse: asks for the work-horse's process."""
+    """`kill_horse` kills only the work-horse and what it started."""
     killed: list[tuple[int, int]] = []
     monkeypatch.setattr(os, "killpg", lambda group, number: killed.append((group, number)))
     stock_worker(redis).kill_horse()
     assert killed == [(os.getpgid(0), signal.SIGKILL)]
 
 
-def test_rqs_stop_command_kills_whatever_runs_by_then(redis: "Redis", monkeypatch: pytest.MonkeyPatch) -> None:
-    """handle_payload: a stop is for one run only. Between RQ's look and its kill the worker may go to another job."""
+def test_rqs_stop_command_kills_a_later_job(redis: "Redis", monkeypatch: pytest.MonkeyPatch) -> None:
+    """`handle_payload` stops one run only. Between RQ's check and its kill the worker may begin another job."""
     worker = stock_worker(redis)
     monkeypatch.setattr(worker, "get_current_job_id", lambda: "j")
     seen = []
@@ -168,7 +168,7 @@ def test_rqs_stop_command_kills_whatever_runs_by_then(redis: "Redis", monkeypatc
 
 
 def test_rq_asks_redis_which_job_runs(redis: "Redis") -> None:
-    """get_current_job_id: in the process' own memory."""
+    """`get_current_job_id` looks into the process's own memory."""
     worker = stock_worker(redis)
     redis.sadd(f"{worker.key}:executions", "j:e")
     stamp = now().timestamp()
@@ -177,8 +177,8 @@ def test_rq_asks_redis_which_job_runs(redis: "Redis") -> None:
 
 
 def test_rqs_subscription_ends_on_a_timeout(redis: "Redis") -> None:
-    """_pubsub_exception_handler: it never ends."""
-    with pytest.raises(RuntimeError):  # its bare `raise`, outside of a handler
+    """`_pubsub_exception_handler` keeps it alive."""
+    with pytest.raises(RuntimeError):  # RQ's bare `raise`, outside of a handler
         stock_worker(redis)._pubsub_exception_handler(redis_py.exceptions.TimeoutError(), None, None)
 
 
@@ -194,7 +194,7 @@ def test_rqs_subscription_ends_on_a_timeout(redis: "Redis") -> None:
     ids=["set_shutdown_requested_date", "heartbeat", "check_for_suspension", "run_maintenance_tasks", "teardown"],
 )
 def test_rqs_loop_is_ended_by_an_outage(redis: "Redis", away: "Redis", call: Callable[[Any], None]) -> None:
-    """These, and with them the worker: ours are put off, or tried again."""
+    """An outage in one of these calls ends RQ's worker. Our overrides do the work later, or try again."""
     worker = stock_worker(redis)
     worker._shutdown_requested_date = now()
     worker.connection = away
@@ -205,7 +205,7 @@ def test_rqs_loop_is_ended_by_an_outage(redis: "Redis", away: "Redis", call: Cal
 
 
 def test_rqs_heartbeat_is_three_commands(redis: "Redis", monkeypatch: pytest.MonkeyPatch) -> None:
-    """heartbeat: one round trip a second, instead of three commands five times a job."""
+    """`heartbeat` is one round trip a second, instead of three commands five times a job."""
     worker, execute, sent = stock_worker(redis), cast("Any", redis.execute_command), list[str]()
 
     def note_and_execute(*args: Any, **options: Any) -> Any:
@@ -219,7 +219,7 @@ def test_rqs_heartbeat_is_three_commands(redis: "Redis", monkeypatch: pytest.Mon
 
 
 def test_rqs_scheduler_lets_a_job_run_twice(redis: "Redis", monkeypatch: pytest.MonkeyPatch) -> None:
-    """work: no scheduler is started, `promote` does its work in one script."""
+    """`work` starts no scheduler: `promote` does the scheduler's work in one script."""
     job, scheduled = enqueue(redis), cast("Any", ScheduledJobRegistry)
     redis.delete("rq:queue:default")
     job.set_status(JobStatus.SCHEDULED)
@@ -237,4 +237,4 @@ def test_rqs_scheduler_lets_a_job_run_twice(redis: "Redis", monkeypatch: pytest.
     scheduler: Any = RQScheduler(["default"], connection=redis, serializer=JSONSerializer)
     scheduler._scheduled_job_registries = [registry]
     scheduler.enqueue_scheduled_jobs()
-    assert redis.lrange("rq:queue:default", 0, -1) == [job.id.encode()]  # though it runs
+    assert redis.lrange("rq:queue:default", 0, -1) == [job.id.encode()]  # although it is running

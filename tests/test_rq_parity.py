@@ -1,6 +1,6 @@
-"""Each script's writes against what RQ itself writes for the same transition, key by key.
+"""Compare the writes of each script with those of RQ for the same transition, key by key.
 
-An upgrade of RQ that writes something else fails here. What differs on purpose stands in `DIFFERENT`, with its reason.
+If an upgrade of RQ writes something else, a test fails. `DIFFERENT` lists the intended differences, with reasons.
 """
 
 import base64
@@ -31,17 +31,17 @@ from app.core.transitions import Ending, Run, Taken
 from app.functions import count_words
 from tests.processes import environment, python, running, wait_until, worker
 
-#: Keys (left) and fields of keys (right) that only one side writes, and why.
+#: Pairs of a key and a field that only one side writes, and why.
 DIFFERENT = {
     ("rq:api:.*", ".*"): "our event log and doorbell",
-    ("rq:job:.*", "function"): "the name that the API shows; RQ has it in `data` only, with the payload",
+    ("rq:job:.*", "function"): "the name that the API shows; RQ has it only in `data`, with the payload",
     ("rq:job:j", "error"): "class and text of the exception, so that no status poll reads a traceback",
     ("rq:execution:.*", "lease_until"): "the lease; RQ's is the score in its started registry",
-    ("rq:results:j", "is_json"): "our word that the value is strict JSON",
+    ("rq:results:j", "is_json"): "our mark that the value is strict JSON",
     ("rq:worker:w", "last_heartbeat"): "a heartbeat a second, not with each transition",
     ("rq:job:j", "started_at"): "a job that waits again has not started: RQ leaves the time of its last run",
-    ("rq:job:j", "worker_name"): "nor has it a worker",
-    ("rq:job:j", "ended_at"): "nor an end",
+    ("rq:job:j", "worker_name"): "the same: it has no worker",
+    ("rq:job:j", "ended_at"): "the same: it has no end",
 }
 
 #: The same for one transition only.
@@ -68,7 +68,7 @@ def _plain(value: Any) -> str:
 
 
 def _read(connection: Any, key: bytes) -> dict[str, str]:
-    """A key's content as fields and values, its times replaced."""
+    """A key's content as fields and values, with its times replaced."""
     match connection.type(key):
         case b"hash":
             return {_plain(name): _plain(value) for name, value in connection.hgetall(key).items()}
@@ -168,7 +168,7 @@ class Rq:
 
 
 class Ours:
-    """The same with the scripts."""
+    """The same calls, made with our scripts."""
 
     execution = "our-execution"
     run = Run("j", execution, "default", "w")
@@ -317,7 +317,7 @@ def test_scripts_write_what_rq_writes(real_redis: "Redis", transition: Callable[
         side: Side = kind(real_redis)
         transition(side)
         found = _dump(real_redis, side.execution)
-        # Who the worker is says nothing of the transition; and what it counts, ours writes with its heartbeat.
+        # These fields do not belong to the transition: they describe the worker, or ours writes them in heartbeats.
         for field in ("ip_address", "pid", "total_working_time", "successful_job_count", "failed_job_count"):
             found["rq:worker:w"].pop(field, None)
         dumps.append(found)
@@ -327,7 +327,7 @@ def test_scripts_write_what_rq_writes(real_redis: "Redis", transition: Callable[
 
 @pytest.fixture
 def run_job(real_redis: "Redis", redis_url: str, tmp_path: Path) -> Callable[[Job], None]:
-    """Have our own worker run what waits."""
+    """Let our own worker run the waiting jobs."""
 
     def run(job: Job) -> None:
         with worker(environment(redis_url), tmp_path / "worker.log"):
@@ -367,7 +367,7 @@ def test_our_worker_runs_jobs_that_plain_rq_enqueued(real_redis: "Redis", run_jo
     assert job.return_value() == {"words": [["a", 1]], "total": 1}
 
 
-def test_our_worker_goes_rqs_own_way_for_dependents(real_redis: "Redis", run_job: Callable[[Job], None]) -> None:
+def test_our_worker_enqueues_dependents_of_a_finished_job(real_redis: "Redis", run_job: Callable[[Job], None]) -> None:
     queue = Queue(connection=real_redis)
     first = queue.enqueue("tests.job_functions.echo", 1)
     second = queue.enqueue("tests.job_functions.echo", 2, depends_on=first)
@@ -376,7 +376,7 @@ def test_our_worker_goes_rqs_own_way_for_dependents(real_redis: "Redis", run_job
     assert (first.return_value(), second.return_value()) == (1, 2)
 
 
-def test_our_worker_goes_rqs_own_way_for_failed_jobs_with_dependents(
+def test_our_worker_handles_a_failed_job_with_dependents_as_rq_does(
     real_redis: "Redis", run_job: Callable[[Job], None]
 ) -> None:
     queue = Queue(connection=real_redis)
@@ -406,7 +406,7 @@ def test_rq_info_counts_our_jobs_and_workers(real_redis: "Redis", redis_url: str
         running_job = queue.enqueue("tests.job_functions.sleep_for", 60)
         wait_until(lambda: running_job.get_status() == "started")
         (key,) = real_redis.smembers("rq:workers")
-        wait_until(lambda: real_redis.hget(key, "successful_job_count") == b"1")  # told with the heartbeat
+        wait_until(lambda: real_redis.hget(key, "successful_job_count") == b"1")  # sent with the heartbeat
         queue.enqueue("tests.job_functions.echo", 2)
         shown = subprocess.run(python("rq.cli", "info", "--raw"), env=env, capture_output=True, text=True, check=True)
     assert "queue default 1, 1 executing, 1 finished, 0 failed" in shown.stdout

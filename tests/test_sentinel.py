@@ -77,7 +77,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 
 
 def fail_over(cluster: Cluster, tmp_path: Path, fault: signal.Signals) -> None:
-    """The master is gone; or it stalls, and is back as a replica later, with connections that it still has."""
+    """The master dies; or it stalls, and comes back later as a replica, with its old connections still open."""
     sentinels = f"127.0.0.1:{free_port()},127.0.0.1:{cluster.sentinel}"  # the first one is gone
     env = environment("", REDIS_SENTINELS=sentinels, REDIS_SENTINEL_SERVICE="jobs", WORKER_LEASE=3)
     del env["REDIS_URL"]
@@ -87,7 +87,7 @@ def fail_over(cluster: Cluster, tmp_path: Path, fault: signal.Signals) -> None:
     ):
 
         def run(value: int) -> bool:
-            """Whether a job is enqueued and run."""
+            """Enqueue a job; whether it ran."""
             answer = requests.post(f"{url}/enqueue/echo?wait=20", json=value, timeout=30)
             if answer.status_code == 503:
                 problem_of(answer, 503, "redis-unavailable")
@@ -109,7 +109,7 @@ def fail_over(cluster: Cluster, tmp_path: Path, fault: signal.Signals) -> None:
         wait_until(lambda: {status(job_id) for job_id in ids} == {"finished"}, 60, "the jobs from before")
         with Redis(port=cluster.replica.port) as promoted:
             assert promoted.info("replication")["role"] == "master"
-        # The thread that hears commands, and a connection of the work-horse's own.
+        # Test the thread that listens for commands, and a connection that the work-horse made itself.
         running_id = requests.post(f"{url}/enqueue/sleep_for", json=30, timeout=30).json()["job_id"]
         wait_until(lambda: status(running_id) == "started")
         requests.post(f"{url}/cancel?job_id={running_id}", timeout=30)
@@ -126,12 +126,12 @@ def fail_over(cluster: Cluster, tmp_path: Path, fault: signal.Signals) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_web_and_worker_follow_a_failover(cluster: Cluster, tmp_path: Path) -> None:
-    """From a master that is gone; from one that stalls, with `pipenv run faults`."""
+    """The master is killed here; `pipenv run faults` has a master that stalls."""
     fail_over(cluster, tmp_path, signal.SIGKILL)
 
 
 @pytest.mark.slow
-def test_no_sentinel_is_forgotten_when_two_connections_find_redis_at_once(
+def test_sentinels_are_all_kept_when_two_connections_look_for_redis_at_once(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gone = free_port()
@@ -157,7 +157,7 @@ def test_sentinels_that_stall_are_not_awaited_for_long() -> None:
         ]  # nobody accepts
         client = connect(Settings.model_validate({"redis_sentinels": ",".join(f"127.0.0.1:{p}" for p in ports)}))
         taken = []
-        for _ in range(3):  # the machine may have been busy elsewhere, once or twice
+        for _ in range(3):  # the machine may have been busy once or twice
             start = time.monotonic()
             with pytest.raises(RedisTimeoutError) as raised:
                 client.ping()
@@ -169,7 +169,7 @@ def test_sentinels_that_stall_are_not_awaited_for_long() -> None:
 
 
 @pytest.mark.slow
-def test_start_tells_what_the_sentinels_said(cluster: Cluster) -> None:
+def test_start_shows_what_the_sentinels_answered(cluster: Cluster) -> None:
     sentinels = f"127.0.0.1:{cluster.sentinel}"
     env = environment("", REDIS_SENTINELS=sentinels, REDIS_SENTINEL_SERVICE="other", PORT=free_port())
     del env["REDIS_URL"]
@@ -183,12 +183,12 @@ def test_start_tells_what_the_sentinels_said(cluster: Cluster) -> None:
     )
 
 
-def test_sentinel_and_url_do_not_go_together() -> None:
+def test_sentinels_and_url_together_are_refused() -> None:
     with pytest.raises(ValueError, match="REDIS_URL and REDIS_SENTINELS are both set"):
         Settings(redis_url="redis://x", redis_sentinels="a:1")
 
 
 @pytest.mark.parametrize("value", ["a", "a:b", "a:1,", "a:1,a:1", "redis://a:1", "a:1 b:2"])
-def test_sentinels_that_are_none_are_refused(value: str) -> None:
+def test_malformed_sentinels_are_refused(value: str) -> None:
     with pytest.raises(ValueError, match=r"(?i)redis_sentinels"):
         Settings.model_validate({"redis_sentinels": value})

@@ -1,4 +1,4 @@
-"""A real `rq worker` while its work-horse loads the job functions, for as long as a test likes."""
+"""A real `rq worker` while its work-horse loads the job functions. The test decides how long that takes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +31,7 @@ def own(real_redis: Redis, redis_url: str) -> Bench:
 
 @pytest.fixture
 def gate(tmp_path: Path) -> Path:
-    """While there is such a file, no work-horse becomes ready."""
+    """As long as this file exists, no work-horse becomes ready."""
     path = tmp_path / "gate"
     (tmp_path / "gated.py").write_text(GATED.format(gate=str(path)))
     return path
@@ -39,9 +39,9 @@ def gate(tmp_path: Path) -> Path:
 
 @contextmanager
 def gated_worker(own: Bench, gate: Path) -> Iterator[Process]:
-    """A worker whose first work-horse has run a job, and for which no other one becomes ready."""
+    """A worker whose first work-horse has run a job. No other one becomes ready for it."""
     settings: dict[str, Any] = {"WORKER_LEASE": LEASE, "MAX_CRASHES": 0, "PYTHONPATH": f"{ROOT}:{gate.parent}"}
-    settings["WORKER_SHUTDOWN_SECONDS"] = 600  # so that an end within seconds is no time-out
+    settings["WORKER_SHUTDOWN_SECONDS"] = 600  # so that a worker that ends within seconds did not end by this limit
     settings["FUNCTION_MODULES"] = "tests.job_functions,gated"
     with worker(environment(own.url, **settings), gate.parent / "worker.log") as process:
         assert own.result_of(own.enqueue("echo", 1)) == 1
@@ -51,7 +51,7 @@ def gated_worker(own: Bench, gate: Path) -> Iterator[Process]:
 
 
 def wait_for_horse(process: Process) -> None:
-    """Have the worker wait for a work-horse without a job in hand."""
+    """Make the worker wait for a work-horse while it has no job."""
     (server,) = psutil.Process(process.popen.pid).children()
     (horse,) = server.children()
     horse.kill()
@@ -64,7 +64,7 @@ def lease_of(own: Bench, job_id: str) -> float:
 
 
 @pytest.mark.slow
-def test_job_whose_work_horse_loads_for_long_keeps_its_lease(own: Bench, gate: Path) -> None:
+def test_job_keeps_its_lease_while_its_work_horse_loads(own: Bench, gate: Path) -> None:
     with gated_worker(own, gate):
         job_id = own.enqueue("use_fresh_process")
         own.wait_for(job_id, "started")
@@ -113,7 +113,7 @@ def test_stop_command_ends_a_job_whose_work_horse_loads(own: Bench, gate: Path) 
         own.wait_for(job_id, "started")
 
         def is_stopped() -> bool:
-            # More than once: Redis says `started` a moment before the worker knows, and RQ's message waits for nobody.
+            # Send it repeatedly: Redis says `started` a moment before the worker knows, and RQ does not keep messages.
             send_stop_job_command(own.redis, job_id, serializer=JSONSerializer)
             return bool(own.read(job_id)["status"] == "stopped")
 

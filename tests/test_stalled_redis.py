@@ -30,12 +30,12 @@ from tests.processes import (
     web,
 )
 
-#: Seconds within which an outage is answered.
+#: The longest time until an outage is answered, in seconds.
 LIMIT = 3
 
 
 class Site(NamedTuple):
-    """A web server on a Redis of its own, which tests may stop."""
+    """A web server with its own Redis, which tests may stop."""
 
     url: str
     server: ValkeyServer
@@ -52,7 +52,7 @@ class Site(NamedTuple):
         return answer, time.monotonic() - start
 
 
-#: Their good answers' status.
+#: Each route, and the status of its answer when all is well.
 ROUTES = {
     "POST /enqueue": 202,
     "POST /enqueue/echo?wait=1": 202,
@@ -66,9 +66,9 @@ Answers = dict[str, tuple[requests.Response, float]]
 
 
 def ask_all(site: Site) -> Answers:
-    """All at once: some get a connection that is there, others have to make one.
+    """Ask all routes at once: some get an open connection, others have to make one.
 
-    The seconds are without those in which the machine did nothing for us.
+    The seconds leave out the time in which the machine stalled.
     """
     routes = [*ROUTES, "GET /healthz"]
     with watch_stalls() as stalls, ThreadPoolExecutor(len(routes)) as pool:
@@ -100,18 +100,18 @@ class Phases(NamedTuple):
 
 @pytest.fixture(scope="module")
 def phases(site: Site) -> Phases:
-    """What the routes answered while their Redis was stopped, twice, then continued, then killed."""
+    """The answers of the routes while their Redis was stopped, twice, then continued, then killed."""
     site.signal(signal.SIGSTOP)
     without_reader = ask_all(site)
     site.signal(signal.SIGCONT)
-    # It starts the event log's reader.
+    # This request starts the reader of the event log.
     wait_until(lambda: site.ask("GET /check_status?job_id=ID&wait=0.2")[0].status_code == 200)
     site.signal(signal.SIGSTOP)
     with_reader = ask_all(site)
     site.signal(signal.SIGCONT)
     wait_until(lambda: site.ask("GET /readyz")[0].status_code == 200)
     continued = ask_all(site)
-    # It waits for Redis for a second. On a busy machine that may pass, and the next request is answered.
+    # A request waits for Redis for a second. A busy machine may need longer; a later request is answered.
     while any(answer.status_code == 503 for answer, _ in continued.values()):
         continued = ask_all(site)
     site.signal(signal.SIGKILL)
@@ -129,7 +129,7 @@ def test_stalled_redis_is_answered_with_503_in_time(phases: Phases, phase: str, 
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_stalled_redis_that_goes_on_is_used_again(phases: Phases, route: str) -> None:
+def test_stalled_redis_is_used_again_once_it_continues(phases: Phases, route: str) -> None:
     assert phases.continued[route][0].status_code == ROUTES[route]
 
 
@@ -140,11 +140,11 @@ def test_stalled_redis_does_not_matter_to_healthz(phases: Phases, phase: str) ->
     assert took < LIMIT
 
 
-# A write whose answer is lost
+# The answer to a write is lost
 
 
 class Proxy:
-    """A TCP proxy that can lose an answer: the request is carried out, then the connection is dropped."""
+    """A TCP proxy that can lose an answer: Redis executes the request, then the proxy drops the connection."""
 
     def __init__(self, port: int) -> None:
         self._target = port
@@ -211,7 +211,7 @@ def proxied(proxy: Proxy) -> Iterator[FlaskClient]:
 def test_enqueue_whose_answer_is_lost_enqueues_once(
     proxied: FlaskClient, proxy: Proxy, real_redis: "Redis", warm: bool
 ) -> None:
-    if warm:  # the script is loaded; else the first answer is that it is not
+    if warm:  # load the script; else the first answer is that Redis does not have it
         assert proxied.post("/enqueue/echo", json=0).status_code == 202
         transitions.take(real_redis, "w", "e", 30, ["default"])
     else:
@@ -257,9 +257,9 @@ def test_stalled_redis_is_noticed_while_a_request_waits(tmp_path: Path, route: s
             wait_until(lambda: connection.llen("rq:queue:default") == 1, what="the job")
             server._process.send_signal(signal.SIGSTOP)
             try:
-                # A look at the job now and then, at the latest after 5 s.
+                # The wait looks at the job now and then, at the latest after 5 s.
                 answer = asked.result(40)
-                if route == "/enqueue/echo":  # it is enqueued, and whoever is told otherwise sends it again
+                if route == "/enqueue/echo":  # the job exists, and a client that gets an error sends it again
                     assert (answer.status_code, json_of(answer)["job_status"]) == (202, "queued")
                     assert answer.headers["Location"]
                 else:

@@ -19,13 +19,13 @@ from tests.processes import Process, environment, free_port, python, running, va
 
 
 def _children(pid: int) -> list[int]:
-    """All processes below this one."""
+    """All descendants of this process, a parent before its children: ids of processes begin again at 1 now and then."""
     found = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout.split()
     parents = dict(zip(map(int, found[::2]), map(int, found[1::2]), strict=True))
-    below = {pid}
-    while more := {child for child, parent in parents.items() if parent in below} - below:
-        below |= more
-    return sorted(below - {pid})
+    family = [pid]
+    for each in family:
+        family += [child for child, parent in parents.items() if parent == each]
+    return family[1:]
 
 
 def _is_running(pid: int) -> bool:
@@ -37,7 +37,7 @@ def _is_running(pid: int) -> bool:
 
 @pytest.fixture
 def env(valkey: ValkeyServer, tmp_path: Path) -> dict[str, str]:
-    # A database of its own: other tests may use number 0 of this server meanwhile.
+    # Use another database: other tests may use number 0 of this server at the same time.
     return environment(f"redis://127.0.0.1:{valkey.port}/7", PORT=free_port(), WORKER_SHUTDOWN_SECONDS=10)
 
 
@@ -49,13 +49,13 @@ def _started(env: dict[str, str], log: Path, *args: str) -> Iterator[tuple[Proce
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_start_ends_all_in_order_and_the_running_job_ends_first(
+def test_start_ends_all_processes_after_the_running_job(
     env: dict[str, str], tmp_path: Path, stop: signal.Signals
 ) -> None:
     with _started(env, tmp_path / "start.log", "--workers", "2") as (process, url):
         payload = {"done": 1, "total": 2, "seconds": 1}
         job = requests.post(f"{url}/enqueue/report", json=payload, timeout=10).json()
-        # It has begun: one that is only taken would wait again.
+        # Wait until it has begun: a job that is only taken would be put back.
         wait_until(lambda: requests.get(url + job["links"]["check_status"], timeout=10).json()["progress"])
         below = _children(process.popen.pid)
         os.kill(process.popen.pid, stop)
@@ -86,7 +86,7 @@ def _run_echo(url: str, payload: object) -> bool:
 
 
 @pytest.mark.slow
-def test_start_starts_again_what_ends_by_itself(tmp_path: Path) -> None:
+def test_start_restarts_a_process_that_ended_by_itself(tmp_path: Path) -> None:
     env = environment("", PORT=free_port(), WORKER_SHUTDOWN_SECONDS=10, MAX_CRASHES=0)
     del env["REDIS_URL"]
     data = tmp_path / "data"
@@ -112,7 +112,7 @@ def test_start_starts_again_what_ends_by_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("module", ["no_such_module", "nothing_in_it"])
-def test_start_ends_all_when_a_process_ends_before_all_is_ready(
+def test_start_ends_all_processes_when_one_ends_before_all_are_ready(
     env: dict[str, str], tmp_path: Path, module: str
 ) -> None:
     (tmp_path / "nothing_in_it.py").write_text("raise SystemExit('not today')")
@@ -127,7 +127,7 @@ def _fails_with(env: dict[str, str], *args: str) -> str:
     return done.stderr.strip()
 
 
-def test_gunicorn_ends_when_the_app_will_not_start(env: dict[str, str], tmp_path: Path) -> None:
+def test_gunicorn_ends_when_the_app_cannot_start(env: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "bad_functions.py").write_text(
         "from app.job_function import job_function\n\n\n@job_function(retries=-1)\ndef bad(payload):\n    pass\n"
     )
@@ -159,7 +159,7 @@ def test_start_says_which_setting_is_bad(env: dict[str, str], name: str, value: 
     assert sentence.count("\n") == 0
 
 
-def test_start_wants_at_least_one_worker(env: dict[str, str]) -> None:
+def test_start_requires_at_least_one_worker(env: dict[str, str]) -> None:
     assert "--workers must be at least 1" in _fails_with(env, "--workers", "0")
 
 
@@ -187,9 +187,7 @@ def test_embedded_valkey_keeps_jobs_over_a_restart_and_serves_one_start_only(
         connection.close()
 
 
-def test_embedded_valkey_says_that_it_cannot_live_in_a_folder_with_a_space(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_embedded_valkey_refuses_a_folder_with_a_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded_valkey, "DATA", tmp_path / "with space")
     with pytest.raises(SystemExit, match="set REDIS_URL"), embedded_valkey.embedded_valkey():
         pass
@@ -201,17 +199,17 @@ def test_start_ends_a_valkey_that_a_killed_start_left_behind(tmp_path: Path, mon
     embedded_valkey.DATA.mkdir()
     with valkey_server(tmp_path / "other") as left_behind:
         (embedded_valkey.DATA / "valkey.pid").write_text(str(left_behind._process.pid))
-        # Its parent is this process, which has to take note of its end; an orphan's is init.
-        noting = threading.Thread(target=left_behind._process.wait, daemon=True)
-        noting.start()
+        # Its parent is this process, which has to reap it. In reality it is an orphan, which init reaps.
+        reaping = threading.Thread(target=left_behind._process.wait, daemon=True)
+        reaping.start()
         with embedded_valkey.embedded_valkey() as (url, _), Redis.from_url(url) as connection:
-            noting.join(30)
+            reaping.join(30)
             assert left_behind._process.returncode == 0
             assert connection.ping()
             assert int((embedded_valkey.DATA / "valkey.pid").read_text()) == connection.info("server")["process_id"]
 
 
-def test_start_leaves_nothing_behind_when_it_is_ended_while_it_boots(tmp_path: Path) -> None:
+def test_start_that_is_ended_while_it_boots_leaves_no_valkey_behind(tmp_path: Path) -> None:
     env = environment("", PORT=free_port(), HOME=tmp_path)
     del env["REDIS_URL"]
     code = (

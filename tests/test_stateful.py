@@ -1,4 +1,4 @@
-"""Random sequences of requests and of workers' steps, each held against a small model of the contract."""
+"""Random sequences of requests and of workers' steps. Each is compared with a small model of the contract."""
 
 import base64
 import json
@@ -27,13 +27,13 @@ OWNERS = ("alice", "bob", ADMIN)
 QUEUES = ("default", "low")
 WORKERS = {"w1": QUEUES, "w2": QUEUES[::-1]}
 FUNCTIONS = ("some_long_function", "echo", "fail_with_retries")
-#: Where RQ keeps the jobs of a status, besides the queue's list.
+#: RQ's registry for each status. Waiting jobs are in the queue's list instead.
 REGISTRIES = {name: name for name in ("scheduled", "finished", "failed", "canceled")} | {"stopped": "failed"}
 PLACES = ("rq:api:jobs:", "rq:wip:", *(f"rq:{name}:" for name in REGISTRIES))
-#: Few, so that the steps of a sequence meet in the same jobs, and a queue may be full.
+#: Few jobs, so that several steps of a sequence use the same job, and a queue can be full.
 MOST_JOBS, MOST_IN_QUEUE, MOST_CRASHES = 5, 4, 1
 LONG = 9999
-#: A lease that ran out a second before it began.
+#: A lease of -1 s: it has expired when it begins.
 EXPIRED = -1
 
 
@@ -42,7 +42,7 @@ EXPIRED = -1
 
 @dataclass(eq=False)
 class Job:
-    """What the contract says of a job. `expired` is a status here."""
+    """The state of a job by the contract. `expired` is a status here."""
 
     job_id: str
     group_id: str | None
@@ -74,7 +74,7 @@ class Job:
 
 
 class Model:
-    """All jobs, oldest first; and what the queues hold, expired jobs too until somebody meets them there."""
+    """All jobs, oldest first, and the queues' entries. An expired job stays in its queue until a worker meets it."""
 
     def __init__(self) -> None:
         self.jobs: list[Job] = []
@@ -108,7 +108,7 @@ class Model:
         for _, job in due:
             self.scheduled[job.queue].remove(job)
         ready = [job for _, job in due if job.status == "scheduled"]
-        # The one that is due first goes to the very front.
+        # Of the jobs for the front, the one that is due first goes first.
         for job in [*(job for job in ready if not job.at_front), *(job for job in ready[::-1] if job.at_front)]:
             self.wait([job], at_front=job.at_front)
         return len(ready)
@@ -172,7 +172,9 @@ class Model:
 
 redis: Any = fakeredis.FakeRedis(server=fakeredis.FakeServer())
 keys = json.dumps([{"name": name, "key": f"the long key of {name}", "admin": name == ADMIN} for name in OWNERS])
-client = create_app(Settings(api_keys=keys, queues=QUEUES, max_queue_length=MOST_IN_QUEUE), redis).test_client()
+# No response is closed here, and each would hold its place among the open requests.
+app = create_app(Settings(api_keys=keys, queues=QUEUES, max_queue_length=MOST_IN_QUEUE, max_waiting=100_000), redis)
+client = app.test_client()
 
 
 def ask(who: str, method: str, route: str, key: str | None = None, body: Any = None, **query: Any) -> TestResponse:
@@ -182,13 +184,13 @@ def ask(who: str, method: str, route: str, key: str | None = None, body: Any = N
     return client.open(route, **arguments, **data)
 
 
-def assert_tells(job: Job, told: dict[str, Any]) -> None:
-    assert (told["job_id"], told["function"], told["queue"]) == (job.job_id, job.function, job.queue)
-    assert told["job_status"] == job.status
-    assert (told["retries_left"], told["progress"]) == (job.retries_left, job.progress)
-    assert (told["error"] and told["error"]["type"]) == job.error
-    assert (told["started_at"] is not None) == (job.status in ("started", "finished", "failed", "stopped"))
-    assert (told["ended_at"] is not None) == (job.status in TERMINAL)
+def assert_shows(job: Job, shown: dict[str, Any]) -> None:
+    assert (shown["job_id"], shown["function"], shown["queue"]) == (job.job_id, job.function, job.queue)
+    assert shown["job_status"] == job.status
+    assert (shown["retries_left"], shown["progress"]) == (job.retries_left, job.progress)
+    assert (shown["error"] and shown["error"]["type"]) == job.error
+    assert (shown["started_at"] is not None) == (job.status in ("started", "finished", "failed", "stopped"))
+    assert (shown["ended_at"] is not None) == (job.status in TERMINAL)
     assert not (job.is_canceled and job.status == "finished")
 
 
@@ -203,7 +205,7 @@ def release(run: Run, how: str) -> str:
 
 
 def snapshot() -> dict[bytes, bytes]:
-    """All that is stored, but for the workers' lists of runs."""
+    """All keys in Redis, except the workers' lists of runs."""
     return {key: redis.dump(key) for key in redis.scan_iter() if not key.endswith(b":executions")}
 
 
@@ -211,7 +213,7 @@ def snapshot() -> dict[bytes, bytes]:
 
 
 class Request(NamedTuple):
-    """What `/enqueue` or `/enqueue_many` is sent."""
+    """A request to `/enqueue` or `/enqueue_many`."""
 
     owner: str
     is_many: bool
@@ -239,7 +241,7 @@ def requests(draw: st.DrawFn) -> Request:
 
 @st.composite
 def next_steps(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
-    """All steps are one rule: of several ones, hypothesis leaves half out of a sequence, and most need another."""
+    """All steps are one rule: of several rules hypothesis leaves half out of a sequence, and most need another one."""
     machine = draw(st.runner())
     kept, running = machine.kept, machine.running
     lively = kept + 3 * running
@@ -277,7 +279,7 @@ class Service(RuleBasedStateMachine):
         self.model = Model()
         self.jobs = self.model.jobs
         self.stale_runs: list[Run] = []
-        #: by owner and idempotency key: the first request, and what it was answered
+        #: the first request and its answer, by owner and idempotency key
         self.sent: dict[tuple[str, str], tuple[Request, Any]] = {}
         self.count = 0
 
@@ -298,7 +300,7 @@ class Service(RuleBasedStateMachine):
         owner, is_many, function, payloads, options = request
         route = f"/enqueue_many/{function}" if is_many else f"/enqueue/{function}"
         answer = ask(owner, "POST", route, key, payloads if is_many else payloads[0], **options)
-        told, queue, slot = json_of(answer), options.get("queue", "default"), (owner, (key or "").strip('"'))
+        content, queue, slot = json_of(answer), options.get("queue", "default"), (owner, (key or "").strip('"'))
         if key and slot in self.sent:
             self.check_replay(request, answer, *self.sent[slot])
         elif not self.model.has_room(queue, len(payloads)):
@@ -306,25 +308,25 @@ class Service(RuleBasedStateMachine):
         else:
             assert (answer.status_code, "Idempotent-Replayed" in answer.headers) == (202, False), answer.text
             if key:
-                self.sent[slot] = request, told
+                self.sent[slot] = request, content
             retries = options.get("retries", 2 if function == "fail_with_retries" else 0) or None
-            common = told.get("group_id"), owner, function, queue, "at_front" in options, options.get("ttl"), retries
-            new = [Job(job_id, *common) for job_id in (told["job_ids"] if is_many else [told["job_id"]])]
+            common = content.get("group_id"), owner, function, queue, "at_front" in options, options.get("ttl"), retries
+            new = [Job(job_id, *common) for job_id in (content["job_ids"] if is_many else [content["job_id"]])]
             assert len(new) == len(payloads)
             self.model.add(new, is_delayed=bool(options.get("delay")))
 
-    def check_replay(self, request: Request, answer: TestResponse, first: Request, first_told: Any) -> None:
+    def check_replay(self, request: Request, answer: TestResponse, first: Request, first_content: Any) -> None:
         if request != first:
             problem_of(answer, 422, "idempotency-key-reused")
             return
         if request.is_many:
-            assert json_of(answer) == first_told
+            assert json_of(answer) == first_content
         else:
-            (job,) = (job for job in self.jobs if job.job_id == first_told["job_id"])
+            (job,) = (job for job in self.jobs if job.job_id == first_content["job_id"])
             if job.status == "expired":
                 problem_of(answer, 410, "result-expired")
                 return
-            assert_tells(job, json_of(answer))
+            assert_shows(job, json_of(answer))
         assert (answer.status_code, answer.headers["Idempotent-Replayed"]) == (202, "true")
 
     def enqueue_with_a_known_key(self, slot: tuple[str, str], change: str) -> None:
@@ -349,7 +351,7 @@ class Service(RuleBasedStateMachine):
                 problem_of(answer, 503, "queue-full")
             case _:
                 assert answer.status_code == expected, answer.text
-                assert_tells(job, json_of(answer))
+                assert_shows(job, json_of(answer))
         if run and not job.run:
             self.stale_runs.append(run)
 
@@ -363,11 +365,11 @@ class Service(RuleBasedStateMachine):
             for answer in (status, result, cancel, retry):
                 problem_of(answer, *((410, "result-expired") if is_visible else (404, "job-not-found")))
         else:
-            told = json_of(status)
-            assert_tells(job, told)
+            shown = json_of(status)
+            assert_shows(job, shown)
             if job.status != "finished":
                 problem = problem_of(result, 409, f"job-{job.status}" if job.status in TERMINAL else "result-not-ready")
-                assert (problem["job_status"], problem.get("error")) == (job.status, told["error"])
+                assert (problem["job_status"], problem.get("error")) == (job.status, shown["error"])
         if is_visible and job.group_id:
             statuses = [other.status for other in self.jobs if other.group_id == job.group_id]
             assert json_of(group) == {"group_id": job.group_id, "total": len(statuses), "counts": Counter(statuses)}
@@ -384,16 +386,16 @@ class Service(RuleBasedStateMachine):
         while following:
             page = json_of(ask(who, "GET", following))
             assert len(page["jobs"]) <= limit
-            for told in page["jobs"]:
-                assert_tells(expected[told["job_id"]], told)
-                listed.append(told["job_id"])
+            for shown in page["jobs"]:
+                assert_shows(expected[shown["job_id"]], shown)
+                listed.append(shown["job_id"])
             following = page["next"]
             if "status" not in filters:  # jobs that move between two pages are neither missed nor listed twice
                 self.tick()
         assert listed == list(expected)
 
     def take(self, worker: str) -> None:
-        # The second one is the same call again, because its answer was lost.
+        # The second call is the same call again, as after a lost answer.
         execution = uuid.uuid4().hex
         taken, again = (transitions.take(redis, worker, execution, LONG, WORKERS[worker]) for _ in range(2))
         self.check_taken(taken, worker, execution)
@@ -428,7 +430,7 @@ class Service(RuleBasedStateMachine):
         expected = self.model.finish(job, how, self.count)
         status = transitions.finish(redis, run, ending(how, self.count, progress))
         assert status == expected
-        if status == "scheduled":  # the pause is over when the machine says so, however slow that is
+        if status == "scheduled":  # the pause ends here, and not by the clock of a slow machine
             assert redis.zadd(f"rq:scheduled:{job.queue}", {job.job_id: time.time() + LONG}, xx=True, ch=True)
 
     def come_too_late(self, run: Run, how: str) -> None:
@@ -442,7 +444,7 @@ class Service(RuleBasedStateMachine):
         assert snapshot() == before
 
     def tick(self, times: int = 1) -> None:
-        """What each worker does once a second."""
+        """The work that each worker does once a second."""
         for _ in range(times):
             out = {job.run.execution: job for job in self.running if job.run and job.lease != "held"}
             abandoned = transitions.recover(redis, QUEUES)
@@ -460,12 +462,12 @@ class Service(RuleBasedStateMachine):
             assert indexed == {job.job_id for job in self.kept}
 
     def time_passes(self, job: Job) -> None:
-        """As much as there is to this job's next moment."""
+        """Let time pass until the next change of this job."""
         if job.run and job.lease == "held":
             job.lease = "out"
             transitions.renew(redis, job.run, EXPIRED)
         elif job.run and job.lease == "out":
-            # No worker was there to recover it, until Redis dropped the run's own key.
+            # No worker recovered the run before Redis dropped its key.
             job.lease = "forgotten"
             redis.delete(f"rq:execution:{job.job_id}:{job.run.execution}")
             redis.zadd(f"rq:wip:{job.queue}", {f"{job.job_id}:{job.run.execution}": time.time() - 1})
@@ -477,14 +479,14 @@ class Service(RuleBasedStateMachine):
             redis.delete(f"rq:job:{job.job_id}", f"rq:results:{job.job_id}")
 
     @invariant()
-    def requests_tell_what_the_model_says(self) -> None:
+    def answers_match_the_model(self) -> None:
         for job in self.kept:
-            assert_tells(job, json_of(ask(job.owner, "GET", "/check_status", job_id=job.job_id)))
+            assert_shows(job, json_of(ask(job.owner, "GET", "/check_status", job_id=job.job_id)))
             if job.status == "finished":
                 assert json_of(ask(job.owner, "GET", "/get_result", job_id=job.job_id)) == job.value
 
     @invariant()
-    def each_job_is_where_its_status_says_and_nowhere_else(self) -> None:
+    def each_job_is_only_where_its_status_says(self) -> None:
         kept = {job.job_id: job.status for job in self.kept}
         expected = defaultdict(set)
         for job_id, job in zip(kept, self.kept, strict=True):
@@ -500,14 +502,14 @@ class Service(RuleBasedStateMachine):
         found = {
             key: {entry.decode() for entry in redis.zrange(key, 0, -1)} for key in stored if key.startswith(PLACES)
         }
-        # An entry of an expired job stays where it is, until somebody comes by.
+        # The entry of an expired job stays until somebody meets it.
         found = {key: {i for i in found[key] if i in kept or "wip" in key} for key in found}
         assert {key: entries for key, entries in found.items() if entries} == expected
         for queue in QUEUES:
             waiting = [job_id.decode() for job_id in redis.lrange(f"rq:queue:{queue}", 0, -1)]
             assert waiting == [job.job_id for job in self.model.waiting[queue]]
-        told = {event[b"job_id"].decode(): event[b"status"].decode() for _, event in redis.xrange(EVENTS_KEY)}
-        assert told.items() >= kept.items()
+        logged = {event[b"job_id"].decode(): event[b"status"].decode() for _, event in redis.xrange(EVENTS_KEY)}
+        assert logged.items() >= kept.items()
 
 
 TestService = Service.TestCase

@@ -9,7 +9,7 @@ import pytest
 from app.start.supervisor import Supervisor
 from tests.processes import wait_until
 
-#: Prints as it is told to end.
+#: Prints 3000 lines when it gets SIGTERM.
 TALKATIVE = """
 import signal, sys, time
 def end(*_):
@@ -29,7 +29,7 @@ QUICK = "print('→', flush=True); raise SystemExit(3)"
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """The supervisor takes over the signals of its process."""
+    """Restore the signal handlers, which the supervisor replaces in its process."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
     yield
@@ -39,14 +39,14 @@ def handlers() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """3000 lines take their time on a busy machine that measures coverage."""
+    """Wait longer for the last lines: 3000 of them take long on a busy machine that measures coverage."""
     monkeypatch.setattr("app.start.supervisor.LAST_LINES_WITHIN", 20)
 
 
 def run(
     supervisor: Supervisor, output: io.StringIO | io.TextIOWrapper, code: str, until: str, look: object = None
 ) -> str:
-    """Have it run this program until its log says so; the log."""
+    """Let the supervisor run this program until the log has this text; returns the log."""
     supervisor.add("child", [sys.executable, "-c", code])
 
     def text() -> str:
@@ -76,7 +76,7 @@ def test_supervisor_loses_no_line_that_is_printed_at_the_end() -> None:
     assert log.endswith("| the last\n")
 
 
-def test_supervisor_starts_again_what_ends_and_says_how_it_ended() -> None:
+def test_supervisor_restarts_a_process_and_logs_how_it_ended() -> None:
     output = io.StringIO()
     supervisor = Supervisor(output, kill_after=1)
     supervisor.restarts = True
@@ -85,7 +85,7 @@ def test_supervisor_starts_again_what_ends_and_says_how_it_ended() -> None:
     assert log.count("→") == 2
 
 
-def test_supervisor_ends_all_at_the_first_end_unless_it_restarts() -> None:
+def test_supervisor_without_restarts_ends_all_when_one_process_ends() -> None:
     output = io.StringIO()
     supervisor = Supervisor(output, kill_after=1)
     supervisor.add("child", [sys.executable, "-c", QUICK])
@@ -93,7 +93,7 @@ def test_supervisor_ends_all_at_the_first_end_unless_it_restarts() -> None:
     assert supervisor.failure == "A process ended by itself (child: exit code 3); all others were stopped."
 
 
-def test_supervisor_kills_what_does_not_end_though_what_it_looks_after_is_gone() -> None:
+def test_supervisor_kills_a_stubborn_process_even_if_valkey_cannot_be_restarted() -> None:
     output = io.StringIO()
     supervisor = Supervisor(output, kill_after=0.5)
 
@@ -108,12 +108,12 @@ def test_supervisor_kills_what_does_not_end_though_what_it_looks_after_is_gone()
     assert popen.returncode == -signal.SIGKILL
 
 
-def test_supervisor_prints_what_the_terminal_cannot_show() -> None:
+def test_supervisor_escapes_characters_that_the_terminal_cannot_show() -> None:
     output = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
     assert "child | \\u2192" in run(Supervisor(output, kill_after=1), output, QUICK, "\\u2192")
 
 
-def test_supervisor_leaves_a_signal_ignored_that_nohup_ignores() -> None:
+def test_supervisor_keeps_ignoring_the_signal_that_nohup_ignores() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     output = io.StringIO()
     run(Supervisor(output, kill_after=1), output, TALKATIVE, "ready")

@@ -1,4 +1,4 @@
-"""Each Lua script through its typed function, on a fake and on a real server."""
+"""Call each Lua script through its typed function, on a fake and on a real server."""
 
 import base64
 import json
@@ -15,17 +15,16 @@ from redis.exceptions import NoScriptError, ResponseError
 from rq.registry import StartedJobRegistry
 from rq.serializers import JSONSerializer
 
-from app.core import queries as overviews
-from app.core import scripts, transitions
+from app.core import queries, scripts, transitions
 from app.core.scripts import DOORBELL_KEY, EVENTS_KEY, Failure, describe_failure
 from app.core.transitions import Abandoned, Again, Created, Ending, Exists, Fields, Full, Nothing, Run, Skipped, Taken
 from tests.processes import just_set
 
-#: A client; the annotations of redis-py are unions of all that a command may ever answer.
+#: A client. It is `Any`, because redis-py annotates each command with the union of all its possible answers.
 Redis = Any
 BOOM = describe_failure("ValueError", "boom")
 MANY = 1000
-#: A lease that ran out a second before it began.
+#: A lease of -1 s: it has expired when it begins.
 EXPIRED = -1
 
 pytestmark = pytest.mark.parametrize("server", ["fake", "real"])
@@ -57,7 +56,7 @@ def take(redis: Any, *queues: str, lease: int = 30, worker: str = "w", execution
 
 
 def start(redis: Any, job_id: str = "j", lease: int = 30, worker: str = "w", **fields: Any) -> Run:
-    """A job that runs."""
+    """Enqueue a job and take it, so that it runs."""
     add(redis, job_id, **fields)
     return take_again(redis, lease=lease, worker=worker)
 
@@ -108,7 +107,7 @@ def rung(redis: Any) -> bytes:
 
 
 def dump(redis: Any) -> dict[bytes, Any]:
-    """All that is stored; two equal dumps mean that nothing was written between them."""
+    """All keys in Redis. Two equal dumps mean that nothing was written between them."""
     read: dict[bytes, Callable[[bytes], Any]] = {
         b"hash": redis.hgetall,
         b"list": lambda key: redis.lrange(key, 0, -1),
@@ -139,16 +138,16 @@ def seconds_of(timestamp: str) -> float:
         "2100-03-01T00:00:00.000000Z",
     ],
 )
-def test_timestamp_is_the_calendars(redis: Any, moment: str) -> None:
+def test_timestamp_agrees_with_the_calendar(redis: Any, moment: str) -> None:
     microseconds = round(seconds_of(moment) * 1e6)
     script = scripts._COMMON + "return timestamp(tonumber(ARGV[1]) / 1e6)"
     text = redis.eval(script, 0, microseconds).decode()
-    # A double holds today's seconds to a quarter of a microsecond; cutting off may lose a whole one.
+    # A double holds today's seconds to a quarter of a microsecond. Truncation may lose a whole one.
     assert abs(round(seconds_of(text) * 1e6) - microseconds) <= 1
 
 
 def moment_since(before: float) -> Any:
-    """What equals a time of the server's clock between this one and now."""
+    """A value that equals any time of the server's clock between `before` and now."""
     now = time.time()
     return pytest.approx((before + now) / 2, abs=(now - before) / 2 + 0.001)  # rounding takes a microsecond
 
@@ -156,7 +155,7 @@ def moment_since(before: float) -> Any:
 # enqueue
 
 
-def test_enqueue_makes_a_waiting_job_and_tells_of_it(redis: Any) -> None:
+def test_enqueue_makes_a_waiting_job_and_logs_it(redis: Any) -> None:
     before = time.time()
     enqueued = add(redis, "j", "high", function="echo", created_at="long ago")
     assert isinstance(enqueued, Created)
@@ -204,7 +203,7 @@ def test_enqueue_carries_any_number_of_fields(redis: Any) -> None:
     assert job_of(redis).items() >= fields.items()
 
 
-def test_enqueue_at_front_goes_ahead_of_what_waits(redis: Any) -> None:
+def test_enqueue_at_front_puts_the_job_before_the_others(redis: Any) -> None:
     for job_id, at_front in [("1", False), ("2", False), ("3", True), ("4", True)]:
         add(redis, job_id, at_front=at_front)
     assert [take(redis).job_id for _ in range(4)] == ["4", "3", "1", "2"]
@@ -232,12 +231,12 @@ def test_take_starts_the_job_under_a_lease(redis: Any) -> None:
     job = job_of(redis)
     assert (job["status"], job["worker_name"], job["started_at"]) == ("started", "w", taken.started_at)
     assert seconds_of(taken.started_at) == moment_since(before)
-    assert redis.ttl("rq:job:j") == -1  # a ttl is for waiting only
+    assert redis.ttl("rq:job:j") == -1  # the ttl holds only while the job waits
     assert waiting(redis) == []
     run = redis.hgetall("rq:execution:j:e")
     assert (run[b"id"], run[b"job_id"], run[b"worker_name"]) == (b"e", b"j", b"w")
     assert float(run[b"lease_until"]) - 30 == moment_since(before)
-    # RQ's own cleanup of the started registry must come after `recover`.
+    # RQ's own cleanup of the started registry must not act before `recover`.
     assert redis.zscore("rq:wip:default", "j:e") - 30 - 86400 == moment_since(before)
     assert redis.zscore("rq:executions:j", "e")
     assert redis.smembers("rq:worker:w:executions") == {b"j:e"}
@@ -273,7 +272,7 @@ def test_take_sent_again_after_the_job_was_lost_takes_the_next(redis: Any) -> No
     assert take(redis, execution=run.execution).job_id == "2"
 
 
-def test_take_of_nothing_tells_from_where_to_listen(redis: Any) -> None:
+def test_take_of_nothing_returns_the_doorbell_id_to_listen_from(redis: Any) -> None:
     assert take(redis) == Nothing("0-0")
     assert redis.hget("rq:worker:w", "state") == b"idle"
     add(redis)
@@ -281,7 +280,7 @@ def test_take_of_nothing_tells_from_where_to_listen(redis: Any) -> None:
     assert take(redis) == Nothing(rung(redis).decode())
 
 
-def test_take_of_nothing_misses_no_ring_after_it(redis: Any) -> None:
+def test_take_of_nothing_misses_no_later_ring(redis: Any) -> None:
     nothing = take(redis)
     add(redis)
     assert redis.xread({DOORBELL_KEY: nothing.doorbell_id})
@@ -298,7 +297,7 @@ def test_take_while_suspended_leaves_the_job(redis: Any) -> None:
 
 
 @pytest.mark.parametrize("status", ["started", "finished", "failed", "stopped", "canceled", "scheduled", "deferred"])
-def test_take_skips_what_does_not_wait(redis: Any, status: str) -> None:
+def test_take_skips_a_job_that_does_not_wait(redis: Any, status: str) -> None:
     add(redis, "settled")
     redis.hset("rq:job:settled", "status", status)
     add(redis, "good")
@@ -327,7 +326,7 @@ def test_take_sets_a_key_of_another_type_aside(redis: Any, kind: str) -> None:
 
 
 @pytest.mark.parametrize("status", ["nonsense", "", "created"])
-def test_take_takes_a_status_that_is_none_so_that_the_worker_fails_it(redis: Any, status: str) -> None:
+def test_take_returns_a_job_with_an_unknown_status_for_the_worker_to_fail(redis: Any, status: str) -> None:
     add(redis)
     redis.hset("rq:job:j", "status", status)
     taken = take(redis)
@@ -358,7 +357,7 @@ def test_renew_extends_the_lease(redis: Any) -> None:
     assert events(redis)[-1] == ("j", "started")
 
 
-def test_renew_writes_all_of_a_run_that_redis_has_forgotten(redis: Any) -> None:
+def test_renew_restores_a_run_whose_keys_are_gone(redis: Any) -> None:
     run = start(redis)
     key = f"rq:execution:j:{run.execution}"
     before = redis.hkeys(key)
@@ -388,7 +387,7 @@ def lose_to_another_worker(redis: Any, run: Run) -> None:
 
 
 def lose_to_cancel(redis: Any, run: Run) -> None:
-    # As rq.job.Job.cancel() does.
+    # rq.job.Job.cancel() does the same.
     redis.hset("rq:job:j", "status", "canceled")
     redis.zrem("rq:wip:default", f"j:{run.execution}")
 
@@ -421,7 +420,7 @@ def test_run_that_lost_its_job_changes_nothing(
 ) -> None:
     run = start(redis, lease=EXPIRED)
     lose(redis, run)
-    # What the run itself left behind may go: nobody reads it any more.
+    # The run's own keys may be deleted: nobody reads them any more.
     own = {f"rq:execution:j:{run.execution}".encode(), b"rq:worker:w:executions", b"rq:executions:j", b"rq:wip:default"}
     before = {key: value for key, value in dump(redis).items() if key not in own}
     others = redis.zrange("rq:wip:default", 0, -1)
@@ -484,7 +483,7 @@ def test_finish_sent_twice_writes_once(redis: Any, outcome: Literal["finished", 
     assert dump(redis) == before
 
 
-def test_finish_does_not_bring_a_forgotten_worker_back(redis: Any) -> None:
+def test_finish_does_not_recreate_the_key_of_a_forgotten_worker(redis: Any) -> None:
     run = start(redis)
     redis.delete("rq:worker:w")
     assert finish(redis, run) == "finished"
@@ -518,7 +517,7 @@ def test_finish_with_a_ttl_of_minus_1_keeps_the_job_for_ever(
     assert finish(redis, start(redis, **own), outcome) == outcome
     assert job_of(redis)["status"] == outcome
     assert redis.ttl("rq:job:j") == redis.ttl("rq:results:j") == -1
-    # RQ writes -1 for a failure; its cleanup passes over both.
+    # RQ writes -1 for a failure. Its cleanup skips both values.
     assert redis.zscore(f"rq:{registry}:default", "j") in (float("inf"), -1)
 
 
@@ -528,7 +527,7 @@ def test_finish_with_a_ttl_of_minus_1_keeps_the_job_for_ever(
     ids=lambda fields: next(iter(fields)),
 )
 @pytest.mark.parametrize("outcome", ["finished", "failed"])
-def test_finish_leaves_what_only_rq_handles_to_rq(redis: Any, outcome: Any, fields: dict[str, Any]) -> None:
+def test_finish_leaves_jobs_that_only_rq_can_end_to_rq(redis: Any, outcome: Any, fields: dict[str, Any]) -> None:
     run = start(redis, **fields)
     before = dump(redis)
     assert finish(redis, run, outcome) == "rq"
@@ -542,24 +541,24 @@ def test_finish_leaves_a_job_with_dependents_to_rq(redis: Any) -> None:
     assert transitions.renew(redis, run, 30) == "held"
 
 
-#: What Lua may or may not read as a number, and Redis not as a count of seconds.
-NO_NUMBERS = ["long", "", "1.5", "nan", "inf", "-inf", "1e30", "0x10"]
+#: Lua reads some of these as numbers; Redis reads none of them as a count of seconds.
+BAD_NUMBERS = ["long", "", "1.5", "nan", "inf", "-inf", "1e30", "0x10"]
 CORRUPT = [
     *(("retry_intervals", value) for value in ("{", '{"a": 1}', '"x"', "[null]", '["x"]', "[1.5]", "[1e400]", "[[]]")),
-    *((field, value) for field in ("retries_left", "failure_ttl") for value in NO_NUMBERS),
+    *((field, value) for field in ("retries_left", "failure_ttl") for value in BAD_NUMBERS),
 ]
 
 
 @pytest.mark.parametrize(("field", "value"), CORRUPT)
 def test_finish_fails_a_job_whose_hash_is_corrupt(redis: Any, field: str, value: str) -> None:
-    """A script that raises half-way has ended the execution already: the job would stay started for ever."""
+    """If the script raised half-way, the run would have ended, and the job would stay started for ever."""
     fields = {"retries_left": "1" if field == "retry_intervals" else "0"}
     run = start(redis, **dict[str, Any](fields | {field: value}))
     assert finish(redis, run, "failed") in ("failed", "queued", "scheduled")
     assert job_of(redis)["status"] in ("failed", "queued", "scheduled")
 
 
-@pytest.mark.parametrize("value", NO_NUMBERS)
+@pytest.mark.parametrize("value", BAD_NUMBERS)
 def test_finish_ends_a_job_whose_result_ttl_is_corrupt(redis: Any, value: str) -> None:
     run = start(redis, result_ttl=value)
     assert finish(redis, run, "finished", "1") == "finished"
@@ -574,18 +573,18 @@ def test_take_and_finish_does_both(redis: Any) -> None:
     run = start(redis, "1")
     add(redis, "2", "low")
     client = redis.client()
-    assert finish(redis, Run("none", "e", "default", "w")) == "lost"  # brings the script
+    assert finish(redis, Run("none", "e", "default", "w")) == "lost"  # loads the script
     taken = take_and_finish(client, run)
     assert isinstance(taken, Taken)
     assert (taken.queue, taken.job_id) == ("low", "2")
     assert transitions.read_finish(client) == "finished"
     assert job_of(redis, "1")["status"] == "finished"
     assert redis.smembers("rq:worker:w:executions") == {b"2:e"}
-    assert take_and_finish(client, run)[:3] == taken[:3]  # sent again: the same answer, and the end was written
+    assert take_and_finish(client, run)[:3] == taken[:3]  # sent again: the same answer, because the end was written
     assert transitions.read_finish(client) == "lost"
 
 
-def test_take_and_finish_leaves_it_to_each_to_bring_its_script(redis: Any) -> None:
+def test_take_and_finish_loads_no_script(redis: Any) -> None:
     run = start(redis)
     client = redis.client()
     redis.script_flush()
@@ -598,7 +597,7 @@ def test_take_and_finish_leaves_it_to_each_to_bring_its_script(redis: Any) -> No
 # retries
 
 
-def test_finish_of_a_failed_run_with_retries_left_makes_the_job_wait_again(redis: Any) -> None:
+def test_finish_of_a_failed_run_with_retries_left_puts_the_job_back(redis: Any) -> None:
     add(redis, "other")
     redis.lrem("rq:queue:default", 0, "other")
     run = start(redis, retries_left=2)
@@ -620,7 +619,7 @@ def test_finish_retries_at_the_front_if_the_job_says_so(redis: Any) -> None:
     assert waiting(redis) == ["j", "other"]
 
 
-def test_retries_come_to_an_end(redis: Any) -> None:
+def test_retries_are_limited(redis: Any) -> None:
     add(redis, retries_left=2)
     assert [finish(redis, take_again(redis), "failed") for _ in range(3)] == ["queued", "queued", "failed"]
     assert job_of(redis)["retries_left"] == "0"
@@ -630,9 +629,9 @@ def test_stopped_job_is_not_retried(redis: Any) -> None:
     assert finish(redis, start(redis, retries_left=2), "stopped") == "stopped"
 
 
-def test_retries_pause_in_between_as_their_intervals_say(redis: Any) -> None:
+def test_retries_pause_for_their_intervals(redis: Any) -> None:
     add(redis, retries_left=3, retry_intervals="[10, 20]")
-    # RQ takes the first interval more than once if there are more retries than intervals.
+    # If there are more retries than intervals, RQ uses the first interval more than once.
     for pause in (10, 10, 20):
         before = time.time()
         assert finish(redis, take_again(redis), "failed") == "scheduled"
@@ -655,7 +654,7 @@ def schedule(redis: Any, job_id: str, when: float, queue: str = "default", **fie
     redis.zadd(f"rq:scheduled:{queue}", {job_id: when})
 
 
-def test_promote_makes_what_is_due_wait_in_order(redis: Any) -> None:
+def test_promote_puts_due_jobs_into_the_queue_in_order(redis: Any) -> None:
     now = time.time()
     for job_id, when in [("later", now + 60), ("2", now - 1), ("1", now - 2)]:
         schedule(redis, job_id, when)
@@ -671,7 +670,7 @@ def test_promote_makes_what_is_due_wait_in_order(redis: Any) -> None:
 
 
 @pytest.mark.parametrize("field", ["enqueue_at_front", "enqueue_at_front_on_retry"])
-def test_promote_puts_a_job_in_front_that_asked_for_it(redis: Any, field: str) -> None:
+def test_promote_puts_a_job_with_at_front_in_front(redis: Any, field: str) -> None:
     add(redis, "other")
     schedule(redis, "j", 1, **dict[str, Any]({field: 1}))
     transitions.promote(redis, ["default"])
@@ -679,7 +678,7 @@ def test_promote_puts_a_job_in_front_that_asked_for_it(redis: Any, field: str) -
 
 
 @pytest.mark.parametrize("status", ["canceled", "finished", "queued"])
-def test_promote_drops_what_is_not_scheduled_any_more(redis: Any, status: str) -> None:
+def test_promote_drops_jobs_that_are_not_scheduled_any_more(redis: Any, status: str) -> None:
     schedule(redis, "j", 1, status=status)
     redis.zadd("rq:scheduled:default", {"gone": 1})
     assert transitions.promote(redis, ["default"]).jobs == 0
@@ -745,14 +744,14 @@ def test_release_uses_no_retries(redis: Any) -> None:
 
 
 @pytest.mark.parametrize("field", ["crashes", "failure_ttl"])
-@pytest.mark.parametrize("value", NO_NUMBERS)
+@pytest.mark.parametrize("value", BAD_NUMBERS)
 def test_release_ends_a_job_whose_hash_is_corrupt(redis: Any, field: str, value: str) -> None:
     run = start(redis, **dict[str, Any]({field: value}))
     assert release(redis, run, crashed=True, limit=0) in ("failed", "queued")
     assert job_of(redis)["status"] in ("failed", "queued")
 
 
-def test_take_pops_nothing_where_it_could_not_note_the_run(redis: Any) -> None:
+def test_take_pops_nothing_if_it_cannot_record_the_run(redis: Any) -> None:
     add(redis, "j")
     redis.set("rq:wip:default", "text")
     with pytest.raises(ResponseError, match="WRONGTYPE"):
@@ -765,13 +764,13 @@ def test_take_pops_nothing_where_it_could_not_note_the_run(redis: Any) -> None:
 # recover
 
 
-def test_recover_names_the_runs_whose_lease_ran_out(redis: Any) -> None:
+def test_recover_returns_the_runs_whose_lease_expired(redis: Any) -> None:
     dead = start(redis, "dead", lease=EXPIRED, worker="gone", crashes=2)
     start(redis, "alive", lease=30)
     assert transitions.recover(redis, ["other"]) == []
     found = transitions.recover(redis, ["other", "default"])
     assert found == [Abandoned(dead, 2, None)]
-    assert transitions.recover(redis, ["default"]) == found  # it only names them
+    assert transitions.recover(redis, ["default"]) == found  # it changes nothing
     assert transitions.renew(redis, dead, EXPIRED, max_crashes=0) == "held"
     assert transitions.recover(redis, ["default"]) == [Abandoned(dead, 2, 0)]
     assert release(redis, dead, crashed=True) == "queued"
@@ -779,13 +778,13 @@ def test_recover_names_the_runs_whose_lease_ran_out(redis: Any) -> None:
     assert (waiting(redis), job_of(redis, "dead")["crashes"]) == (["dead"], "3")
 
 
-def test_recover_leaves_a_lease_that_was_renewed(redis: Any) -> None:
+def test_recover_ignores_a_run_whose_lease_was_renewed(redis: Any) -> None:
     run = start(redis, lease=EXPIRED)
     transitions.renew(redis, run, 30)
     assert transitions.recover(redis, ["default"]) == []
 
 
-def test_recover_leaves_a_run_of_a_stock_worker_until_rq_gives_it_up(redis: Any) -> None:
+def test_recover_ignores_a_run_of_a_stock_worker_until_rq_abandons_it(redis: Any) -> None:
     add(redis)
     redis.hset("rq:job:j", "status", "started")
     redis.hset("rq:execution:j:e", mapping={"id": "e", "worker_name": "stock"})
@@ -797,7 +796,7 @@ def test_recover_leaves_a_run_of_a_stock_worker_until_rq_gives_it_up(redis: Any)
 
 @pytest.mark.parametrize("ours", ["just now", "yesterday"])
 def test_recover_finds_a_run_behind_those_of_many_stock_workers(redis: Any, ours: str) -> None:
-    """Stock workers give up theirs within 90 seconds; ours is given up a day before its score (GRACE)."""
+    """A stock worker's run is abandoned within 90 seconds; ours is abandoned a day before its score (GRACE)."""
     run = start(redis, lease=EXPIRED)
     redis.zadd("rq:wip:default", {f"stock:{number}": time.time() + 30 + number / 10 for number in range(300)})
     if ours == "yesterday":
@@ -805,7 +804,7 @@ def test_recover_finds_a_run_behind_those_of_many_stock_workers(redis: Any, ours
     assert transitions.recover(redis, ["default"]) == [Abandoned(run, 0, None)]
 
 
-def test_recover_names_a_run_whose_execution_has_expired(redis: Any) -> None:
+def test_recover_returns_a_run_whose_execution_has_expired(redis: Any) -> None:
     run = start(redis)
     redis.delete(f"rq:execution:j:{run.execution}")
     redis.zadd("rq:wip:default", {f"j:{run.execution}": time.time() - 1})
@@ -814,7 +813,7 @@ def test_recover_names_a_run_whose_execution_has_expired(redis: Any) -> None:
     assert release(redis, found, crashed=True) == "queued"
 
 
-def test_recover_ends_what_is_left_of_a_run_that_was_lost(redis: Any) -> None:
+def test_release_removes_the_rest_of_a_lost_run(redis: Any) -> None:
     run = start(redis, lease=EXPIRED)
     redis.delete("rq:job:j")
     ((found, *_),) = transitions.recover(redis, ["default"])
@@ -837,7 +836,7 @@ def test_recover_is_not_held_up_by_a_job_of_the_wrong_type(redis: Any) -> None:
 
 
 def test_release_of_a_job_of_the_wrong_type_ends_its_run(redis: Any) -> None:
-    """A release that raises is tried again for ever, by every worker."""
+    """If `release` raised, every worker would try it again for ever."""
     run = start(redis, lease=EXPIRED)
     redis.delete("rq:job:j")
     redis.set("rq:job:j", "x")
@@ -851,8 +850,8 @@ def test_recover_is_not_held_up_by_a_corrupt_lease(redis: Any) -> None:
     assert good in [run for run, *_ in transitions.recover(redis, ["default"])]
 
 
-@pytest.mark.parametrize("value", NO_NUMBERS)
-def test_recover_names_a_run_of_a_job_with_a_corrupt_count(redis: Redis, value: str) -> None:
+@pytest.mark.parametrize("value", BAD_NUMBERS)
+def test_recover_returns_a_run_of_a_job_with_a_corrupt_count(redis: Redis, value: str) -> None:
     run = start(redis, lease=EXPIRED, crashes=value)
     assert [abandoned.run for abandoned in transitions.recover(redis, ["default"])] == [run]
 
@@ -861,7 +860,7 @@ INTERMEDIATE = "rq:queue:default:intermediate"
 
 
 def leave_in_intermediate(redis: Any, job_id: str = "j", seen: float | None = None) -> None:
-    """As a stock worker does that was killed after its BLMOVE (rq#2236), and RQ's time of the first sight of it."""
+    """Leave the job as a stock worker does that is killed after its BLMOVE (rq#2236). RQ first saw it at `seen`."""
     redis.lrem("rq:queue:default", 0, job_id)
     redis.lpush(INTERMEDIATE, job_id)
     if seen:
@@ -929,7 +928,7 @@ def test_enqueue_of_a_group_makes_all_its_jobs(redis: Any) -> None:
     assert isinstance(created, Created)
     assert waiting(redis) == ["c", "a", "b"]
     assert [job_of(redis, job_id)["data"] for job_id in "cab"] == ["c", "a", "b"]
-    assert overviews.read_group(redis, "g") == (3, ["queued"] * 3)
+    assert queries.read_group(redis, "g") == (3, ["queued"] * 3)
     assert redis.smembers("rq:groups") == {b"g"}
     assert [redis.ttl(key) for key in ("rq:group:g", "rq:api:group:g")] == [just_set(100)] * 2
     before = dump(redis)
@@ -953,7 +952,7 @@ def test_enqueue_takes_jobs_of_any_number_of_fields(redis: Any) -> None:
 
 
 def test_read_group_of_an_unknown_group_is_empty(redis: Any) -> None:
-    assert overviews.read_group(redis, "g") == (None, [])
+    assert queries.read_group(redis, "g") == (None, [])
 
 
 @pytest.mark.parametrize("when", ["delay", "at"])
@@ -969,7 +968,7 @@ def test_enqueue_of_a_delayed_job_schedules_it(redis: Any, when: str) -> None:
     assert redis.smembers("rq:queues") == {b"rq:queue:default"}
 
 
-def test_promote_tells_when_the_next_job_is_due(redis: Any) -> None:
+def test_promote_returns_when_the_next_job_is_due(redis: Any) -> None:
     add_many(redis, "a", delay=100)
     before = time.time()
     add_many(redis, "b", delay=50)
@@ -995,7 +994,7 @@ def test_enqueue_with_a_fingerprint_remembers_it(redis: Any, group: str | None) 
     assert isinstance(send("one"), Created)
     assert redis.ttl("rq:api:key:k") == just_set(200)
     before = dump(redis)
-    assert send("two") == Exists("one")  # also now that the queue is full
+    assert send("two") == Exists("one")  # a full queue changes nothing
     redis.delete("rq:job:j")
     assert send("one") == Exists("one")
     assert set(dump(redis)) == set(before) - {b"rq:job:j"}
@@ -1029,7 +1028,7 @@ def test_cancel_takes_a_waiting_job_out_of_its_queue(redis: Any) -> None:
     assert dump(redis) == settled
 
 
-def test_take_skips_what_was_canceled(redis: Any) -> None:
+def test_take_skips_a_canceled_job(redis: Any) -> None:
     add(redis)
     cancel(redis)
     redis.rpush("rq:queue:default", "j")
@@ -1083,7 +1082,7 @@ def test_canceled_run_of_a_dead_worker_is_recovered_as_stopped(redis: Any) -> No
 
 
 def forget(redis: Any, run: Run) -> None:
-    """Let Redis drop what the run has of its own, as it does where no worker is there to recover it in time."""
+    """Let Redis drop the run's own key, as it does if no worker recovers the run in time."""
     redis.delete(f"rq:execution:{run.job_id}:{run.execution}")
     redis.zadd("rq:wip:default", {f"{run.job_id}:{run.execution}": time.time() - 1}, xx=True)
 
@@ -1102,7 +1101,7 @@ def test_cancel_of_a_run_whose_lease_ran_out_ends_it_at_once(redis: Any) -> None
     assert finish(redis, run) == "lost"
 
 
-def test_stop_is_kept_however_late_the_dead_workers_run_is_recovered(redis: Any) -> None:
+def test_stop_is_kept_until_the_run_of_a_dead_worker_is_recovered(redis: Any) -> None:
     run = start(redis)
     cancel(redis)
     forget(redis, run)
@@ -1110,7 +1109,7 @@ def test_stop_is_kept_however_late_the_dead_workers_run_is_recovered(redis: Any)
     assert release(redis, abandoned, crashed=True) == "stopped"
 
 
-def test_canceled_run_that_was_forgotten_cannot_write_into_the_next_one(redis: Any) -> None:
+def test_canceled_run_that_was_forgotten_cannot_change_the_next_run(redis: Any) -> None:
     run = start(redis)
     forget(redis, run)
     assert cancel(redis) == "stopped"
@@ -1121,14 +1120,14 @@ def test_canceled_run_that_was_forgotten_cannot_write_into_the_next_one(redis: A
     assert finish(redis, again) == "finished"
 
 
-def test_entry_of_the_run_is_there_for_cancel_long_after_the_lease(redis: Any) -> None:
+def test_entry_of_a_run_outlives_its_lease_by_a_day_for_cancel(redis: Any) -> None:
     run = start(redis)
     assert redis.ttl("rq:executions:j") > 86400
     finish(redis, run)
     assert not redis.exists("rq:executions:j")
 
 
-def test_run_that_lost_its_job_leaves_nothing_behind_when_it_hears_of_it(redis: Any) -> None:
+def test_renew_of_a_lost_run_removes_its_keys(redis: Any) -> None:
     run = start(redis)
     redis.zrem("rq:wip:default", f"j:{run.execution}")  # as RQ's own code does
     assert transitions.renew(redis, run, 30) == "lost"
@@ -1147,7 +1146,7 @@ def test_stop_does_not_outlive_its_run(redis: Any) -> None:
     assert finish(redis, again) == "finished"
 
 
-def test_cancel_that_comes_after_the_end_changes_nothing(redis: Any) -> None:
+def test_cancel_of_an_ended_job_changes_nothing(redis: Any) -> None:
     finish(redis, start(redis))
     before = dump(redis)
     assert cancel(redis) == "finished"
@@ -1155,14 +1154,14 @@ def test_cancel_that_comes_after_the_end_changes_nothing(redis: Any) -> None:
 
 
 @pytest.mark.parametrize(("owner", "answer"), [("", ""), ("bob", ""), ("alice", "canceled"), (None, "canceled")])
-def test_cancel_and_retry_look_whose_job_it_is(redis: Any, owner: str | None, answer: str) -> None:
+def test_cancel_and_retry_check_the_owner(redis: Any, owner: str | None, answer: str) -> None:
     add(redis, owner="alice")
     assert cancel(redis, owner=owner) == answer
     cancel(redis, owner="alice")
     assert transitions.retry(redis, "j", owner, MANY) == ("queued" if answer else "")
 
 
-def test_cancel_leaves_a_job_with_dependents_to_rq_when_it_ends(redis: Any) -> None:
+def test_finish_leaves_a_canceled_job_with_dependents_to_rq(redis: Any) -> None:
     run = start(redis)
     redis.sadd("rq:job:j:dependents", "other")
     cancel(redis)
@@ -1238,20 +1237,20 @@ def test_list_goes_through_all_statuses_newest_first(redis: Any) -> None:
     finish(redis, take_again(redis), "failed")
     cancel(redis, "3")
     fields = ["status", "function", "origin", "owner", "created_at"]
-    first = overviews.list_jobs(redis, None, fields, limit=4, most=MANY)
+    first = queries.list_jobs(redis, None, fields, limit=4, most=MANY)
     assert [(job_id, (values[0] or b"").decode()) for job_id, values in first.jobs] == [
         ("5", "queued"), ("4", "queued"), ("3", "canceled"), ("2", "queued"),
     ]  # fmt: skip
-    second = overviews.list_jobs(redis, None, fields, limit=4, most=MANY, cursor=first.next)
+    second = queries.list_jobs(redis, None, fields, limit=4, most=MANY, cursor=first.next)
     assert ([job_id for job_id, _ in second.jobs], second.next) == (["1", "0"], None)
-    filtered = overviews.list_jobs(redis, None, fields, status="failed", limit=4, most=MANY)
+    filtered = queries.list_jobs(redis, None, fields, status="failed", limit=4, most=MANY)
     assert ([job_id for job_id, _ in filtered.jobs], filtered.next) == (["1"], None)
 
 
-def test_list_looks_at_no_more_than_it_is_told(redis: Any) -> None:
+def test_list_looks_at_no_more_jobs_than_its_limit(redis: Any) -> None:
     for number in range(5):
         add(redis, str(number))
-    page = overviews.list_jobs(
+    page = queries.list_jobs(
         redis, None, ["status", "function", "origin", "owner", "created_at"], queue="other", limit=4, most=3
     )
     assert page.jobs == []
@@ -1259,10 +1258,10 @@ def test_list_looks_at_no_more_than_it_is_told(redis: Any) -> None:
     assert page.next.job_id == "2"
 
 
-# What all share
+# All scripts
 
 
-def test_scripts_work_after_redis_forgot_them(redis: Any) -> None:
+def test_scripts_work_after_a_script_flush(redis: Any) -> None:
     add(redis)
     redis.script_flush()
     run = take_again(redis)
@@ -1270,7 +1269,7 @@ def test_scripts_work_after_redis_forgot_them(redis: Any) -> None:
     assert finish(redis, run) == "finished"
 
 
-def test_clients_that_decode_are_served_too(redis: Any) -> None:
+def test_scripts_work_with_a_client_that_decodes(redis: Any) -> None:
     redis.connection_pool.connection_kwargs["decode_responses"] = True
     try:
         redis.connection_pool.disconnect()
@@ -1282,14 +1281,14 @@ def test_clients_that_decode_are_served_too(redis: Any) -> None:
 
 
 def test_event_log_is_bounded(redis: Any) -> None:
-    # The fake one takes some ten seconds for what a server does in a hundredth of one: a bound of a tenth shows it too.
+    # A tenth of the real bound shows it, too. The fake server would take ten seconds for the full one.
     script = scripts._COMMON.replace("EVENTS_KEPT = 10000", "EVENTS_KEPT = 1000")
     redis.eval(script + "for i = 1, 2500 do log_event('j', 'queued') end", 0)
     assert 1_000 <= redis.xlen(EVENTS_KEY) < 1_200
     assert "EVENTS_KEPT = 10000" in scripts._COMMON
 
 
-def test_doorbell_rings_for_all_that_becomes_waiting(redis: Any) -> None:
+def test_doorbell_rings_for_each_job_that_begins_to_wait(redis: Any) -> None:
     rings = []
 
     def ring_of(what: object) -> None:

@@ -1,4 +1,4 @@
-"""The way of any Flask and RQ tutorial, with the three processes started by hand."""
+"""The steps of any Flask and RQ tutorial, with three processes that are started by hand."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ def _curl(*args: str) -> Any:
 def test_tutorial_works_word_for_word(redis_url: str, tmp_path: Path, server: str) -> None:
     port = str(free_port())
     env = environment(redis_url, SOME_LONG_FUNCTION_SECONDS=1, PORT=port, FLASK_RUN_PORT=port)
-    # As .env has it for a newcomer: only the shipped functions.
+    # A newcomer's .env has only the shipped functions.
     env["FUNCTION_MODULES"] = "app.functions"
     url = f"http://127.0.0.1:{port}"
 

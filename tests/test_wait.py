@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("quick_reader")
 
 @pytest.fixture
 def redis(real_redis: "Redis") -> "Redis":
-    """Blocking reads want a real server."""
+    """Use a real server: blocking reads need one."""
     return real_redis
 
 
@@ -56,7 +56,7 @@ def listeners(waiting: Waiting) -> int:
 
 @pytest.fixture
 def ask(app: APIFlask, waiting: Waiting, pool: ThreadPoolExecutor) -> Callable[..., "Future[TestResponse]"]:
-    """A request in a thread of its own; returns once it waits."""
+    """Send a request from another thread; the call returns once the request waits."""
 
     def start(path: str, job_id: str, wait: float = 20, **headers: str) -> "Future[TestResponse]":
         before = listeners(waiting)
@@ -106,7 +106,7 @@ def test_wait_on_enqueue_that_is_too_short_answers_202(service: Service, tmp_pat
         assert answer.headers["Retry-After"] == "1"
         assert "result" not in answer.json()
         job_id = answer.json()["job_id"]
-    finally:  # others want the worker, too
+    finally:  # other tests use this worker, too
         go_on.touch()
     found = requests.get(f"{service.url}/get_result", params={"job_id": job_id, "wait": "20"}, timeout=30)
     assert (found.status_code, found.json()) == (200, None)
@@ -128,7 +128,7 @@ def test_wait_of_fifty_clients_is_answered_at_once(service: Service, pool: Threa
     url = f"{service.url}/get_result?job_id={job_id}&wait=20"
     asked = [pool.submit(requests.get, url, timeout=30) for _ in range(50)]
     assert [future.result().status_code for future in asked] == [200] * 50
-    # The worker's doorbell is the other one.
+    # One is the reader of the events, the other one the worker's doorbell.
     assert sum(client["cmd"] == "xread" for client in service.redis.client_list()) <= 2
 
 
@@ -170,7 +170,7 @@ def test_prefer_wait_in_two_headers_is_read(client: FlaskClient, redis: "Redis")
 
 
 @pytest.mark.parametrize("path", ["/check_status", "/get_result", "/enqueue/echo"])
-def test_prefer_wait_waits_and_says_so_in_the_normal_answer(client: FlaskClient, path: str) -> None:
+def test_prefer_wait_waits_and_is_named_in_the_answer(client: FlaskClient, path: str) -> None:
     start = time.monotonic()
     if path == "/enqueue/echo":
         answer = client.post(path, json=1, headers={"Prefer": "wait=1"})
@@ -194,13 +194,13 @@ def test_wait_option_wins_over_the_header(client: FlaskClient, path: str) -> Non
     assert "Preference-Applied" not in answer.headers
 
 
-# What ends a wait, and what does not
+# Events that end a wait, and events that do not
 
 
 @pytest.mark.parametrize("path", ["/check_status", "/get_result", "/enqueue/echo"])
-def test_wait_that_runs_out_gives_the_normal_answer(client: FlaskClient, path: str) -> None:
+def test_wait_that_runs_out_returns_the_normal_answer(client: FlaskClient, path: str) -> None:
     taken = []
-    for _ in range(3):  # the machine may have been busy elsewhere, once or twice
+    for _ in range(3):  # the machine may have been busy once or twice
         start = time.monotonic()
         if path == "/enqueue/echo":
             answer = client.post(f"{path}?wait=0.4", json=1)
@@ -235,7 +235,7 @@ def test_wait_for_a_job_that_has_ended_answers_at_once(
 
 
 @READS
-def test_wait_for_a_job_that_is_not_there_answers_at_once(client: FlaskClient, path: str) -> None:
+def test_wait_for_an_unknown_job_answers_at_once(client: FlaskClient, path: str) -> None:
     start = time.monotonic()
     problem_of(client.get(path, query_string={"job_id": "nope", "wait": 30}), 404, "job-not-found")
     assert time.monotonic() - start < 15
@@ -269,10 +269,10 @@ def test_wait_on_enqueue_returns_the_stored_result_byte_by_byte(
     assert (answer.status_code, answer.text.endswith(f',"result":{text}}}')) == (200, True)
 
 
-def test_wait_is_ended_by_the_event_and_not_by_a_look(
+def test_wait_is_ended_by_the_event_and_not_by_a_poll(
     client: FlaskClient, redis: "Redis", ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Without the events, the second look would come when the wait is over.
+    # Without the events, the second poll would come after the end of the wait.
     monkeypatch.setattr("app.jobs.waiting.max", lambda *_: 100.0, raising=False)
     monkeypatch.setattr("app.jobs.waiting.min", lambda first, *_: first, raising=False)
     asked = ask("/check_status", enqueue_echo(client), wait=20)
@@ -316,12 +316,12 @@ def test_wait_sees_a_job_that_a_stock_worker_ran(client: FlaskClient, redis: "Re
 
 
 @READS
-def test_wait_sees_that_the_job_was_dropped_by_its_ttl(client: FlaskClient, ask: Ask, path: str) -> None:
+def test_wait_sees_that_the_job_expired(client: FlaskClient, ask: Ask, path: str) -> None:
     asked = ask(path, enqueue_echo(client, ttl=1))
     problem_of(asked.result(15), 410, "result-expired")
 
 
-def test_wait_on_enqueue_of_a_job_that_is_dropped_answers_what_is_documented(client: FlaskClient) -> None:
+def test_wait_on_enqueue_of_a_job_that_expires_answers_as_documented(client: FlaskClient) -> None:
     answer = client.post("/enqueue/echo?ttl=1&wait=4", json=1)
     document = json_of(client.get("/openapi.json"))
     assert str(answer.status_code) in document["paths"]["/enqueue/echo"]["post"]["responses"]
@@ -371,19 +371,19 @@ def test_wait_of_fifty_clients_holds_one_connection(
     asked = [ask("/check_status", job_id) for _ in range(50)]
     assert listeners(waiting) == 50
 
-    def reading() -> int:  # `b`: it waits for an answer now
+    def reading() -> int:  # `b`: it is blocked, waiting for an answer
         return sum(found["cmd"] == "xread" and "b" in found["flags"] for found in redis.client_list())
 
     wait_until(lambda: reading() == 1, what="the reader")
-    # The thread of a reader that just gave up its place may still be there.
+    # The thread of an earlier reader that just stopped may still be alive.
     wait_until(lambda: sum(thread.name == "events" for thread in threading.enumerate()) == 1, what="only one reader")
     end_run(redis, take_job(redis), value=1)
     assert {json_of(future.result(15))["job_status"] for future in asked} == {"finished"}
     assert listeners(waiting) == 0
 
 
-def test_wait_has_a_file_for_each_connection(tmp_path: Path, redis_url: str) -> None:
-    """The system's usual limit, 1024, is less than MAX_WAITING."""
+def test_wait_raises_the_limit_of_open_files(tmp_path: Path, redis_url: str) -> None:
+    """Each waiting request needs an open file. The system's usual limit, 1024, is less than MAX_WAITING."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, limits[1]))
     try:

@@ -1,4 +1,4 @@
-"""Webhooks: who may be told, what is sent and when, and that no end of a job is told to nobody."""
+"""Webhooks: which URLs are allowed, which messages are sent and when, and that each end of a job sends one."""
 
 import base64
 import json
@@ -50,7 +50,9 @@ SECRET, OLD_SECRET = (f"whsec_{base64.b64encode(bytes([number] * 24)).decode()}"
 URL = "http://93.184.215.14/hook"
 
 
-class Told(NamedTuple):
+class Delivery(NamedTuple):
+    """A request that the receiver got."""
+
     path: str
     headers: dict[str, str]
     body: bytes
@@ -61,10 +63,10 @@ class Told(NamedTuple):
 
 
 class Receiver:
-    """A server that is told; its answers are what the test says, the last of them for all that follow."""
+    """A webhook receiver. The test sets its answers; it repeats the last one."""
 
     def __init__(self) -> None:
-        self.told: list[Told] = []
+        self.received: list[Delivery] = []
         self.answers: list[tuple[int, dict[str, str]]] = [(204, {})]
         self.is_slow = threading.Event()
         outer = self
@@ -74,7 +76,7 @@ class Receiver:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 headers = {name.lower(): value for name, value in self.headers.items()}
                 status, more = outer.answers.pop(0) if len(outer.answers) > 1 else outer.answers[0]
-                outer.told.append(Told(self.path, headers, body))
+                outer.received.append(Delivery(self.path, headers, body))
                 self.send_response(status)
                 for name, value in more.items():
                     self.send_header(name, value)
@@ -116,8 +118,8 @@ class Api(NamedTuple):
         return requests.get(f"{self.url}/webhooks?job_id={job_id}", timeout=10).json()["messages"]
 
     def next_try(self, webhook_id: str) -> None:
-        """Let the pause before it be over."""
-        # It may be over by itself, between the look and the change: then there is nothing to change.
+        """End the pause before the next try."""
+        # The pause may end by itself between these two calls; then there is nothing to change.
         wait_until(lambda: (self.redis.zscore("rq:scheduled:webhooks", webhook_id) or 0) > 1)
         self.redis.zadd("rq:scheduled:webhooks", {webhook_id: 1}, xx=True)
 
@@ -151,27 +153,27 @@ def only_message(client: FlaskClient, job_id: str, **headers: Any) -> Any:
     return message
 
 
-# What is sent
+# Messages
 
 
-def test_a_receiver_is_told_of_an_end_in_a_way_that_the_official_library_verifies(api: Api, receiver: Receiver) -> None:
+def test_webhook_is_verified_by_the_official_library(api: Api, receiver: Receiver) -> None:
     job_id = api.enqueue("echo", {"text": "å"}, receiver)
-    wait_until(lambda: receiver.told)
-    (told,) = receiver.told
-    assert told.path == "/hook?for=test"
-    assert told.headers["content-type"] == "application/json"
-    assert told.headers["host"] == f"127.0.0.1:{receiver.server.server_port}"
-    for secret in (SECRET, OLD_SECRET):  # one takes the other's place
-        assert Webhook(secret).verify(told.body, told.headers) == told.event
+    wait_until(lambda: receiver.received)
+    (delivery,) = receiver.received
+    assert delivery.path == "/hook?for=test"
+    assert delivery.headers["content-type"] == "application/json"
+    assert delivery.headers["host"] == f"127.0.0.1:{receiver.server.server_port}"
+    for secret in (SECRET, OLD_SECRET):  # a new secret replaces the old one, so both sign
+        assert Webhook(secret).verify(delivery.body, delivery.headers) == delivery.event
     with pytest.raises(WebhookVerificationError):
-        Webhook(SECRET).verify(told.body.replace(b"finished", b"failed"), told.headers)
+        Webhook(SECRET).verify(delivery.body.replace(b"finished", b"failed"), delivery.headers)
     with pytest.raises(WebhookVerificationError):
-        Webhook(f"whsec_{base64.b64encode(b'another').decode()}").verify(told.body, told.headers)
+        Webhook(f"whsec_{base64.b64encode(b'another').decode()}").verify(delivery.body, delivery.headers)
 
     status = requests.get(f"{api.url}/check_status?job_id={job_id}", timeout=10).json()
-    assert told.event == {"type": "job.finished", "timestamp": status["ended_at"], "data": status}
+    assert delivery.event == {"type": "job.finished", "timestamp": status["ended_at"], "data": status}
     message = wait_until(lambda: [found for found in api.messages(job_id) if found["status"] == "finished"])[0]
-    assert message["webhook_id"] == told.headers["webhook-id"]
+    assert message["webhook_id"] == delivery.headers["webhook-id"]
     assert (message["type"], message["next_try_at"]) == ("job.finished", None)
     (tried,) = message["tries"]
     assert (tried["status_code"], tried["error"]) == (204, None)
@@ -179,49 +181,49 @@ def test_a_receiver_is_told_of_an_end_in_a_way_that_the_official_library_verifie
     assert SECRET not in api.log.read_text()
 
 
-def test_a_job_that_was_canceled_failed_or_stopped_is_told_too(api: Api, receiver: Receiver) -> None:
+def test_webhook_is_sent_for_canceled_failed_and_stopped_jobs(api: Api, receiver: Receiver) -> None:
     canceled = api.enqueue("echo", 1, receiver, delay=100)
     assert requests.post(f"{api.url}/cancel?job_id={canceled}", timeout=10).status_code == 200
     failed = api.enqueue("fail", "no paper", receiver)
     stopped = api.enqueue("sleep_for", 60, receiver)
     wait_until(lambda: requests.get(f"{api.url}/check_status?job_id={stopped}", timeout=10).json()["started_at"])
     requests.post(f"{api.url}/cancel?job_id={stopped}", timeout=10)
-    wait_until(lambda: len(receiver.told) == 3)
-    told = {told.event["data"]["job_id"]: told.event for told in receiver.told}
-    types = {job_id: event["type"] for job_id, event in told.items()}
+    wait_until(lambda: len(receiver.received) == 3)
+    events = {delivery.event["data"]["job_id"]: delivery.event for delivery in receiver.received}
+    types = {job_id: event["type"] for job_id, event in events.items()}
     assert types == {canceled: "job.canceled", failed: "job.failed", stopped: "job.stopped"}
-    for job_id, event in told.items():
+    for job_id, event in events.items():
         assert event["data"] == requests.get(f"{api.url}/check_status?job_id={job_id}", timeout=10).json()
-    assert told[failed]["data"]["error"]["message"] == "no paper"
-    assert b"Traceback" not in b"".join(each.body for each in receiver.told)
+    assert events[failed]["data"]["error"]["message"] == "no paper"
+    assert b"Traceback" not in b"".join(each.body for each in receiver.received)
 
 
-def test_each_job_of_a_batch_tells_and_a_job_that_keeps_no_result_does(api: Api, receiver: Receiver) -> None:
+def test_webhook_is_sent_for_each_job_of_a_batch_and_outlives_the_job(api: Api, receiver: Receiver) -> None:
     query: dict[str, Any] = {"webhook": receiver.url, "result_ttl": 1}
     answer = requests.post(f"{api.url}/enqueue_many/echo", json=[1, 2, 3], params=query, timeout=10).json()
-    wait_until(lambda: len(receiver.told) == 3)
-    assert {told.event["data"]["job_id"] for told in receiver.told} == set(answer["job_ids"])
+    wait_until(lambda: len(receiver.received) == 3)
+    assert {delivery.event["data"]["job_id"] for delivery in receiver.received} == set(answer["job_ids"])
     wait_until(lambda: not api.redis.exists(f"rq:job:{answer['job_ids'][0]}"))
     (message,) = api.messages(answer["job_ids"][0])  # it outlives its job
     assert message["tries"][0]["status_code"] == 204
 
 
-def test_a_job_that_rqs_own_code_ends_tells_too(api: Api, receiver: Receiver) -> None:
+def test_webhook_is_sent_for_a_job_that_rqs_own_code_ends(api: Api, receiver: Receiver) -> None:
     job_id = api.enqueue("echo", 1, receiver, delay=100)
     queue = Queue("default", connection=api.redis, serializer=JSONSerializer)
     dependent = queue.enqueue("tests.job_functions.echo", 2, depends_on=job_id)
     api.redis.zadd("rq:scheduled:default", {job_id: 1})
-    wait_until(lambda: receiver.told)
-    assert receiver.told[0].event["data"]["job_id"] == job_id
-    assert receiver.told[0].event["type"] == "job.finished"
+    wait_until(lambda: receiver.received)
+    assert receiver.received[0].event["data"]["job_id"] == job_id
+    assert receiver.received[0].event["type"] == "job.finished"
     wait_until(lambda: dependent.get_status() == "finished")
     assert len(api.messages(job_id)) == 1
 
 
-# When it is tried again
+# Further tries
 
 
-def test_what_is_not_taken_is_tried_again_as_the_same_message(api: Api, receiver: Receiver) -> None:
+def test_webhook_that_is_refused_is_tried_again_as_the_same_message(api: Api, receiver: Receiver) -> None:
     receiver.answers = [(500, {}), (302, {"Location": receiver.url}), (204, {})]
     job_id = api.enqueue("echo", 1, receiver)
     message = wait_until(lambda: [found for found in api.messages(job_id) if found["next_try_at"]])[0]
@@ -230,14 +232,14 @@ def test_what_is_not_taken_is_tried_again_as_the_same_message(api: Api, receiver
         api.next_try(message["webhook_id"])
     (message,) = wait_until(lambda: [found for found in api.messages(job_id) if found["status"] == "finished"])
     assert [tried["status_code"] for tried in message["tries"]] == [500, 302, 204]
-    assert len(receiver.told) == 3  # the redirect was not followed
-    assert {told.headers["webhook-id"] for told in receiver.told} == {message["webhook_id"]}
-    assert len({told.body for told in receiver.told}) == 1
-    for told in receiver.told:
-        Webhook(SECRET).verify(told.body, told.headers)
+    assert len(receiver.received) == 3  # the redirect was not followed
+    assert {delivery.headers["webhook-id"] for delivery in receiver.received} == {message["webhook_id"]}
+    assert len({delivery.body for delivery in receiver.received}) == 1
+    for delivery in receiver.received:
+        Webhook(SECRET).verify(delivery.body, delivery.headers)
 
 
-def test_410_ends_it_and_it_can_be_sent_once_more(api: Api, receiver: Receiver) -> None:
+def test_webhook_answered_with_410_is_not_tried_again_but_can_be_redelivered(api: Api, receiver: Receiver) -> None:
     receiver.answers = [(410, {}), (200, {})]
     job_id = api.enqueue("echo", 1, receiver)
     (message,) = wait_until(lambda: [found for found in api.messages(job_id) if found["status"] == "failed"])
@@ -246,11 +248,11 @@ def test_410_ends_it_and_it_can_be_sent_once_more(api: Api, receiver: Receiver) 
     assert (answer.status_code, len(answer.json()["messages"])) == (202, 1)
     (message,) = wait_until(lambda: [found for found in api.messages(job_id) if found["status"] == "finished"])
     assert [tried["status_code"] for tried in message["tries"]] == [410, 200]
-    first, second = receiver.told
+    first, second = receiver.received
     assert first.headers["webhook-id"] == second.headers["webhook-id"]
 
 
-def test_a_receiver_says_when_it_is_tried_again(api: Api, receiver: Receiver) -> None:
+def test_webhook_is_tried_again_after_the_receivers_retry_after(api: Api, receiver: Receiver) -> None:
     receiver.answers = [(503, {"Retry-After": "3000"})]
     job_id = api.enqueue("echo", 1, receiver)
     message = wait_until(lambda: [found for found in api.messages(job_id) if found["next_try_at"]])[0]
@@ -258,7 +260,7 @@ def test_a_receiver_says_when_it_is_tried_again(api: Api, receiver: Receiver) ->
     assert 2900 < due - time.time() <= 3001
 
 
-def test_nobody_there_and_a_receiver_that_says_nothing(
+def test_webhook_to_a_closed_port_or_a_silent_receiver_fails(
     api: Api, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
@@ -273,7 +275,7 @@ def test_nobody_there_and_a_receiver_that_says_nothing(
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_in_a_delivery_costs_no_message(
+def test_webhook_survives_a_worker_that_is_killed_during_the_delivery(
     real_redis: "Redis", redis_url: str, tmp_path: Path, receiver: Receiver
 ) -> None:
     env = environment(redis_url, WEBHOOK_SECRETS=SECRET, WEBHOOK_ALLOW_PRIVATE="true", WORKER_LEASE=3)
@@ -283,9 +285,9 @@ def test_a_worker_that_is_killed_in_a_delivery_costs_no_message(
         receiver.url = f"http://127.0.0.1:{port}/"
         with worker(env, tmp_path / "worker.log", "default"):
             job_id = api.enqueue("echo", 1, receiver, wait=25)
-        assert real_redis.llen("rq:queue:webhooks") == 1  # whoever ended the job, it waits
+        assert real_redis.llen("rq:queue:webhooks") == 1  # the message waits
         with worker(env, tmp_path / "killed.log", WEBHOOKS) as killed:
-            connection, _ = silent.accept()  # the delivery is under way
+            connection, _ = silent.accept()  # the delivery has begun
             killed.kill()
             connection.close()
         silent.close()
@@ -296,18 +298,18 @@ def test_a_worker_that_is_killed_in_a_delivery_costs_no_message(
             connection, _ = again.accept()
             with connection:
                 request = b""
-                while not request.endswith(b"}}}"):  # all of it: closed with some of it unread, it would be reset
+                while not request.endswith(b"}}}"):  # read all: a close with unread data would reset the connection
                     request += connection.recv(65536)
                 assert request.startswith(b"POST / HTTP/1.1\r\n")
                 connection.sendall(b"HTTP/1.1 204 No Content\r\n\r\n")
             wait_until(lambda: api.messages(job_id)[0]["status"] == "finished")
 
 
-# What the scripts do
+# The scripts
 
 
 @pytest.mark.parametrize("state", ["finished", "failed", "stopped", "canceled"])
-def test_whatever_ends_a_job_enqueues_its_message(client: FlaskClient, redis: "Redis", state: str) -> None:
+def test_each_end_of_a_job_enqueues_its_message(client: FlaskClient, redis: "Redis", state: str) -> None:
     job_id = enqueue_echo(client, webhook=URL)
     match state:
         case "canceled":
@@ -319,7 +321,7 @@ def test_whatever_ends_a_job_enqueues_its_message(client: FlaskClient, redis: "R
     assert redis.lrange("rq:queue:webhooks", 0, -1) == [message["webhook_id"].encode()]
 
 
-def test_a_job_that_crashed_too_often_tells_of_it(client: FlaskClient, redis: "Redis") -> None:
+def test_job_that_crashed_too_often_enqueues_its_message(client: FlaskClient, redis: "Redis") -> None:
     job_id = enqueue_echo(client, webhook=URL)
     run = take_job(redis)
     failure = scripts.describe_failure("WorkHorseDied", "killed by signal 9")
@@ -327,7 +329,7 @@ def test_a_job_that_crashed_too_often_tells_of_it(client: FlaskClient, redis: "R
     assert only_message(client, job_id)["type"] == "job.failed"
 
 
-def test_a_job_that_is_tried_again_or_tells_nobody_leaves_no_message(client: FlaskClient, redis: "Redis") -> None:
+def test_job_without_a_webhook_or_with_a_retry_enqueues_no_message(client: FlaskClient, redis: "Redis") -> None:
     again = enqueue_echo(client, webhook=URL, retries=1)
     assert end_run(redis, take_job(redis), "failed") == "scheduled"
     silent = job_in_state(client, redis, "finished")
@@ -337,7 +339,7 @@ def test_a_job_that_is_tried_again_or_tells_nobody_leaves_no_message(client: Fla
     assert not redis.exists("rq:queue:webhooks")
 
 
-def test_a_job_that_ends_twice_has_two_messages(client: FlaskClient, redis: "Redis") -> None:
+def test_job_that_ends_twice_has_two_messages(client: FlaskClient, redis: "Redis") -> None:
     job_id = enqueue_echo(client, webhook=URL)
     end_run(redis, take_job(redis), "failed")
     assert client.post(f"/retry?job_id={job_id}").status_code == 202
@@ -347,7 +349,7 @@ def test_a_job_that_ends_twice_has_two_messages(client: FlaskClient, redis: "Red
     assert len({message["webhook_id"] for message in messages}) == 2
 
 
-def test_messages_are_no_jobs_of_clients(client: FlaskClient, redis: "Redis") -> None:
+def test_messages_are_not_shown_as_jobs(client: FlaskClient, redis: "Redis") -> None:
     job_id = enqueue_echo(client, webhook=URL)
     end_run(redis, take_job(redis))
     webhook_id = only_message(client, job_id)["webhook_id"]
@@ -362,7 +364,7 @@ def test_messages_are_no_jobs_of_clients(client: FlaskClient, redis: "Redis") ->
     problem_of(client.post("/enqueue/echo?queue=webhooks", json={}), 422, "invalid-request")
 
 
-def test_a_full_queue_of_messages_takes_the_next_end_but_no_redelivery(redis: "Redis") -> None:
+def test_full_queue_of_messages_accepts_the_end_of_a_job_but_no_redelivery(redis: "Redis") -> None:
     client = create_app(Settings(webhook_secrets=(SECRET,), max_queue_length=1), redis).test_client()
     first = enqueue_echo(client, webhook=URL)
     end_run(redis, take_job(redis))
@@ -375,14 +377,14 @@ def test_a_full_queue_of_messages_takes_the_next_end_but_no_redelivery(redis: "R
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_a_redelivery_has_all_its_tries_before_it(client: FlaskClient, redis: "Redis", times: int) -> None:
+def test_redelivery_has_all_tries_again(client: FlaskClient, redis: "Redis", times: int) -> None:
     job_id = enqueue_echo(client, webhook=URL)
     end_run(redis, take_job(redis))
     webhook_id = only_message(client, job_id)["webhook_id"]
     run = take_job(redis, WEBHOOKS)
     ending = transitions.Ending("failed", 100, 100, failure=scripts.describe_failure("GiveUp", "410"), after=-1)
     assert transitions.finish(redis, run, ending) == "failed"
-    for _ in range(times):  # the second finds it waiting
+    for _ in range(times):  # the second redelivery finds the message waiting
         assert client.post(f"/webhooks/redeliver?job_id={job_id}").status_code == 202
     assert redis.lrange("rq:queue:webhooks", 0, -1) == [webhook_id.encode()]
     assert redis.zcard("rq:failed:webhooks") == 0
@@ -392,7 +394,7 @@ def test_a_redelivery_has_all_its_tries_before_it(client: FlaskClient, redis: "R
         start = time.time()
         assert end_run(redis, take_job(redis, WEBHOOKS), "failed") == "scheduled"
         due = redis.zscore("rq:scheduled:webhooks", webhook_id) or 0
-        pauses.append((due - start, due - time.time()))  # at most, and at least
+        pauses.append((due - start, due - time.time()))  # the most and the least that it can be
         redis.zadd("rq:scheduled:webhooks", {webhook_id: 1})
         transitions.promote(redis, [WEBHOOKS])
     # Standard Webhooks, "Deliverability and reliability"; a tenth more or less.
@@ -403,10 +405,10 @@ def test_a_redelivery_has_all_its_tries_before_it(client: FlaskClient, redis: "R
     assert end_run(redis, take_job(redis, WEBHOOKS), "failed") == "failed"
 
 
-# Who may be told, and by whom
+# Allowed addresses, owners and secrets
 
 
-def test_messages_are_their_owners(redis: "Redis") -> None:
+def test_messages_are_visible_to_their_owner_only(redis: "Redis") -> None:
     client = create_app(Settings(webhook_secrets=(SECRET,), api_keys=json.dumps(KEYS)), redis).test_client()
     alice, bob = _bearer(ALICE), _bearer(BOB)
     job_id = json_of(client.post("/enqueue/echo", json=1, query_string={"webhook": URL}, headers=alice))["job_id"]
@@ -417,7 +419,7 @@ def test_messages_are_their_owners(redis: "Redis") -> None:
     problem_of(client.get(f"/webhooks?job_id={job_id}"), 401, "unauthorized")
 
 
-def test_without_secrets_there_are_no_webhooks(redis: "Redis") -> None:
+def test_webhooks_without_secrets_are_refused(redis: "Redis") -> None:
     client = create_app(Settings(), redis).test_client()
     problem = problem_of(client.post("/enqueue/echo", json=1, query_string={"webhook": URL}), 422, "invalid-request")
     assert "WEBHOOK_SECRETS" in problem["errors"][0]["msg"]
@@ -444,7 +446,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("url", REFUSED)
-def test_what_is_no_public_address_is_told_nothing(client: FlaskClient, redis: "Redis", url: str) -> None:
+def test_webhook_to_an_address_that_is_not_public_is_refused(client: FlaskClient, redis: "Redis", url: str) -> None:
     for path in ("/enqueue/echo", "/enqueue_many/echo"):
         problem = problem_of(client.post(path, json=[1], query_string={"webhook": url}), 422, "invalid-request")
         assert problem["errors"][0]["loc"] == ["query", "webhook"]
@@ -454,7 +456,7 @@ def test_what_is_no_public_address_is_told_nothing(client: FlaskClient, redis: "
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:8000/", "http://[::1]/", "http://localhost/x?y=1"])
-def test_private_addresses_are_told_where_that_is_allowed(redis: "Redis", url: str) -> None:
+def test_webhook_to_a_private_address_is_sent_if_the_setting_allows_it(redis: "Redis", url: str) -> None:
     settings = Settings(webhook_secrets=(SECRET,), webhook_allow_private=True)
     client = create_app(settings, redis).test_client()
     assert client.post("/enqueue/echo", json=1, query_string={"webhook": url}).status_code == 202
@@ -471,26 +473,26 @@ def _resolves_to(*addresses: str) -> Any:
     return patch.object(socket, "getaddrinfo", side_effect=resolve)
 
 
-def test_a_name_of_which_one_address_is_private_is_refused(client: FlaskClient) -> None:
+def test_webhook_to_a_name_with_one_private_address_is_refused(client: FlaskClient) -> None:
     with _resolves_to("93.184.215.14", "10.0.0.1"):
         answer = client.post("/enqueue/echo", json=1, query_string={"webhook": "http://two.example/"})
     problem_of(answer, 422, "invalid-request")
 
 
-def test_a_name_that_changes_is_refused_at_the_delivery_and_the_checked_address_is_dialled(
+def test_webhook_to_a_name_that_changes_is_refused_at_the_delivery(
     receiver: Receiver,
 ) -> None:
-    """DNS rebinding: the name is resolved once for a try; what is dialled is what was looked at."""
+    """DNS rebinding: each try resolves the name once, and connects to the address that was checked."""
     url = f"http://rebound.example:{receiver.server.server_port}/"
     with _resolves_to("127.0.0.1"), pytest.raises(addresses.Refused):
         webhooks._post(url, b"{}", {}, allow_private=False)
-    assert receiver.told == []
+    assert receiver.received == []
     with _resolves_to("127.0.0.1") as resolve:
         answer = webhooks._post(url, b"{}", {}, allow_private=True)
         names = [call.args[0] for call in resolve.call_args_list]
     assert answer.status == 204
     assert names.count("rebound.example") == 1
-    assert receiver.told[0].headers["host"] == f"rebound.example:{receiver.server.server_port}"
+    assert receiver.received[0].headers["host"] == f"rebound.example:{receiver.server.server_port}"
 
 
 @pytest.mark.parametrize(
@@ -500,7 +502,7 @@ def test_a_name_that_changes_is_refused_at_the_delivery_and_the_checked_address_
         ((301, {"Location": "/"}), TryAgain, None), ((429, {"Retry-After": "7"}), TryAgain, 7), (None, TryAgain, None),
     ],
 )  # fmt: skip
-def test_what_an_answer_means(
+def test_answer_of_the_receiver_decides_about_another_try(
     client: FlaskClient,
     redis: "Redis",
     receiver: Receiver,
@@ -509,7 +511,7 @@ def test_what_an_answer_means(
     raised: type[Exception] | None,
     after: float | None,
 ) -> None:
-    """One try, in this process: what a work-horse does with the message that a script has made."""
+    """One try in this process, as a work-horse makes it, with a message that a script made."""
     job_id = enqueue_echo(client, webhook=URL)
     end_run(redis, take_job(redis))
     message = only_message(client, job_id)["webhook_id"]
@@ -545,19 +547,19 @@ def test_what_an_answer_means(
         ("Mon, 99999999999999999999 Jan 2027 00:00:00", None),
     ],
 )  # fmt: skip
-def test_retry_after(text: str | None, seconds: float | None) -> None:
+def test_retry_after_is_read(text: str | None, seconds: float | None) -> None:
     assert webhooks._read_retry_after(text) == seconds
 
 
 @pytest.mark.parametrize("answer", [b"", b"x" * 70000, b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 200, b"\x16\x03\x01"])
-def test_what_is_no_http_is_no_success(answer: bytes) -> None:
+def test_answer_that_is_not_http_is_no_success(answer: bytes) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:
             connection, _ = server.accept()
             with connection:
                 connection.recv(1000)
-                with suppress(OSError):  # the client has read enough
+                with suppress(OSError):  # the client closes early
                     connection.sendall(answer)
 
         thread = threading.Thread(target=serve)
@@ -570,7 +572,7 @@ def test_what_is_no_http_is_no_success(answer: bytes) -> None:
 @pytest.mark.parametrize(
     "secrets", ["secret", "whsec_", "whsec_short", f"{SECRET},{SECRET}", f"{SECRET} {OLD_SECRET}", "whsec_" + "ä" * 40]
 )
-def test_bad_secrets_are_told_and_not_shown(secrets: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_secrets_are_refused_and_not_shown(secrets: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from app.config import get_settings
 
     monkeypatch.setenv("WEBHOOK_SECRETS", secrets)
@@ -585,13 +587,13 @@ def test_bad_secrets_are_told_and_not_shown(secrets: str, monkeypatch: pytest.Mo
     assert len(secrets) < 7 or secrets not in str(error.value)
 
 
-def test_secrets_come_from_a_file(tmp_path: Path) -> None:
+def test_secrets_are_read_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "secrets"
     file.write_text(f"{SECRET}, {OLD_SECRET}\n")
     assert Settings(webhook_secrets_file=file).webhook_secrets == (SECRET, OLD_SECRET)
 
 
-def test_a_log_of_tries_that_somebody_spoiled(client: FlaskClient, redis: "Redis") -> None:
+def test_corrupt_log_of_tries_is_ignored(client: FlaskClient, redis: "Redis") -> None:
     job_id = enqueue_echo(client, webhook=URL)
     end_run(redis, take_job(redis))
     webhook_id = only_message(client, job_id)["webhook_id"]
@@ -599,7 +601,7 @@ def test_a_log_of_tries_that_somebody_spoiled(client: FlaskClient, redis: "Redis
     assert only_message(client, job_id)["tries"] == [{"at": "x", "status_code": None, "error": None, "seconds": None}]
 
 
-def test_delivery_has_the_name_that_jobs_in_redis_have() -> None:
-    """RQ's own worker would import it by this name; ours knows it without."""
+def test_delivery_function_keeps_its_name() -> None:
+    """Jobs in Redis have this name. RQ's own worker would import the function by it; ours does not."""
     assert import_attribute(scripts.DELIVER) is webhooks.deliver
     assert not hasattr(app.webhooks, "nope")

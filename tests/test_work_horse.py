@@ -1,4 +1,4 @@
-"""The work-horse in this process: the frames it speaks, what it runs, what it takes for JSON."""
+"""The work-horse, run in this process: its frames, the jobs it runs, and the results it accepts as JSON."""
 
 import json
 import math
@@ -40,7 +40,7 @@ def ends() -> Iterator[tuple[Channel, Channel]]:
 # Frames
 
 
-def test_channel_keeps_what_is_sent_apart(ends: tuple[Channel, Channel]) -> None:
+def test_channel_keeps_messages_apart(ends: tuple[Channel, Channel]) -> None:
     one, other = ends
     bodies = [b"", b"x" * 1_000_000, b"\x00\xff"]
 
@@ -54,7 +54,7 @@ def test_channel_keeps_what_is_sent_apart(ends: tuple[Channel, Channel]) -> None
     sender.join()
 
 
-def test_channel_goes_on_with_a_frame_that_was_half_there(ends: tuple[Channel, Channel]) -> None:
+def test_channel_completes_a_frame_that_was_half_received(ends: tuple[Channel, Channel]) -> None:
     one, other = ends
     sent, taken = socket.socketpair()
     recorder = Channel(sent)
@@ -69,7 +69,7 @@ def test_channel_goes_on_with_a_frame_that_was_half_there(ends: tuple[Channel, C
     assert other.receive(5) == ({"a": 1}, b"body")
 
 
-def test_channel_tells_when_the_other_end_is_closed(ends: tuple[Channel, Channel]) -> None:
+def test_channel_notices_that_the_other_end_is_closed(ends: tuple[Channel, Channel]) -> None:
     one, other = ends
     one._socket.sendall(b"\x00")
     one.close()
@@ -104,13 +104,13 @@ def test_dump_result_keeps_any_json_as_it_is(value: Any) -> None:
         ("cycle", "nested too deeply, or contains itself"),
     ],
 )
-def test_dump_result_says_what_is_not_json_and_where(kind: str, place: str) -> None:
+def test_dump_result_names_the_value_that_is_not_json_and_its_place(kind: str, place: str) -> None:
     with pytest.raises(ResultNotJSON) as caught:
         dump_result(job_functions.return_unjsonable(kind), 10**9)
     assert place in str(caught.value)
 
 
-def test_dump_result_takes_tuples_as_arrays_and_counts_bytes() -> None:
+def test_dump_result_writes_tuples_as_arrays_and_counts_bytes() -> None:
     assert dump_result(("é", 1), 8) == '["é",1]'.encode()
     with pytest.raises(ResultTooLarge, match=r"has 8 bytes as JSON; 7 are allowed"):
         dump_result(("é", 1), 7)
@@ -120,7 +120,7 @@ def test_dump_result_takes_tuples_as_arrays_and_counts_bytes() -> None:
 
 
 def _run(ends: tuple[Channel, Channel], path: str, *args: Any, **more: Any) -> list[tuple[dict[str, Any], bytes]]:
-    """All that the work-horse sends for a job, the outcome last."""
+    """Run a job; returns all that the work-horse sends for it, the outcome last."""
     worker, horse = ends
     header = {
         "job_id": "j", "request_id": "r", "queue": "q", "worker": "w", "timeout": more.pop("timeout", 10),
@@ -146,7 +146,7 @@ def _failure(ends: tuple[Channel, Channel], path: str, *args: Any, **more: Any) 
 @pytest.mark.parametrize(
     ("payload", "after"), [({"how": "give up"}, -1), ({"how": "again"}, None), ({"how": "again", "after": -5}, 0)]
 )
-def test_run_job_tells_of_a_failure_that_was_foreseen_without_a_traceback(
+def test_run_job_sends_an_expected_failure_without_a_traceback(
     ends: tuple[Channel, Channel], payload: dict[str, Any], after: float | None
 ) -> None:
     header, trace = _run(ends, "tests.job_functions.foresee", payload)[-1]
@@ -168,14 +168,14 @@ def test_run_job_runs_coroutines_and_keyword_payloads(ends: tuple[Channel, Chann
     assert _run(ends, "tests.job_functions.echo", payload=2)[-1] == ({"outcome": "finished"}, b"2")
 
 
-def test_run_job_shows_the_job_to_the_function(ends: tuple[Channel, Channel]) -> None:
+def test_run_job_gives_the_function_its_current_job(ends: tuple[Channel, Channel]) -> None:
     _, text = _run(ends, "tests.job_functions.current_job", 7)[-1]
     func = "tests.job_functions.current_job"
     assert json.loads(text) == {"id": "j", "origin": "q", "timeout": 10, "args": [7], "func": func}
     assert get_current_job() is None
 
 
-def test_run_job_gives_the_function_what_its_hint_says(ends: tuple[Channel, Channel]) -> None:
+def test_run_job_converts_the_payload_to_the_type_hint(ends: tuple[Channel, Channel]) -> None:
     _, text = _run(ends, "tests.job_functions.use_types", {"day": "2026-11-23", "tags": ["b", "a"]})[-1]
     assert json.loads(text) == {"type": "date", "year": 2026, "tags": ["a", "b"]}
 
@@ -208,7 +208,7 @@ def test_run_job_sends_the_failure(
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"{}", b"\x80\x05.", b'["echo"]', b"[[1],null,[],{}]", b"1"])
-def test_run_job_fails_what_it_cannot_read(ends: tuple[Channel, Channel], data: bytes) -> None:
+def test_run_job_fails_a_job_that_it_cannot_read(ends: tuple[Channel, Channel], data: bytes) -> None:
     kind, _ = _failure(ends, "", data=data)
     assert kind in {"UnreadablePayload", "UnknownFunction", "TypeError"}
 
@@ -236,7 +236,7 @@ def test_run_job_survives_an_exception_without_a_text(
     assert message == "(its text cannot be read)"
 
 
-# What makes a job function
+# Job functions
 
 
 def test_job_function_leaves_the_callable_as_it_is_and_keeps_its_defaults() -> None:
@@ -259,19 +259,19 @@ def test_job_function_leaves_the_callable_as_it_is_and_keeps_its_defaults() -> N
 
 
 @pytest.mark.parametrize("limit", [-1, True, 1.0, "1"])
-def test_job_function_wants_a_number_of_crashes(limit: Any) -> None:
+def test_job_function_requires_a_count_for_max_crashes(limit: Any) -> None:
     with pytest.raises(ValueError, match="max_crashes must be an integer of 0 or more"):
         job_function(max_crashes=limit)
 
 
-def test_job_function_wants_one_argument() -> None:
+def test_job_function_requires_exactly_one_argument() -> None:
     for call in (lambda: None, lambda a, b: None, lambda *, a: None, lambda *a: None):
         with pytest.raises(TypeError, match="must take one argument"):
             job_function()(call)
 
 
 @pytest.mark.parametrize("hint", [dict, Any, object, None])
-def test_job_function_without_a_real_hint_takes_any_json(hint: Any) -> None:
+def test_job_function_without_a_usable_hint_accepts_any_json(hint: Any) -> None:
     def take(payload: Any) -> Any:
         return payload
 
@@ -284,7 +284,7 @@ def test_job_function_without_a_real_hint_takes_any_json(hint: Any) -> None:
         del FUNCTIONS["take"]
 
 
-def test_load_functions_says_that_there_is_no_such_module() -> None:
+def test_load_functions_names_a_missing_module() -> None:
     with pytest.raises(SystemExit, match=r"FUNCTION_MODULES: there is no module 'tests\.nowhere'"):
         load_functions(["tests.nowhere"])
 
@@ -298,7 +298,7 @@ def test_report_progress_outside_of_a_job_does_nothing() -> None:
     assert seen == [{"done": 1, "total": 2, "message": "x"}]
 
 
-# The functions that are shipped
+# The shipped functions
 
 
 def test_some_long_function_returns_its_input_and_reports_ten_steps() -> None:

@@ -1,4 +1,4 @@
-"""Real `rq worker` processes on a real server: what they run, refuse and survive."""
+"""Real `rq worker` processes on a real server: the jobs they run and refuse, and the failures they survive."""
 
 import json
 import os
@@ -49,7 +49,7 @@ SETTINGS: dict[str, Any] = {
 
 
 class Bench(NamedTuple):
-    """A server, and how a test sees it. The annotations of redis-py are unions of all a command may ever answer."""
+    """A server, with helpers for tests. `redis` is `Any`: redis-py annotates commands with unions of all answers."""
 
     redis: Any
     url: str
@@ -67,7 +67,7 @@ class Bench(NamedTuple):
         return job | {"error": json.loads(job.get("error", "{}"))}
 
     def wait_for(self, job_id: str, *statuses: str, seconds: float = 30) -> dict[str, Any]:
-        """The job, once it has one of these statuses."""
+        """Wait until the job has one of these statuses; returns the job."""
 
         def has_it() -> bool:
             status = self.redis.hget(f"rq:job:{job_id}", "status")
@@ -77,13 +77,13 @@ class Bench(NamedTuple):
         return self.read(job_id)
 
     def end_of(self, job_id: str, status: str, seconds: float = 30) -> dict[str, Any]:
-        """The job once it has ended, which it is to do with this status."""
+        """Wait until the job has ended, with exactly this status; returns the job."""
         job = self.wait_for(job_id, *TERMINAL, seconds=seconds)
         assert job["status"] == status, job
         return job
 
     def result_of(self, job_id: str) -> Any:
-        """The return value of a job, once it has finished."""
+        """Wait until the job has finished; returns its return value."""
         self.end_of(job_id, "finished")
         ((_, result),) = self.redis.xrevrange(f"rq:results:{job_id}", count=1)
         return json.loads(b64decode(result.get(b"return_value", b"bnVsbA==")))
@@ -93,7 +93,7 @@ class Bench(NamedTuple):
 
 
 class Shop:
-    """A bench and a worker that several tests share; one that did not survive a test is replaced for the next."""
+    """A bench and a worker that several tests share. A worker that a test killed is replaced for the next test."""
 
     def __init__(self, bench: Bench, folder: Path) -> None:
         self.bench = bench
@@ -114,7 +114,7 @@ class Shop:
         self.worker = None
 
     def check(self) -> None:
-        """The worker is alive, and runs jobs."""
+        """Assert that the worker is alive and runs jobs."""
         assert self.worker
         try:
             assert self.worker.popen.poll() is None, self.worker.log
@@ -155,24 +155,24 @@ def lines_of(path: Path) -> list[str]:
 
 
 def start_gated(bench: Bench, folder: Path) -> tuple[str, int, Path]:
-    """A job that has begun, the process that runs it, and the file until which it runs."""
+    """Start a job that runs until a file exists; returns the job, its process and the file."""
     path, gate = folder / "pid", folder / "gate"
     job_id = bench.enqueue("write_pid_and_wait", {"path": str(path), "until": str(gate)})
-    # Redis says `started` a moment before the worker knows.
+    # Redis says `started` a moment before the worker knows of it.
     return job_id, int(wait_until(lambda: lines_of(path))[-1]), gate
 
 
 def is_running(pid: int) -> bool:
-    """Whether there is such a process, and it is no zombie that its parent could take note of."""
+    """Whether this process exists and is no zombie that its parent could reap."""
     try:
-        # While other threads of it are there, a process whose first thread has ended cannot be waited for.
+        # A process whose first thread has ended cannot be reaped while it has other threads.
         has_threads = len(list(Path(f"/proc/{pid}/task").iterdir())) > 1
         return has_threads or Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
 
 
-# What it runs
+# Jobs that it runs
 
 
 def test_worker_runs_jobs_in_the_order_of_its_queues(bench: Bench, tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_worker_runs_jobs_in_the_order_of_its_queues(bench: Bench, tmp_path: Pat
     assert lines_of(path) == ["high", "high", "default", "default", "low", "low"]
 
 
-def test_worker_keeps_what_a_function_loaded_once(bench: Bench) -> None:
+def test_worker_keeps_data_that_a_function_loaded(bench: Bench) -> None:
     first, *others = (bench.result_of(bench.enqueue("use_model")) for _ in range(3))
     assert first["loads"] == 1
     assert all(other == first for other in others)
@@ -204,7 +204,7 @@ def test_worker_keeps_what_a_function_loaded_once(bench: Bench) -> None:
         ("app.functions.count_words", {"text": "a b a", "n": 1}, {"words": [["a", 2]], "total": 3}),
     ],
 )
-def test_worker_stores_what_the_function_returned(bench: Bench, function: str, payload: Any, result: Any) -> None:
+def test_worker_stores_the_return_value(bench: Bench, function: str, payload: Any, result: Any) -> None:
     assert bench.result_of(bench.enqueue(function, payload)) == result
 
 
@@ -223,11 +223,11 @@ def test_progress_is_seen_while_the_job_runs_and_after(bench: Bench, tmp_path: P
     assert json.loads(job["progress"]) == {"done": 3, "total": 10, "message": "half"}
     gate.touch()
     assert json.loads(bench.end_of(job_id, "finished")["progress"])["done"] == 3
-    told = [event for _, event in bench.redis.xrange(EVENTS_KEY) if event[b"job_id"] == job_id.encode()]
-    assert [event[b"status"] for event in told] == [b"queued", b"started", b"started", b"finished"]
+    logged = [event for _, event in bench.redis.xrange(EVENTS_KEY) if event[b"job_id"] == job_id.encode()]
+    assert [event[b"status"] for event in logged] == [b"queued", b"started", b"started", b"finished"]
 
 
-def test_late_progress_of_an_earlier_job_is_not_the_next_ones(bench: Bench) -> None:
+def test_late_progress_of_an_earlier_job_is_not_shown_at_the_next_one(bench: Bench) -> None:
     bench.end_of(bench.enqueue("report_too_late"), "finished")
     assert "progress" not in bench.end_of(bench.enqueue("sleep_for", 0.5), "finished")
 
@@ -237,14 +237,14 @@ def test_last_progress_of_a_quick_job_is_kept(bench: Bench) -> None:
     assert json.loads(bench.end_of(job_id, "finished")["progress"])["done"] == 9
 
 
-# What it refuses
+# Jobs that it refuses
 
 
 @pytest.mark.parametrize(
     "function",
     ["os.system", "builtins.eval", "subprocess.call", "tests.job_functions._load_model", "no.such.module.function"],
 )
-def test_worker_never_runs_what_is_no_job_function(bench: Bench, tmp_path: Path, function: str) -> None:
+def test_worker_runs_nothing_but_job_functions(bench: Bench, tmp_path: Path, function: str) -> None:
     trace = tmp_path / "trace"
     payload = f"open({str(trace)!r}, 'w')" if function == "builtins.eval" else f"touch {trace}"
     job = bench.end_of(bench.enqueue(function, payload), "failed")
@@ -258,7 +258,7 @@ def test_worker_fails_a_job_with_a_callback_without_running_it(
     bench: Bench, tmp_path: Path, hook: str, has_dependents: bool
 ) -> None:
     path = tmp_path / "lines"
-    # Prepared in a queue that nobody serves, and only then given to the worker.
+    # Prepare the job in a queue without a worker, and only then give it to the worker.
     callback: dict[str, Any] = {hook: Callback("os.getcwd")}
     job_id = bench.enqueue("append_line", {"path": str(path), "line": "ran"}, "aside", **callback)
     if has_dependents:
@@ -330,7 +330,7 @@ def test_worker_is_not_held_up_by_poison_in_a_registry(bench: Bench, key: str, m
     bench.redis.hset("rq:job:corrupt", mapping={"crashes": "1.5", "status": "started"})
     bench.redis.hset("rq:execution:corrupt:e", mapping={"lease_until": "1"})
     bench.redis.zadd(key, dict.fromkeys(members, 1))
-    # Each of the worker's ticks looks at the registry.
+    # The worker looks at the registry in each tick.
     wait_until(lambda: bench.redis.zcard(key) == 0)
     bench.redis.delete("rq:job:text", "rq:job:corrupt", "rq:execution:corrupt:e")
 
@@ -367,7 +367,7 @@ def test_worker_fails_a_return_value_that_is_too_large(bench: Bench) -> None:
     }
 
 
-# What goes wrong in a job
+# Jobs that fail
 
 
 @pytest.mark.parametrize(
@@ -392,7 +392,7 @@ def test_payload_that_does_not_fit_fails_the_job(bench: Bench) -> None:
     assert "greater than or equal to 0" in error["message"]
 
 
-def test_stop_that_was_meant_for_an_earlier_run_stops_no_later_one(bench: Bench, shop: Shop, tmp_path: Path) -> None:
+def test_stop_command_for_an_earlier_run_does_not_stop_a_later_run(bench: Bench, shop: Shop, tmp_path: Path) -> None:
     (name,) = wait_until(bench.workers)
     channel = f"rq:pubsub:{name.decode().removeprefix('rq:worker:')}"
     job_id, _, gate = start_gated(bench, tmp_path)
@@ -404,7 +404,7 @@ def test_stop_that_was_meant_for_an_earlier_run_stops_no_later_one(bench: Bench,
 
 
 @pytest.mark.parametrize(
-    ("how", "told"),
+    ("how", "reason"),
     [
         ("exit", "exit code 0"),
         ("segfault", "SIGSEGV"),
@@ -412,13 +412,15 @@ def test_stop_that_was_meant_for_an_earlier_run_stops_no_later_one(bench: Bench,
         ("real-time", "signal 40."),  # which has no name
     ],
 )
-def test_job_whose_process_dies_is_run_again_up_to_the_limit(bench: Bench, tmp_path: Path, how: str, told: str) -> None:
+def test_job_whose_process_dies_is_run_again_up_to_the_limit(
+    bench: Bench, tmp_path: Path, how: str, reason: str
+) -> None:
     path = tmp_path / "lines"
     job = bench.end_of(bench.enqueue("die", {"how": how, "path": str(path)}), "failed")
     assert lines_of(path) == [how] * (SETTINGS["MAX_CRASHES"] + 1)
     assert job["error"]["type"] == "WorkHorseDied"
     assert "died 2 times" in job["error"]["message"]
-    assert told in job["error"]["message"]
+    assert reason in job["error"]["message"]
 
 
 @pytest.mark.parametrize("has_dependents", [False, True], ids=["alone", "with a dependent"])
@@ -427,7 +429,7 @@ def test_job_that_must_not_run_twice_is_failed_at_the_first_crash(
     bench: Bench, tmp_path: Path, function: str, has_dependents: bool
 ) -> None:
     path = tmp_path / "lines"
-    # A crash is no exception: retries are not for it, in RQ's own way neither.
+    # A crash is no exception, so retries do not apply, not even in RQ's own code.
     job_id = bench.enqueue(function, {"how": "kill", "path": str(path)}, "aside", retry=Retry(max=2))
     if has_dependents:
         bench.enqueue("echo", 1, depends_on=job_id)
@@ -453,7 +455,7 @@ def test_job_that_must_not_run_twice_is_failed_by_a_worker_that_never_ran_it(own
 
 
 def first_sigterm(own: Bench, process: Process) -> None:
-    """SIGTERM, until the worker has seen it: two that are pending are one."""
+    """Send SIGTERM and wait until the worker has seen it, because the kernel merges two pending signals into one."""
     (name,) = own.workers()
     process.signal(signal.SIGTERM)
     wait_until(lambda: own.redis.hexists(name, "shutdown_requested_date"))
@@ -468,7 +470,7 @@ def test_job_that_must_not_run_twice_is_not_put_back_on_sigterm(own: Bench, tmp_
         wait_until(lambda: lines_of(path))
         if signals == 2:
             first_sigterm(own, process)
-            time.sleep(1.1)  # RQ takes two signals within a second for one
+            time.sleep(1.1)  # RQ counts two signals within a second as one
         process.stop()
     assert "may not be run again: its worker was stopped" in own.end_of(job_id, "failed", 1)["error"]["message"]
     assert own.redis.llen("rq:queue:default") == 0
@@ -476,7 +478,7 @@ def test_job_that_must_not_run_twice_is_not_put_back_on_sigterm(own: Bench, tmp_
 
 @pytest.fixture
 def stand_in() -> Iterator[tuple[Mock, Channel]]:
-    """A work-horse that a test plays, and its end of the channel."""
+    """A fake work-horse, and its end of the channel."""
     ours, its = (Channel(end) for end in socket.socketpair())
     horse = Mock(spec=WorkHorseHandle, channel=ours, crash_limits={}, fresh=frozenset(), is_spent=False, jobs=0)
     horse.has_died.return_value = False
@@ -486,7 +488,7 @@ def stand_in() -> Iterator[tuple[Mock, Channel]]:
 
 
 def test_job_that_was_lost_before_it_began_is_not_run(real_redis: "Redis") -> None:
-    """As one that was taken ahead, and whose worker was kept from it for longer than its lease."""
+    """Such a job was taken ahead, and its worker was busy with other things for longer than the lease."""
     bench = Bench(real_redis, "")
     job_id = bench.enqueue("echo", 1)
     first = Worker(["default"], connection=real_redis)
@@ -506,10 +508,10 @@ def test_job_that_was_lost_before_it_began_is_not_run(real_redis: "Redis") -> No
 
 
 @pytest.mark.parametrize("is_taken", [False, True])
-def test_job_that_has_not_begun_is_not_begun_once_the_worker_is_told_to_end(
+def test_job_does_not_begin_once_the_worker_has_to_stop(
     real_redis: "Redis", monkeypatch: pytest.MonkeyPatch, is_taken: bool
 ) -> None:
-    """The signal comes as the work-horse becomes ready, before or after the job was taken."""
+    """The signal comes while the work-horse becomes ready, before or after the job was taken."""
     bench = Bench(real_redis, "")
     job_id = bench.enqueue("echo", 1)
     ending = Worker(["default"], connection=real_redis)
@@ -537,7 +539,7 @@ def test_job_that_has_not_begun_is_not_begun_once_the_worker_is_told_to_end(
 def test_outcome_that_was_sent_just_before_the_work_horse_died_counts(
     real_redis: "Redis", stand_in: tuple[Mock, Channel]
 ) -> None:
-    """It comes between a look at the channel, at which there is nothing, and one at the process."""
+    """It arrives after the worker found the channel empty, and before it finds the process dead."""
     horse, its = stand_in
 
     def die() -> bool:
@@ -548,19 +550,19 @@ def test_outcome_that_was_sent_just_before_the_work_horse_died_counts(
     horse.has_died.side_effect = die
     bench = Bench(real_redis, "")
     job_id = bench.enqueue("echo", 1)
-    loyal = Worker(["default"], connection=real_redis)
-    loyal._horses.horse = horse
-    taken = loyal.dequeue_job_and_maintain_ttl(None)
+    the_worker = Worker(["default"], connection=real_redis)
+    the_worker._horses.horse = horse
+    taken = the_worker.dequeue_job_and_maintain_ttl(None)
     assert taken
-    loyal.execute_job(*taken)
-    loyal._ahead.confirm_last_finish()
+    the_worker.execute_job(*taken)
+    the_worker._ahead.confirm_last_finish()
     assert bench.result_of(job_id) == 1
     assert "crashes" not in bench.read(job_id)
 
 
-def test_recover_goes_on_where_a_later_part_of_the_tick_fails(redis: "Redis", monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a full Redis; it is held back only after a time without any answer."""
-    tired = Worker(["default"], connection=redis)
+def test_recover_goes_on_if_a_later_part_of_the_tick_fails(redis: "Redis", monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full Redis fails like this. `recover` is held back only after a time without any answer."""
+    the_worker = Worker(["default"], connection=redis)
     recovered: list[str] = []
 
     def recover(*_: Any) -> list[Any]:
@@ -573,20 +575,20 @@ def test_recover_goes_on_where_a_later_part_of_the_tick_fails(redis: "Redis", mo
     monkeypatch.setattr(transitions, "recover", recover)
     monkeypatch.setattr(transitions, "promote", promote)
     for _ in range(3):
-        tired._next_tick = 0.0
+        the_worker._next_tick = 0.0
         with pytest.raises(RedisError):
-            tired._tick()
-        tired._last_tick -= 100  # seconds
+            the_worker._tick()
+        the_worker._last_tick -= 100  # seconds
     assert len(recovered) == 1
-    tired._last_tick = tired._trusts_leases_from = time.monotonic()
+    the_worker._last_tick = the_worker._trusts_leases_from = time.monotonic()
     for _ in range(3):
-        tired._next_tick = 0.0
+        the_worker._next_tick = 0.0
         with pytest.raises(RedisError):
-            tired._tick()
+            the_worker._tick()
     assert len(recovered) == 4
 
 
-def test_what_a_job_started_ends_with_its_worker(own: Bench, tmp_path: Path) -> None:
+def test_child_of_a_job_ends_with_the_worker(own: Bench, tmp_path: Path) -> None:
     path = tmp_path / "pid"
     with worker(environment(own.url), tmp_path / "worker.log") as process:
         own.enqueue("leave_child", {"path": str(path)})
@@ -596,7 +598,7 @@ def test_what_a_job_started_ends_with_its_worker(own: Bench, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("data", [b'["a\\qb", null, [1], {}]', b'["\xff", null, [1], {}]', b'["a\nb", null, [1], {}]'])
-def test_worker_is_not_ended_by_a_path_that_is_no_json(bench: Bench, data: bytes) -> None:
+def test_worker_survives_a_function_path_that_is_not_json(bench: Bench, data: bytes) -> None:
     job_id = bench.enqueue("echo", 1, "aside")
     bench.redis.hset(f"rq:job:{job_id}", "data", data)
     bench.redis.lmove("rq:queue:aside", "rq:queue:default")
@@ -626,7 +628,7 @@ def test_job_with_poisoned_dependents_ends_and_the_worker_goes_on(bench: Bench, 
     assert bench.result_of(bench.enqueue("echo", 2)) == 2
 
 
-def test_memory_limit_that_no_work_horse_can_keep_stops_the_start(own: Bench, tmp_path: Path) -> None:
+def test_memory_limit_that_is_too_small_stops_the_start(own: Bench, tmp_path: Path) -> None:
     env = environment(own.url, WORKER_MAX_MEMORY="16MiB")
     with running(python("rq.cli", "worker"), env, tmp_path / "worker.log") as process:
         assert process.popen.wait(30) == 1
@@ -647,38 +649,38 @@ def test_job_that_uses_too_much_memory_is_ended_with_that_reason(own: Bench, tmp
 
 @pytest.mark.slow
 def test_memory_that_jobs_leave_behind_ends_the_work_horse_and_no_job(own: Bench, tmp_path: Path) -> None:
-    # The jobs that leak may themselves be caught at it, on a slow machine.
+    # On a slow machine a leaking job itself may be killed while it runs, so many crashes are allowed.
     env = environment(own.url, WORKER_MAX_MEMORY="150MiB", MAX_CRASHES=100)
     path = tmp_path / "pids"
     with worker(env, tmp_path / "worker.log"):
         for _ in range(3):
             leaking = own.enqueue("leak_memory", {"bytes": 120 * 2**20, "path": str(path)}, "aside")
-            blameless = own.enqueue("sleep_for", 0.3, "aside")  # longer than between two looks at the memory
+            blameless = own.enqueue("sleep_for", 0.3, "aside")  # longer than the time between two checks of the memory
             own.redis.rename("rq:queue:aside", "rq:queue:default")
             own.end_of(leaking, "finished")
             assert "crashes" not in own.end_of(blameless, "finished")
     assert len(set(lines_of(path))) > 1
 
 
-def test_death_of_a_process_is_seen_though_one_that_it_forked_lives_on(bench: Bench) -> None:
+def test_death_of_a_work_horse_is_seen_although_its_child_lives_on(bench: Bench) -> None:
     error = bench.end_of(bench.enqueue("die_beside_a_child", job_timeout=600), "failed")["error"]
     assert "exit code 7" in error["message"]
 
 
 @pytest.mark.parametrize(("how", "code"), [("return", 0), ("raise", 1)])
-def test_process_that_a_function_forked_ends_where_the_function_does(bench: Bench, how: str, code: int) -> None:
+def test_process_that_a_function_forked_ends_with_the_function(bench: Bench, how: str, code: int) -> None:
     before, after, found = bench.result_of(bench.enqueue("fork", how, job_timeout=10))
     assert (before, found) == (after, code)
 
 
-def test_death_of_an_idle_work_horse_is_no_jobs_fault(bench: Bench, shop: Shop, tmp_path: Path) -> None:
+def test_death_of_an_idle_work_horse_is_counted_at_no_job(bench: Bench, shop: Shop, tmp_path: Path) -> None:
     assert shop.worker
     process, line = shop.worker, "the idle work-horse died"
     path = tmp_path / "pid"
     bench.end_of(bench.enqueue("write_pid", {"path": str(path)}), "finished")
     deaths = process.log.count(line)
     os.kill(int(path.read_text()), signal.SIGKILL)
-    # The worker looks each second. A job that it sends before the fork server has told counts as begun.
+    # The worker checks each second. A job that it sends before the fork server reports the death counts as begun.
     wait_until(lambda: process.log.count(line) > deaths, what=line)
     job_id = bench.enqueue("echo", 1)
     assert "crashes" not in bench.end_of(job_id, "finished")
@@ -714,7 +716,7 @@ def test_stop_command_ends_the_running_job(bench: Bench, tmp_path: Path, has_dep
     job_id = bench.enqueue("write_pid", {"path": str(path), "seconds": 50})
     if has_dependents:
         bench.enqueue("echo", 1, depends_on=job_id)
-    wait_until(lambda: lines_of(path))  # Redis says `started` a moment before the worker knows
+    wait_until(lambda: lines_of(path))  # Redis says `started` a moment before the worker knows of it
     send_stop_job_command(bench.redis, job_id, serializer=JSONSerializer)
     assert bench.end_of(job_id, "stopped")["error"]["type"] == "JobStopped"
     assert bench.redis.zscore("rq:failed:default", job_id)
@@ -752,11 +754,11 @@ def test_cancel_through_the_api_ends_the_run_at_once(bench: Bench, tmp_path: Pat
         ({"how": "again"}, "scheduled", 300),
     ],
 )
-def test_function_says_when_it_is_worth_another_try(
+def test_function_decides_about_another_try(
     bench: Bench, shop: Shop, payload: dict[str, Any], status: str, pause: int
 ) -> None:
     start = time.time()
-    # `retries` of a job function are the API's to write; RQ's own way here.
+    # The API writes the `retries` of a job function. This job is enqueued with RQ's own code, so it needs RQ's `retry`.
     job_id = bench.enqueue("foresee", payload, retry=Retry(max=3, interval=300))
     job = bench.wait_for(job_id, status, *TERMINAL)
     assert job["status"] == status
@@ -781,17 +783,17 @@ def test_malformed_commands_do_not_deafen_the_worker(bench: Bench) -> None:
     bench.wait_for(job_id, "started")
 
     def is_stopped() -> bool:
-        # More than once: Redis says `started` a moment before the worker knows, and RQ's message waits for nobody.
+        # Send it repeatedly: Redis says `started` a moment before the worker knows, and RQ does not keep messages.
         assert bench.redis.publish(channel, json.dumps({"command": "stop-job", "job_id": job_id})) == 1
         return bool(bench.read(job_id)["status"] == "stopped")
 
     wait_until(is_stopped)
 
 
-def test_stop_is_not_lost_as_an_earlier_job_is_written_down_as_stopped(
+def test_stop_is_not_lost_while_an_earlier_job_is_being_ended(
     real_redis: "Redis", stand_in: tuple[Mock, Channel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """RQ's code ends the earlier one, which was canceled and has a dependent, while the later one runs."""
+    """While the later job runs, RQ's code ends the earlier one, which was canceled and has a dependent."""
     horse, its = stand_in
     horse.kill.side_effect = lambda *_: its.close()
     bench = Bench(real_redis, "")
@@ -820,7 +822,7 @@ def test_stop_is_not_lost_as_an_earlier_job_is_written_down_as_stopped(
     assert [bench.read(job_id)["status"] for job_id in (earlier, later)] == ["stopped", "stopped"]
 
 
-def test_job_that_is_stopped_keeps_no_other_from_its_run(bench: Bench, tmp_path: Path) -> None:
+def test_stopped_job_does_not_keep_other_jobs_from_running(bench: Bench, tmp_path: Path) -> None:
     path = tmp_path / "ran"
     stopped = [bench.enqueue("sleep_for", 0.02) for _ in range(10)]
     neighbours = [bench.enqueue("append_line", {"path": str(path), "line": str(number)}) for number in range(10)]
@@ -858,7 +860,7 @@ def test_worker_lets_jobs_that_rq_canceled_expire(own: Bench, tmp_path: Path) ->
     assert own.redis.zcard("rq:canceled:default") == 2
 
 
-def test_worker_passes_a_long_row_of_canceled_jobs(bench: Bench) -> None:
+def test_worker_skips_a_long_row_of_canceled_jobs(bench: Bench) -> None:
     with bench.redis.pipeline() as pipeline:
         pipeline.rpush("rq:queue:default", *[f"gone-{number}" for number in range(2500)])
         pipeline.execute()
@@ -870,7 +872,7 @@ def test_suspended_worker_takes_nothing_until_resumed(bench: Bench, shop: Shop) 
     (name,) = bench.workers()
     wait_until(lambda: bench.redis.hget(name, "state") == b"suspended")
     job_id = bench.enqueue("echo", 1)
-    # It looks each second whether it may go on.
+    # The worker checks each second whether it may go on.
     time.sleep(1.2)
     assert bench.read(job_id)["status"] == "queued"
     subprocess.run(python("rq.cli", "resume"), env=shop.env, cwd=ROOT, check=True, capture_output=True)
@@ -893,7 +895,7 @@ def test_worker_signs_on_again_after_a_flush(bench: Bench) -> None:
 
 
 def start_write_pid(own: Bench, path: Path, seconds: float, **options: Any) -> tuple[str, int]:
-    """A running job, and the work-horse's process."""
+    """Start a job; returns its id and the process of the work-horse."""
     job_id = own.enqueue("write_pid", {"path": str(path), "seconds": seconds}, **options)
     return job_id, int(wait_until(lambda: lines_of(path))[-1])
 
@@ -932,7 +934,7 @@ def test_second_sigterm_puts_the_job_back_at_once(own: Bench, tmp_path: Path) ->
     with worker(environment(own.url, WORKER_SHUTDOWN_SECONDS=600), tmp_path / "worker.log") as process:
         job_id, pid = start_write_pid(own, tmp_path / "pid", 50)
         first_sigterm(own, process)
-        time.sleep(1.1)  # RQ takes two signals within a second for one
+        time.sleep(1.1)  # RQ counts two signals within a second as one
         process.stop()
         put_back(own, job_id, pid)
 
@@ -952,7 +954,7 @@ def test_death_of_a_worker_ends_its_work_horse_and_another_runs_the_job_again(ow
     assert len(set(lines_of(path))) == 2
 
 
-def test_burst_worker_runs_what_its_last_job_made_wait(own: Bench, tmp_path: Path) -> None:
+def test_burst_worker_runs_the_retry_of_its_last_job(own: Bench, tmp_path: Path) -> None:
     job_id = own.enqueue("foresee", {"how": "again"}, retry=Retry(max=2))
     with running(python("rq.cli", "worker", "--burst"), environment(own.url), tmp_path / "worker.log") as process:
         assert process.popen.wait(30) == 0
@@ -960,7 +962,7 @@ def test_burst_worker_runs_what_its_last_job_made_wait(own: Bench, tmp_path: Pat
     assert (job["status"], job["retries_left"]) == ("failed", "0")
 
 
-def test_next_job_does_not_pay_for_a_closed_stdout(own: Bench, tmp_path: Path) -> None:
+def test_closed_stdout_does_not_harm_the_next_job(own: Bench, tmp_path: Path) -> None:
     path = tmp_path / "pids"
     write_pid = "write_pid", {"path": str(path), "seconds": 0}
     jobs = [
@@ -974,7 +976,7 @@ def test_next_job_does_not_pay_for_a_closed_stdout(own: Bench, tmp_path: Path) -
     for job in map(own.read, jobs):
         assert job["status"] == "finished"
         assert "crashes" not in job
-    assert len(set(lines_of(path))) == 1  # nor is there a new process
+    assert len(set(lines_of(path))) == 1  # and no new process was started
 
 
 def test_burst_worker_ends_when_the_queues_are_empty(own: Bench, tmp_path: Path) -> None:
@@ -985,7 +987,7 @@ def test_burst_worker_ends_when_the_queues_are_empty(own: Bench, tmp_path: Path)
 
 
 def test_worker_for_one_job_leaves_the_next_to_others(own: Bench, tmp_path: Path) -> None:
-    """It takes the next job in the round trip that ends the first, and has to give it back."""
+    """The worker takes the next job in the round trip that ends the first, and has to give it back."""
     first, second = (own.enqueue("echo", number) for number in range(2))
     command = python("rq.cli", "worker", "--max-jobs", "1")
     with running(command, environment(own.url), tmp_path / "worker.log") as process:
@@ -996,8 +998,8 @@ def test_worker_for_one_job_leaves_the_next_to_others(own: Bench, tmp_path: Path
     assert own.redis.lrange("rq:queue:default", 0, -1) == [second.encode()]
 
 
-def hears_commands(own: Bench) -> None:
-    """RQ's commands come over a subscription, which must have been renewed."""
+def assert_hears_commands(own: Bench) -> None:
+    """Assert that the worker still gets RQ's commands, which come over a subscription that must have been renewed."""
     job_id = own.enqueue("sleep_for", 50)
     own.wait_for(job_id, "started")
 
@@ -1034,22 +1036,22 @@ def test_worker_survives_the_death_of_redis(tmp_path: Path, busy: bool) -> None:
                     own.end_of(job_id, "finished")
                     assert len(lines_of(path)) == 1
                 assert own.result_of(own.enqueue("echo", "after")) == "after"
-                hears_commands(own)
+                assert_hears_commands(own)
                 assert process.stop() == 0
 
 
 @pytest.mark.slow
 def test_worker_hears_commands_after_redis_stalled(own: Bench, tmp_path: Path) -> None:
-    """RQ's subscription ends for good on a timeout; only a lost connection is renewed (worker/base.py)."""
+    """RQ's subscription ends for good on a timeout; RQ renews only a lost connection (worker/base.py)."""
     with worker(environment(own.url), tmp_path / "worker.log"):
         assert own.result_of(own.enqueue("echo", "before")) == "before"
-        # Longer than the worker waits for an answer, as it subscribes anew.
+        # The pause is longer than the worker waits for an answer when it subscribes again.
         with own.redis.pipeline(transaction=False) as pipeline:
             pipeline.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
             pipeline.execute_command("CLIENT", "PAUSE", 6500)
             pipeline.execute()
         wait_until(own.redis.ping)
-        hears_commands(own)
+        assert_hears_commands(own)
 
 
 # Start
@@ -1081,7 +1083,7 @@ def test_worker_that_cannot_load_the_functions_ends_with_a_sentence(
 @pytest.mark.parametrize("module", ["app.worker", "app.worker.work_horse", "app.functions", "app.job_function"])
 def test_no_web_framework_is_loaded_with(module: str) -> None:
     code = f"import sys, {module}; print(sorted({{'flask', 'apiflask', 'werkzeug', 'gevent'}} & set(sys.modules)))"
-    # Measured for coverage, the process would have gevent.
+    # Coverage would load gevent into the process.
     env = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
@@ -1103,7 +1105,7 @@ def test_import_of_any_module_opens_no_connection_and_starts_no_thread() -> None
     assert done.stdout == "1\n"
 
 
-# What a review broke it with
+# Attacks that a review found
 
 
 def test_job_that_names_a_webhook_of_rq_is_failed_and_nothing_is_sent(bench: Bench) -> None:
@@ -1129,11 +1131,11 @@ def test_stop_commands_without_a_running_job_do_no_harm(bench: Bench, shop: Shop
         bench.wait_for(job_id, *TERMINAL)
     assert shop.worker
     log = shop.worker
-    # All are heard before the next test's job could be hit. `bench` then looks whether the worker lives and works.
+    # Wait for all commands, so that none hits a job of the next test. `bench` then checks that the worker works.
     wait_until(lambda: log.log.count("Received kill horse command") >= 40 or log.popen.poll() is not None)
 
 
-def test_worker_runs_a_job_under_whose_name_stands_something_else(bench: Bench) -> None:
+def test_worker_runs_a_job_whose_other_keys_have_another_type(bench: Bench) -> None:
     job_id = bench.enqueue("echo", 1, "aside")
     for name in ("executions", "results"):
         bench.redis.set(f"rq:{name}:{job_id}", "text")
@@ -1142,7 +1144,7 @@ def test_worker_runs_a_job_under_whose_name_stands_something_else(bench: Bench) 
 
 
 @pytest.mark.parametrize("key", ["rq:queue:default", "rq:wip:default"])
-def test_worker_is_not_ended_by_an_id_that_is_not_utf8(bench: Bench, key: str) -> None:
+def test_worker_survives_an_id_that_is_not_utf8(bench: Bench, key: str) -> None:
     if key == "rq:queue:default":
         bench.redis.hset(b"rq:job:\xff", mapping={"status": "queued", "data": "x", "origin": "default"})
         bench.redis.rpush(key, b"\xff")
@@ -1154,7 +1156,7 @@ def test_worker_is_not_ended_by_an_id_that_is_not_utf8(bench: Bench, key: str) -
 
 
 @pytest.mark.slow
-def test_worker_lives_on_while_redis_is_full(own: Bench, tmp_path: Path) -> None:
+def test_worker_survives_a_full_redis(own: Bench, tmp_path: Path) -> None:
     with worker(environment(own.url), tmp_path / "worker.log") as process:
         jobs = [own.enqueue("sleep_for", 0.5) for _ in range(4)]
         own.wait_for(jobs[0], "started", "finished")
@@ -1206,7 +1208,7 @@ def test_crash_limit_of_a_job_with_dependents_is_handled_as_rq_does(own: Bench, 
     assert own.end_of(first, "failed")["error"]["type"] == "WorkHorseDied"
 
 
-def test_worker_cuts_what_a_function_says_at_length(own: Bench, tmp_path: Path) -> None:
+def test_worker_truncates_long_texts_of_a_function(own: Bench, tmp_path: Path) -> None:
     with worker(environment(own.url), tmp_path / "worker.log"):
         job_id = own.enqueue("report", {"done": 1, "total": 2, "message": "x" * 100_000})
         progress = json.loads(own.end_of(job_id, "finished")["progress"])

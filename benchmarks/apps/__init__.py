@@ -1,1 +1,1 @@
-"""The peers of our service: what it is compared with, as small as each can be."""
+"""The apps that our service is compared with, each as small as possible."""

@@ -1,4 +1,4 @@
-"""The shortest way from a request to another process and back: a list each way. `python -m` runs the other process."""
+"""The shortest way from a request to another process and back, with a list each way. `python -m` runs that process."""
 
 import json
 import os
@@ -13,19 +13,19 @@ QUESTIONS, TAKEN = "echo:questions", "echo:taken"
 PATIENCE = 10
 
 app = Flask(__name__)
-# Without redis-py's limit of 5 s: the other process waits as long as nothing comes.
+# Drop redis-py's limit of 5 s: the other process waits until a payload comes.
 redis = Redis.from_url(os.environ["REDIS_URL"], socket_timeout=None)
 
 
 @app.get("/healthz")
 def healthz() -> str:
-    """Tell that the app is up."""
+    """Say that the app is up."""
     return "ok"
 
 
 @app.post("/echo")
 def echo() -> Response:
-    """Have the body sent back by the other process."""
+    """Send the body to the other process, and return its answer."""
     answers = f"echo:{uuid.uuid4()}"
     redis.lpush(QUESTIONS, json.dumps([answers, request.json]))
     answer: Any = redis.blpop([answers], PATIENCE)
@@ -33,7 +33,7 @@ def echo() -> Response:
 
 
 def serve() -> None:
-    """Send back what comes, for ever."""
+    """Send each payload back, for ever."""
     while True:
         question: Any = redis.blmove(QUESTIONS, TAKEN, 0, "RIGHT", "LEFT")
         answers, payload = json.loads(question)

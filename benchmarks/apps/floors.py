@@ -1,4 +1,4 @@
-"""What no Flask app under our gunicorn outruns: one that answers a constant, at once or after a word with Redis."""
+"""The upper bounds for a Flask app under our gunicorn: it answers a constant, at once or after a call of Redis."""
 
 import json
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from flask import Flask, Response
 from app.config import get_settings
 from app.core.connections import connect
 
-#: As long as the status object of a job that waits.
+#: It is as long as the status object of a waiting job.
 _ANSWER = json.dumps({"job_status": "queued", "": "." * 420})
 
 app = Flask(__name__)
@@ -18,13 +18,13 @@ redis = connect(get_settings())
 
 @app.get("/healthz")
 def healthz() -> str:
-    """Tell that the app is up."""
+    """Say that the app is up."""
     return "ok"
 
 
 @app.get("/constant")
 def constant() -> Response:
-    """Answer."""
+    """Answer at once."""
     return Response(_ANSWER, mimetype="application/json")
 
 

@@ -4,5 +4,5 @@ import os
 
 bind = f"127.0.0.1:{os.environ['PORT']}"
 threads = 8
-# As in our own settings: the socket is one file per user.
+# Our own settings disable it, too: the socket is one file per user.
 control_socket_disable = True

@@ -1,4 +1,4 @@
-"""Flask and RQ as tutorials put them together: RQ's own queue, pickle, a fetch of the whole job for its status."""
+"""Flask and RQ as tutorials combine them: RQ's own queue, pickle, and a fetch of the whole job for its status."""
 
 import os
 
@@ -17,7 +17,7 @@ q = Queue(connection=redis)
 
 @app.get("/healthz")
 def healthz() -> str:
-    """Tell that the app is up."""
+    """Say that the app is up."""
     return "ok"
 
 
@@ -30,6 +30,6 @@ def enqueue() -> ResponseReturnValue:
 
 @app.get("/check_status")
 def check_status() -> ResponseReturnValue:
-    """Tell where a job is."""
+    """Return the status of a job."""
     job = Job.fetch(request.args["job_id"], connection=redis)
     return jsonify({"job_id": job.id, "job_status": job.get_status()})

@@ -1,4 +1,4 @@
-"""Celery, which acknowledges a job when it has run; one at a time, as its user guide has it ("Optimizing")."""
+"""Celery, which acknowledges a job after its run. It takes one job at a time, as its user guide says ("Optimizing")."""
 
 import os
 from typing import Any
@@ -16,10 +16,10 @@ def noop(number: int) -> dict[str, int]:
 
 
 def enqueue(count: int) -> list[Any]:
-    """So many new jobs."""
+    """Enqueue `count` jobs; returns their handles."""
     return [noop.delay(number).id for number in range(count)]
 
 
 def find_result(handle: Any) -> Any:
-    """What the job returned; None while there is nothing."""
+    """The return value of the job; None until there is one."""
     return app.AsyncResult(handle).result

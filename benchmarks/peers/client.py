@@ -1,7 +1,7 @@
 """Enqueue jobs with the client of one task queue, and time their run: `python -m benchmarks.peers.client MODULE COUNT`.
 
-What is timed is from the moment that the first job's result can be read to the moment that the last one's can. So
-nothing of a worker's start is in it, and no queue has to be trusted to tell its own times.
+The time is that from the moment at which the first job's result can be read to the same moment of the last job. So it
+does not include the worker's start, and it does not rely on times that a queue reports itself.
 """
 
 import importlib
@@ -9,20 +9,20 @@ import sys
 import time
 from typing import Any
 
-#: Seconds between two looks for a result; each is one cheap command to Redis.
+#: Seconds between two checks for a result. Each is one cheap command to Redis.
 LOOK_EVERY = 0.01
-#: Seconds that a result is waited for.
+#: The longest wait for a result, in seconds.
 PATIENCE = 90.0
 
 
 def main() -> None:
-    """Enqueue, say so, wait, and print the jobs/s.
+    """Enqueue, print that it is done, wait, and print the jobs/s.
 
     Raises:
         SystemExit: a result is wrong or did not come.
     """
     module, count = importlib.import_module(sys.argv[1]), int(sys.argv[2])
-    # The very first job is none of them: a starting SAQ worker may take it for one that hangs, and abort it.
+    # Do not count the very first job: a starting SAQ worker may think that it hangs, and abort it.
     _, *jobs = module.enqueue(count + 1)
     print("enqueued", flush=True)
 

@@ -1,4 +1,4 @@
-"""Dramatiq, with its middleware for results; it acknowledges a job when it has run."""
+"""Dramatiq, with its middleware for results. It acknowledges a job after its run."""
 
 import os
 from typing import Any
@@ -20,12 +20,12 @@ def noop(number: int) -> dict[str, int]:
 
 
 def enqueue(count: int) -> list[Any]:
-    """So many new jobs."""
+    """Enqueue `count` jobs; returns their handles."""
     return [noop.send(number) for number in range(count)]
 
 
 def find_result(handle: Any) -> Any:
-    """What the job returned; None while there is nothing."""
+    """The return value of the job; None until there is one."""
     try:
         return handle.get_result()
     except ResultMissing:

@@ -1,4 +1,4 @@
-"""Huey; it takes a job off its queue before the job runs."""
+"""Huey, which removes a job from its queue before the job runs."""
 
 import os
 from typing import Any
@@ -15,10 +15,10 @@ def noop(number: int) -> dict[str, int]:
 
 
 def enqueue(count: int) -> list[Any]:
-    """So many new jobs."""
+    """Enqueue `count` jobs; returns their handles."""
     return [noop(number).id for number in range(count)]
 
 
 def find_result(handle: Any) -> Any:
-    """What the job returned; None while there is nothing."""
+    """The return value of the job; None until there is one."""
     return huey.result(handle, preserve=True)

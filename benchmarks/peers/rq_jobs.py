@@ -1,4 +1,4 @@
-"""RQ as it comes, with its JSON serializer. Its work-horse imports this module anew for each job, so it is small."""
+"""Plain RQ, with its JSON serializer. Its work-horse imports this module for each job, so the module is small."""
 
 import os
 from typing import Any
@@ -14,11 +14,11 @@ def noop(number: int) -> dict[str, int]:
 
 
 def enqueue(count: int) -> list[Any]:
-    """So many new jobs."""
+    """Enqueue `count` jobs; returns their handles."""
     queue = Queue(connection=Redis.from_url(os.environ["REDIS_URL"]), serializer=JSONSerializer)
     return [queue.enqueue(noop, number) for number in range(count)]
 
 
 def find_result(handle: Any) -> Any:
-    """What the job returned; None while there is nothing."""
+    """The return value of the job; None until there is one."""
     return handle.return_value(refresh=True)

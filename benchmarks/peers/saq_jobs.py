@@ -1,4 +1,4 @@
-"""SAQ, one job at a time; it takes a job off its queue's active ones when the job has run."""
+"""SAQ, one job at a time. It removes a job from its queue's active jobs after the run."""
 
 import asyncio
 import os
@@ -19,7 +19,7 @@ settings = {"queue": queue, "functions": [noop], "concurrency": 1}
 
 
 def enqueue(count: int) -> list[Any]:
-    """So many new jobs."""
+    """Enqueue `count` jobs; returns their handles."""
 
     async def enqueue_all() -> list[Any]:
         await queue.connect()
@@ -30,5 +30,5 @@ def enqueue(count: int) -> list[Any]:
 
 
 def find_result(handle: Any) -> Any:
-    """What the job returned; None while there is nothing."""
+    """The return value of the job; None until there is one."""
     return _loop.run_until_complete(queue.job(handle)).result

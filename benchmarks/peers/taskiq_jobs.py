@@ -1,4 +1,4 @@
-"""Taskiq, with the broker that its documentation recommends; it acknowledges a job when its result is stored."""
+"""Taskiq, with the broker that its documentation recommends. It acknowledges a job when its result is stored."""
 
 import asyncio
 import os
@@ -18,7 +18,7 @@ async def noop(number: int) -> dict[str, int]:
 
 
 def enqueue(count: int) -> list[Any]:
-    """So many new jobs."""
+    """Enqueue `count` jobs; returns their handles."""
 
     async def enqueue_all() -> list[Any]:
         await broker.startup()
@@ -28,7 +28,7 @@ def enqueue(count: int) -> list[Any]:
 
 
 def find_result(handle: Any) -> Any:
-    """What the job returned; None while there is nothing."""
+    """The return value of the job; None until there is one."""
 
     async def find() -> Any:
         if not await results.is_result_ready(handle):

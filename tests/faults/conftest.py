@@ -21,13 +21,13 @@ SECONDS = pytest.StashKey[float]()
 
 
 class Form(IntEnum):
-    """How much of the suite runs; a row says from which form on it does."""
+    """How much of the suite runs. A row names the smallest form in which it runs."""
 
-    #: Each fault once, but for those that take a minute.
+    #: Each fault once, except those that take a minute.
     SHORT = 1
-    #: All but the two that take longest. What is repeated shares a budget of seconds.
+    #: All rows except the two that take longest. The repeated ones share a budget of seconds.
     BUDGET = 2
-    #: All, as often as the table says.
+    #: All rows, as often as the table says.
     LONG = 3
 
 
@@ -44,7 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--budget",
         type=float,
         metavar="SECONDS",
-        help="divide so many seconds among the faults that are repeated; run the others at full length",
+        help="divide this number of seconds among the faults that are repeated; run the others at full length",
     )
     parser.addoption("--seed", help="a text from which the random delays are made")
     parser.addoption("--stock", action="store_true", help="with RQ's own workers, to see what they lose")
@@ -72,13 +72,13 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def name_of(config: pytest.Config) -> str:
-    """What a run of the suite is called."""
+    """The name of this run of the suite."""
     form, seed = form_of(config).name.lower(), config.getoption("--seed")
     return f"{form} form; --seed {seed} gives the same delays again (but threads and processes have their own order)"
 
 
 def seconds_of(marks: list[pytest.Mark], budget: float) -> list[float]:
-    """The seconds that each of these rows may take, about, where the repeated ones share a budget."""
+    """About how many seconds each of these rows may take. The repeated ones share the budget."""
     shares = sum(mark.kwargs.get("share", 0) for mark in marks)
     return [
         budget * mark.kwargs["share"] / shares if mark.kwargs.get("share") else mark.kwargs.get("takes", 10)
@@ -112,7 +112,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def seconds_planned(item: pytest.Item) -> float:
-    """The seconds that a row may take; 0 for a test that is none."""
+    """The seconds that a row may take; 0 for a test that is no row."""
     return item.stash.get(SECONDS, 0.0)
 
 
@@ -138,20 +138,20 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 class Row:
-    """A row of the table. It stands there with question marks if its test fails before the jobs are counted."""
+    """A row of the table. It shows question marks if its test fails before the jobs are counted."""
 
     def __init__(self, cells: list[str]) -> None:
         self._cells = cells
 
     def note(self, text: str) -> None:
-        """Write down what there is to say of a row that puts no jobs of clients at risk."""
+        """Write a note. A row that puts no jobs of clients at risk has only this."""
         self._cells[1] += f": {text}"
         self._cells[2:] = ["–"] * 5
 
     def close(
         self, tally: Tally, seconds: float | None = None, note: str = "", may_run_again: dict[str, int] | None = None
     ) -> None:
-        """Write down what was counted, then hold the suite's rule against it."""
+        """Write down the counts, then check the suite's rule."""
         if note:
             self._cells[1] += f": {note}"
         counts = (len(tally.jobs), tally.terminal, len(tally.lost), len(tally.twice))
@@ -161,7 +161,7 @@ class Row:
 
 @pytest.fixture
 def row(request: pytest.FixtureRequest) -> Row:
-    """The table's row for this test; it travels in the report, from whichever process the test runs in."""
+    """The table's row for this test. The report carries it, because the test may run in another process."""
     number, text = request.node.get_closest_marker("fault").args
     cells = [number, text, *"?????"]
     request.node.user_properties.append(("fault", cells))
@@ -176,20 +176,20 @@ def form(request: pytest.FixtureRequest) -> Form:
 
 @pytest.fixture(scope="session")
 def long(form: Form) -> bool:
-    """Whether a fault that is not repeated is to be as long, and as large, as the table says."""
+    """Whether a fault that is not repeated has the full length and size of the table."""
     return form is not Form.SHORT
 
 
 class Rounds:
-    """How often a fault is repeated: as the form says, and with a budget until the row's share of it is spent."""
+    """How often a fault is repeated: the form decides; with a budget, until the row's share of it is spent."""
 
     def __init__(self, form: Form, seconds: float) -> None:
         self._form, self._seconds = form, seconds
-        #: How many have begun.
+        #: How many rounds have begun.
         self.begun = 0
 
     def __call__(self, long: int, short: int = 1) -> Iterator[int]:
-        """The number of each round: `long` of them as the table says; in the other forms at least `short`."""
+        """Yield the number of each round: `long` rounds in the long form, at least `short` in the others."""
         end = time.monotonic() + self._seconds
         for number in range(long):
             is_enough = self._form is Form.SHORT or (self._form is Form.BUDGET and time.monotonic() > end)
@@ -207,19 +207,19 @@ def rounds(request: pytest.FixtureRequest, form: Form) -> Rounds:
 
 @pytest.fixture(autouse=True)
 def seeded(request: pytest.FixtureRequest) -> None:
-    """A test's random delays are those of its name and the seed, in whichever process it runs."""
+    """Make a test's random delays depend only on its name and the seed, and not on its process."""
     random.seed(f"{request.config.getoption('--seed')} {request.node.nodeid}")
 
 
 @pytest.fixture(scope="session")
 def stock(request: pytest.FixtureRequest) -> bool:
-    """Whether the workers are to be RQ's own."""
+    """Whether to use RQ's own workers."""
     return bool(request.config.getoption("--stock", default=False))
 
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory, stock: bool) -> Iterator[Site]:
-    """One for all faults, since its start takes longer than most of them."""
+    """One site for all faults, because its start takes longer than most of them."""
     with ExitStack() as stack:
         yield Site(stack, tmp_path_factory.mktemp("site"), stock=stock)
 

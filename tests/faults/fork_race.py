@@ -1,6 +1,6 @@
-"""Deaths of work-horses at every moment of the fork server's loop; prints how many of them it did not tell.
+"""Kill work-horses at every moment of the fork server's loop, and print how many deaths the server did not report.
 
-A process of its own: the fork server is forked before there are threads.
+This is a program of its own, because the fork server must be forked before there are threads.
 """
 
 import os
@@ -13,11 +13,11 @@ import time
 
 from app.worker.fork_server import ForkServer
 
-#: Seconds of the longest way from an order to its answer, and a little more.
+#: A little more than the longest time from an order to its answer, in seconds.
 WINDOW = 0.0025
-#: Seconds within which a death is told, on a busy machine too; without the wakeup of the server's loop it was with the
-#: next order only, and none is sent while one waits here.
-TOLD_WITHIN = 30
+#: Seconds until a death is reported at the latest, even on a busy machine. Before a signal woke the server's loop, a
+#: death was reported only with the next order, and this program sends none while it waits.
+REPORTED_WITHIN = 30
 
 
 def wait_for_end(end: socket.socket) -> None:
@@ -32,7 +32,7 @@ def start(server: ForkServer) -> tuple[int, socket.socket]:
 
 def kill_after(seconds: float, pid: int) -> None:
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end:  # a sleep is not that exact
+    while time.perf_counter() < end:  # time.sleep is not exact enough
         pass
     os.kill(pid, signal.SIGKILL)
 
@@ -41,19 +41,19 @@ def main(deaths: int, seed: str) -> None:
     random.seed(seed)
     server = ForkServer(wait_for_end)
     pid, channel = start(server)
-    untold = 0
+    unreported = 0
     for _ in range(deaths):
         killer = threading.Thread(target=kill_after, args=(random.uniform(0, WINDOW), pid))
         killer.start()
         following = start(server)  # while the other one dies
         killer.join()
-        untold += server.wait(pid, TOLD_WITHIN) is None
+        unreported += server.wait(pid, REPORTED_WITHIN) is None
         server.forget(pid)
         channel.close()
         pid, channel = following
     kill_after(0, pid)
     server.close()
-    print(untold)
+    print(unreported)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The job functions of the fault suite; its workers and web processes have them beside those of the other tests.
+"""The job functions of the fault suite. Its workers and web processes load them beside those of the other tests.
 
-They validate their payloads themselves, too: RQ's own worker (`--stock`) hands over what JSON holds.
+They validate their payloads themselves, too: RQ's own worker (`--stock`) hands over plain JSON values.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ from rq import get_current_job
 from app.job_function import job_function
 from tests.job_functions import die, return_bytes_of, return_unjsonable, swallow_timeout
 
-#: Run twice with the same second key (its answer was lost), it leaves one trace.
+#: The script leaves one trace, even if it runs twice with the same second key after a lost answer.
 _LEAVE_TRACE = """
 if not redis.call('SET', KEYS[2], '', 'NX', 'EX', 120) then return 0 end
 local now = redis.call('TIME')
@@ -29,7 +29,7 @@ return 1
 
 
 class Trace(BaseModel):
-    """Where the trace is left, how long the job takes after that, for which file it waits, and whether it raises."""
+    """Where the job leaves its trace, how long it runs after that, the file it waits for, and whether it raises."""
 
     trace_to: str
     seconds: float = 0
@@ -45,13 +45,13 @@ def _write_trace(payload: Trace) -> None:
         try:
             job.connection.eval(_LEAVE_TRACE, 2, payload.trace_to, mark, job.id, str(os.getpid()))
             break
-        except RedisError:  # the run is to be known though Redis is away as it begins, or full
+        except RedisError:  # the run has to be known even if Redis is away or full when it begins
             time.sleep(0.1)
 
 
 @job_function()
 def leave_trace(payload: Trace) -> int:
-    """Write into a list in Redis which job runs, when by Redis' clock, and in which process; return the process."""
+    """Write into a list in Redis the job, the time by Redis' clock and the process; return the process."""
     payload = Trace.model_validate(payload)
     _write_trace(payload)
     end = time.monotonic() + payload.seconds
@@ -60,19 +60,19 @@ def leave_trace(payload: Trace) -> int:
     while payload.until and not Path(payload.until).exists():
         time.sleep(0.02)
     if payload.fails:
-        raise ValueError("as it was told to")
+        raise ValueError("as the payload says")
     return os.getpid()
 
 
 class Misdeed(Trace):
-    """What the job does that no job should, after it left its trace."""
+    """The harm that the job does after it left its trace."""
 
     how: Literal["exit", "sys.exit", "segfault", "kill", "swallow the timeout", "ignore SIGTERM"]
 
 
 @job_function()
 def misbehave(payload: Misdeed) -> None:
-    """Do it."""
+    """Do the harm that the payload names."""
     payload = Misdeed.model_validate(payload)
     _write_trace(payload)
     match payload.how:
@@ -88,7 +88,7 @@ def misbehave(payload: Misdeed) -> None:
 
 
 class Appetite(Trace):
-    """How many bytes the job wants, and whether its process is killed when there are no more for it."""
+    """How many bytes the job allocates, and whether its process is killed when it gets no more."""
 
     size: int
     is_killed: bool = False
@@ -96,7 +96,7 @@ class Appetite(Trace):
 
 @job_function()
 def devour_memory(payload: Appetite) -> None:
-    """Use more and more memory, and keep it for so many seconds."""
+    """Allocate more and more memory, and keep it for the payload's seconds."""
     payload = Appetite.model_validate(payload)
     _write_trace(payload)
     hoard: list[bytes] = []
@@ -112,14 +112,14 @@ def devour_memory(payload: Appetite) -> None:
 
 
 class BadReturn(Trace):
-    """What the job returns: something that JSON has not, or a string of so many characters."""
+    """The return value: something that is not JSON, or the length of a string."""
 
     kind: str | int
 
 
 @job_function()
 def return_badly(payload: BadReturn) -> Any:
-    """Return it."""
+    """Return the value that the payload names."""
     payload = BadReturn.model_validate(payload)
     _write_trace(payload)
     if isinstance(payload.kind, int):

@@ -1,4 +1,4 @@
-"""The checker of all faults: what clients were told, held against what became of it."""
+"""The checker of all faults. It compares the answers that clients got with what happened to their jobs."""
 
 import time
 from collections import defaultdict
@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from app.core.scripts import TERMINAL
 
-#: The list to which the jobs of the fault suite write that they run.
+#: The list in which each run of a job of the fault suite leaves its trace.
 RUNS_KEY = "faults:runs"
 
-#: Where a job of each status stands, and nowhere else: in its queue, or in one of RQ's registries.
+#: The one place of a job in each status: its queue, or one of RQ's registries.
 _PLACE_OF = {
     "queued": "queue",
     "scheduled": "scheduled",
@@ -25,14 +25,14 @@ _REGISTRIES = sorted(set(_PLACE_OF.values()) - {"queue"})
 
 
 class Run(NamedTuple):
-    """One run of a job, as its function tells: when it began by Redis' clock, and in which work-horse."""
+    """One run of a job, from its trace: when it began by Redis' clock, and in which work-horse."""
 
     at: float
     pid: int
 
 
 class Job(NamedTuple):
-    """What Redis knows of a job."""
+    """A job as Redis has it."""
 
     status: str | None
     places: list[str]
@@ -41,20 +41,20 @@ class Job(NamedTuple):
 
 
 class Tally(NamedTuple):
-    """A count of the jobs that clients were told of."""
+    """A count of the acknowledged jobs: those whose enqueue was answered with success."""
 
     jobs: Mapping[str, Job]
     terminal: int
     waiting: int
-    #: those that are neither, or that are in more than one place, or that ended without having run
+    #: jobs that neither ended nor wait, or that are in more than one place, or that ended without a run
     lost: Mapping[str, Job]
-    #: those whose functions ran more often than they were to, and how much more often
+    #: jobs whose functions ran too often, and the number of runs too many
     twice: Mapping[str, int]
-    #: jobs that are there though nobody was told of them
+    #: jobs that exist although no client got an acknowledgement
     strangers: set[str]
 
     def check(self, may_run_again: Mapping[str, int] | None = None) -> None:
-        """Hold the suite's rule; some jobs may run so many times more than they were to."""
+        """Check the suite's rule. `may_run_again` names jobs that may run more often, and how many times more."""
         allowed = may_run_again or {}
         assert not self.lost
         assert not self.strangers
@@ -63,17 +63,17 @@ class Tally(NamedTuple):
 
 
 class Ledger:
-    """The jobs that clients were told of. Several clients may write to it at once."""
+    """The acknowledged jobs. Several clients may write to it at once."""
 
     def __init__(self, redis: Any) -> None:
         self._redis = redis
         self._planned_runs: dict[str, int] = {}
         self._older = self._all_jobs()
-        # Some that ran before are not kept any more.
+        # Some of the jobs that ran before have expired.
         self._older |= self.runs().keys()
 
     def acknowledge(self, job_id: str, runs: int = 1) -> None:
-        """A client was told that this job is enqueued; its function is to run so many times."""
+        """Note that a client got an acknowledgement of this job, and how many times its function has to run."""
         self._planned_runs[job_id] = runs
 
     def _all_jobs(self) -> set[str]:
@@ -92,7 +92,7 @@ class Ledger:
         return found
 
     def count(self) -> Tally:
-        """Count the jobs, all at one moment."""
+        """Count all jobs at one moment."""
         queues = [key.decode().removeprefix("rq:queue:") for key in self._redis.smembers("rq:queues")]
         job_ids = list(self._planned_runs)
         with self._redis.pipeline() as pipeline:
@@ -108,7 +108,7 @@ class Ledger:
         for _ in queues:
             for place in ("queue", *_REGISTRIES):
                 for entry in next(answers):
-                    places[entry.decode().partition(":")[0]].append(place)  # in `wip` the execution's id follows
+                    places[entry.decode().partition(":")[0]].append(place)  # in `wip`: JOB:EXECUTION
         hashes = {job_id: next(answers) for job_id in job_ids}
         runs = self._read_runs(next(answers))
         jobs = {
@@ -133,7 +133,7 @@ class Ledger:
         return Tally(jobs, terminal, waiting, lost, twice, self._all_jobs() - self._older - jobs.keys())
 
     def settle(self, seconds: float = 60) -> Tally:
-        """The count once no job waits any more, at the latest after so many seconds."""
+        """Wait until no job waits or this time has passed, and count."""
         deadline = time.monotonic() + seconds
         while (tally := self.count()).waiting and time.monotonic() < deadline:
             time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""The service as processes that may be killed, and its clients, who write down what they are told."""
+"""The service as processes that tests may kill, and its clients, who write down their answers."""
 
 import os
 import re
@@ -20,60 +20,60 @@ from tests.processes import Process, environment, python, valkey_server, wait_un
 from tests.test_worker import is_running
 
 MODULES = "app.functions,tests.job_functions,tests.faults.job_functions"
-#: The queue of workers that are killed: the other workers do not look at it.
+#: The queue of the workers that tests kill. The other workers do not take its jobs.
 FRAGILE = "fragile"
-#: The users as which workers log in to Redis: those of the fragile queue, and the others.
+#: The Redis users of the workers: one for those of the fragile queue, one for the others.
 USERS = FRAGILE_USER, WORKER_USER = "fragile", "worker"
-#: The type of the problem that is told while Redis is away, or slow.
+#: The type of the problem that answers have while Redis is away or slow.
 OUTAGE = "/problems/redis-unavailable"
 
 
 class Staff:
-    """Workers of the same queues and settings."""
+    """Workers with the same queues and settings."""
 
     def __init__(self, env: dict[str, str], folder: Path, *queues: str, stock: bool = False) -> None:
         self._env, self._folder, self._queues = env, folder, queues
-        # RQ's own worker: what it loses shows that a fault is one.
+        # RQ's own worker: if it loses jobs, the fault is a real one.
         self._options = ("-S", "json", "-w", "rq.Worker") if stock else ()
         self.workers: dict[str, Process] = {}
 
     def hire(self, count: int = 1, *options: str) -> None:
-        """Start so many workers, with more options of `rq worker`; `await_start` waits for them."""
+        """Start this number of workers, with more options of `rq worker`. `await_start` waits for them."""
         for _ in range(count):
             name = f"{self._queues[0]}-{os.urandom(4).hex()}"
             command = python("rq.cli", "worker", *self._options, *options, "--name", name, *self._queues)
             self.workers[name] = Process(command, self._env, self._folder / f"{name}.log")
 
     def await_start(self) -> None:
-        """Wait until all of them listen."""
+        """Wait until all workers listen."""
         for process in self.workers.values():
             process.wait_for_log("Listening on")
 
     def kill(self, name: str) -> None:
-        """SIGKILL."""
+        """Kill a worker with SIGKILL."""
         self.workers.pop(name).kill()
 
     def check(self) -> None:
-        """All those that nobody killed are alive."""
+        """Assert that the workers that no test killed are alive."""
         for process in self.workers.values():
             assert process.popen.poll() is None, process.log
 
     def kill_all(self) -> None:
-        """SIGKILL to all, which is the quickest end."""
+        """Kill all workers with SIGKILL, which is the quickest end."""
         for name in list(self.workers):
             self.kill(name)
 
 
 class Site:
-    """A Redis, two web processes behind one address, and two workers, which are RQ's own if they are to be `stock`."""
+    """A Redis, two web processes behind one address, and two workers. With `stock` the workers are RQ's own."""
 
     def __init__(self, stack: ExitStack, folder: Path, *, stock: bool = False, **settings: Any) -> None:
         self._folder, self._stock, self._settings = folder, stock, settings
-        users = folder / "users.acl"  # in a file, so that they outlive the server
+        users = folder / "users.acl"  # in a file, so that the users outlive the server
         users.write_text("".join(f"user {user} on nopass ~* &* +@all\n" for user in ("default", *USERS)))
         config = {"appendonly": "yes", "appendfsync": "always", "save": '""', "aclfile": str(users)}
         self.server: ValkeyServer = stack.enter_context(valkey_server(folder / "valkey", **config))
-        self.redis_port: int = self.server.port  # the server itself forgets it as it ends
+        self.redis_port: int = self.server.port  # the server object forgets the port when it ends
         self.redis: Any = stack.enter_context(Redis(port=self.redis_port))
         self._web_log = folder / "web.log"
         self.staff = Staff(self.environment(WORKER_USER), folder, "default", stock=stock)
@@ -83,24 +83,24 @@ class Site:
         self.staff.await_start()
 
     def environment(self, user: str = "default", **settings: Any) -> dict[str, str]:
-        """What its processes are started with."""
+        """The environment for the processes of the site."""
         settings = {
             "QUEUES": f"default,{FRAGILE},second,third",
             "FUNCTION_MODULES": MODULES,
             **self._settings,
             **settings,
         }
-        # Redis' default user needs no greeting.
+        # Redis' default user needs no login.
         login = "" if user == "default" else f"{user}:any@"
         env = environment(f"redis://{login}127.0.0.1:{self.redis_port}/0", **settings)
-        # Not measured for coverage: a process that is killed as it writes what was measured spoils the report.
+        # Do not measure coverage: a process that is killed while it writes its data spoils the report.
         return {name: value for name, value in env.items() if not name.startswith("COVERAGE")}
 
     @contextmanager
     def fragile_staff(self, count: int, *more_queues: str, **settings: Any) -> Iterator[Staff]:
-        """Workers to be killed, whose jobs are given to others after three seconds. The others have to survive.
+        """Workers that tests may kill; others get their jobs after three seconds. The ones not killed have to survive.
 
-        Where no worker dies, or runs are counted, the lease has to be longer than a busy machine may stall.
+        If no worker dies, or if runs are counted, set a lease that is longer than the stalls of a busy machine.
         """
         env = self.environment(FRAGILE_USER, **{"WORKER_LEASE": 3} | settings)
         staff = Staff(env, self._folder, FRAGILE, *more_queues, stock=self._stock)
@@ -117,27 +117,27 @@ class Site:
         self.server._process.send_signal(number)
 
     def kill_redis(self) -> None:
-        """SIGKILL to the server, as when its host is gone."""
+        """Kill the server with SIGKILL, as if its host were gone."""
         self.server._process.kill()
         self.server._process.wait()
         self.server._process = None
 
     def start_redis(self) -> None:
-        """Start it again with what is on its disk, and wait until it answers."""
-        self.server.start(timeout=60)  # it reads all that is on the disk first
+        """Start the server again with the data on its disk, and wait until it answers."""
+        self.server.start(timeout=60)  # it first reads all data from the disk
 
     def web_processes(self) -> list[int]:
-        """The web processes that live, by gunicorn's log."""
+        """The web processes that are alive, from gunicorn's log."""
         pids = re.findall(r"Booting worker with pid: (\d+)", self._web_log.read_text())
         return [int(pid) for pid in pids if is_running(int(pid))]
 
     def worker_ports(self) -> set[str]:
-        """The ports from which workers speak to Redis, as hexadecimal digits."""
+        """The ports of the workers' connections to Redis, as hexadecimal digits."""
         clients = self.redis.client_list()
         return {f"{int(client['addr'].rpartition(':')[2]):04X}" for client in clients if client["user"] == WORKER_USER}
 
     def unread_enqueues(self, worker_ports: set[str]) -> int:
-        """How many enqueues Redis has not read yet (proc_net_tcp(5)): nothing else but what workers send is as long."""
+        """Count the enqueues that Redis has not read yet (proc_net_tcp(5)). Only workers also send so long commands."""
         rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
         return sum(
             row[1].endswith(f":{self.server.port:04X}")
@@ -147,10 +147,10 @@ class Site:
         )
 
     def stop_redis_behind_an_enqueue(self) -> bool:
-        """SIGSTOP the server if it holds an enqueue then: it will carry it out later. Else it just goes on."""
+        """Stop the server with SIGSTOP if it has an unread enqueue, which it will execute later. Else let it go on."""
         worker_ports = self.worker_ports()
         self.signal_redis(signal.SIGSTOP)
-        with suppress(AssertionError):  # all of the requests are elsewhere
+        with suppress(AssertionError):  # no request is there to be read
             wait_until(lambda: self.unread_enqueues(worker_ports), 0.2)
             return True
         self.signal_redis(signal.SIGCONT)
@@ -158,14 +158,14 @@ class Site:
 
 
 class Service(Protocol):
-    """Where clients find the API, and the ledger its Redis."""
+    """The address of the API for clients, and the Redis for the ledger."""
 
     url: str
     redis: Any
 
 
 def ask_until_answered(ask: Callable[[], requests.Response]) -> requests.Response:
-    """Ask as often as Redis is said to be unavailable: on a busy machine a write to its disk may take a second."""
+    """Ask again while the answer is an outage: on a busy machine a write to Redis' disk may take a second."""
     deadline = time.monotonic() + 60
     while (answer := ask()).status_code == 503 and answer.json()["type"] == OUTAGE:
         assert time.monotonic() < deadline, answer.text
@@ -174,18 +174,18 @@ def ask_until_answered(ask: Callable[[], requests.Response]) -> requests.Respons
 
 
 class Clients:
-    """Clients of the API. What they are told to be enqueued goes into the ledger."""
+    """Clients of the API. They write each acknowledged job into the ledger."""
 
     def __init__(self, site: Service) -> None:
         self.site, self.redis = site, site.redis
         self.ledger = Ledger(site.redis)
-        #: What enqueues were answered: "202", or the problem's type.
+        #: The answer to each enqueue: "202", or the problem's type.
         self.answers: list[str] = []
-        #: Requests that were cut, or answered with an outage, and sent again.
+        #: The number of requests that were cut or answered with an outage, and then sent again.
         self.sent_again = 0
-        #: Seconds from the first of them to the answer, at most.
+        #: The longest time from such a request to the final answer, in seconds.
         self.slowest_recovery = 0.0
-        #: The jobs whose cancel was answered with an outage, and sent again; it may have been done the first time.
+        #: Jobs whose cancel was answered with an outage and sent again. The first request may have been executed.
         self.canceled_again: set[str] = set()
 
     def enqueue(
@@ -200,16 +200,16 @@ class Clients:
         payload: dict[str, Any] | None = None,
         **options: Any,
     ) -> requests.Response:
-        """Enqueue a job that takes so long after it left its trace, or until this file is there.
+        """Enqueue a job that leaves its trace, and then runs for some seconds or until a file exists.
 
-        Or one of another function that leaves a trace.
+        `function` may name another function that leaves a trace.
         """
         answer = requests.post(
             f"{url or self.site.url}/enqueue/{function}",
             params=options,
             json={"trace_to": RUNS_KEY, "seconds": seconds, "until": str(until or ""), "fails": fails}
             | (payload or {}),
-            # An idle connection, held by an answer that a test keeps, would hold up gunicorn's end.
+            # A test may keep the answer, and with it an idle connection, which would delay gunicorn's end.
             headers={"Connection": "close"} | ({"Idempotency-Key": key} if key else {}),
             timeout=30,
         )
@@ -220,7 +220,7 @@ class Clients:
         return answer
 
     def enqueue_one(self, **options: Any) -> str:
-        """The id of a new job. It has a key, so that it is one job though Redis may be slow to say so."""
+        """Enqueue a job; returns its id. With its key it is one job, even if a slow Redis makes us send it again."""
         key = os.urandom(8).hex()
         answer = ask_until_answered(lambda: self.enqueue(key=key, **options))
         assert answer.status_code == 202, answer.text
@@ -228,7 +228,7 @@ class Clients:
         return job_id
 
     def enqueue_until_answered(self, key: str, **options: Any) -> requests.Response:
-        """As a client does that wants its job once: the same again, until it is told what became of it."""
+        """Send the same request until it is answered, as a client does that wants its job exactly once."""
         failed_at = None
         while True:
             try:
@@ -257,7 +257,7 @@ class Clients:
         return ask_until_answered(ask)
 
     def stop(self, job_id: str) -> None:
-        """Cancel a job that runs, which has yet to be stopped then; unless it was, by a cancel that had no answer."""
+        """Cancel a running job. It stops later, unless an earlier cancel without an answer has already stopped it."""
         answer = self.cancel(job_id)
         if answer.status_code == 200 and job_id in self.canceled_again:
             assert answer.json()["job_status"] == "stopped", answer.text
@@ -271,7 +271,7 @@ class Clients:
 
 
 def port_of(url: str) -> int:
-    """The port of a URL that names one."""
+    """The port of a URL."""
     port = urlsplit(url).port
     assert port
     return port

@@ -1,4 +1,4 @@
-"""Clients that send bodies which are none, or never end, or are slow: no one else notices."""
+"""Clients that send malformed, endless or slow bodies. Other clients must not notice."""
 
 import json
 import os
@@ -24,19 +24,19 @@ from tests.test_http_attacks import JSON, Reply, read_reply
 
 CHUNKED = "Transfer-Encoding: chunked"
 GIGABYTE = f"Content-Length: {10**9}"
-#: What all the requests here begin with.
+#: The start of each request in this file.
 HEAD = f"POST /enqueue/leave_trace HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{JSON}\r\n"
 DEPTH = 100_000
 
 
 class Bad(NamedTuple):
-    """A body that the service must refuse: its header, what is sent of it, and the answer."""
+    """A body that the service must refuse: its header, the bytes that are sent, and the answer."""
 
     header: str
     sent: bytes
     status: int
     problem: str
-    #: the client says that it will send no more, which is how a body is known to be cut
+    #: the client closes its side, so that the server knows that the body was cut
     is_cut: bool = False
 
 
@@ -79,7 +79,7 @@ def send(site: Service, bad: Bad) -> Reply:
 
 
 def send_without_end(site: Service) -> Reply:
-    """A chunked body that goes on until the server has enough of it."""
+    """Send a chunked body until the server refuses more."""
     chunk, left = b"%x\r\n%s\r\n" % (2**20, b" " * 2**20), 1000
     with connect(site) as connection:
         connection.sendall(f"{HEAD}{CHUNKED}\r\n\r\n".encode())
@@ -92,7 +92,7 @@ def send_without_end(site: Service) -> Reply:
 
 
 def send_to_each(site: Site, pids: list[int]) -> None:
-    """A body without an end to each web process, while the others are stopped: one might take all of them else."""
+    """Send an endless body to each web process while the others are stopped. Otherwise one process might get all."""
     for pid in pids:
         others = [psutil.Process(other) for other in pids if other != pid]
         try:
@@ -106,17 +106,17 @@ def send_to_each(site: Site, pids: list[int]) -> None:
 
 
 def send_all(clients: Clients) -> None:
-    """Each bad body, then a good one."""
+    """Send each bad body, then a good one."""
     for name, bad in BAD.items():
         reply = send(clients.site, bad)
         assert (reply.status, f'"/problems/{bad.problem}"' in reply.body) == (bad.status, True), (name, reply)
     reply = send_without_end(clients.site)
-    assert reply.status in (413, 0), reply  # none, if the reset that ends the connection overtakes the answer
+    assert reply.status in (413, 0), reply  # there is no answer if the reset of the connection overtakes it
     clients.enqueue_one()
 
 
 def memory_of(pids: list[int]) -> dict[int, int]:
-    """Bytes that each process has in memory (proc_pid_statm(5))."""
+    """The resident memory of each process in bytes (proc_pid_statm(5))."""
     page = os.sysconf("SC_PAGE_SIZE")
     return {pid: int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * page for pid in pids}
 
@@ -127,10 +127,10 @@ def test_bad_bodies_are_answered_as_the_contract_says_and_cost_no_memory(
 ) -> None:
     pids = site.web_processes()
     before = dict.fromkeys(pids, 0)
-    for _ in range(40 if long else 10):  # so that all that is kept once is there, in both web processes
+    for _ in range(40 if long else 10):  # so that both web processes have allocated what they keep
         send_all(clients)
         send_to_each(site, pids)
-        # The most of it: after a body of 16 MB the allocator keeps as much, or gives it back.
+        # Take the maximum: after a body of 16 MB the allocator may keep the memory or give it back.
         before = {pid: max(before[pid], size) for pid, size in memory_of(pids).items()}
     for _ in rounds(300, 5):
         send_all(clients)
@@ -143,9 +143,9 @@ def test_bad_bodies_are_answered_as_the_contract_says_and_cost_no_memory(
 
 
 @pytest.mark.fault(
-    "16b", "bodies that stop before their end, their connections open", timeout=600, takes=60, form=Form.BUDGET
+    "16b", "bodies that stop before their end while the connection stays open", timeout=600, takes=60, form=Form.BUDGET
 )
-def test_connection_whose_client_falls_silent_in_a_body_is_ended(clients: Clients, row: Row, site: Site) -> None:
+def test_connection_of_a_client_that_stops_in_a_body_is_closed(clients: Clients, row: Row, site: Site) -> None:
     with ExitStack() as stack:
         start = time.monotonic()
         silent = []
@@ -162,15 +162,15 @@ def test_connection_whose_client_falls_silent_in_a_body_is_ended(clients: Client
 
 
 class SlowClient:
-    """A client that sends a request byte after byte, from its head on or only the body so."""
+    """A client that sends a request byte by byte: all of it, or only its body."""
 
     def __init__(self, site: Site, *, is_slow_from_the_head: bool) -> None:
         self._site = site
-        # Longer than any test lasts.
+        # It takes longer than any test.
         body = json.dumps({"trace_to": RUNS_KEY}).encode().ljust(300)
         head = f"{HEAD}Content-Length: {len(body)}\r\n\r\n".encode()
         self._begin, self._slowly = (b"", head + body) if is_slow_from_the_head else (head, body)
-        #: How often the server had had enough of it.
+        #: How often the server has closed the connection.
         self.cut = -1
         self._connect()
 
@@ -181,7 +181,7 @@ class SlowClient:
         self._left = self._slowly
 
     def send_byte(self) -> None:
-        """Send the next byte; if the connection was ended, the first one of a new request."""
+        """Send the next byte. If the connection was closed, send the first byte of a new request."""
         try:
             self._connection.sendall(self._left[:1])
             self._left = self._left[1:]
@@ -190,7 +190,7 @@ class SlowClient:
             self._connect()
 
     def send_rest(self) -> Reply:
-        """Send what is left, all at once."""
+        """Send the rest of the request at once."""
         self._connection.sendall(self._left)
         return read_reply(self._connection)
 
@@ -200,7 +200,7 @@ class SlowClient:
 
 @contextmanager
 def slow_clients(slow: list[SlowClient]) -> Iterator[None]:
-    """Each of them sends a byte a second, about."""
+    """Let each client send about a byte a second."""
     is_over = threading.Event()
 
     def send_on() -> None:
@@ -219,7 +219,7 @@ def slow_clients(slow: list[SlowClient]) -> Iterator[None]:
 
 
 def ask_on(clients: Clients, count: int, end: float) -> list[float]:
-    """Enqueue and ask for the status until then, and so many times at least; the seconds that each request took."""
+    """Enqueue and poll until `end`, at least `count` times; returns the seconds that each request took."""
     took: list[float] = []
     while len(took) < count or time.monotonic() < end:
         start = time.monotonic()
@@ -233,7 +233,7 @@ def ask_on(clients: Clients, count: int, end: float) -> list[float]:
 
 
 @pytest.mark.fault("17", "clients that send a byte a second", timeout=600, takes=60)
-def test_slow_clients_hold_up_nobody_and_are_answered_in_the_end(
+def test_slow_clients_delay_no_other_client_and_get_their_answers(
     clients: Clients, row: Row, site: Site, long: bool
 ) -> None:
     count, seconds = (500, 30) if long else (100, 2)
@@ -244,11 +244,11 @@ def test_slow_clients_hold_up_nobody_and_are_answered_in_the_end(
             stack.callback(slow[-1].close)
         with watch_stalls() as stalls, slow_clients(slow), ThreadPoolExecutor(4) as pool:
             end = time.monotonic() + seconds
-            # So many that those four which wait for the disk together, once, are less than a hundredth.
+            # With this many requests, the four that once wait for the disk together are less than a hundredth.
             asked = [pool.submit(ask_on, clients, 125, end) for _ in range(4)]
             took = [each for asking in asked for each in asking.result()]
         p99 = statistics.quantiles(took, n=100)[-1]
-        # Together: a body has a minute in all, of which half is over.
+        # Send them at the same time: a body may take a minute in all, and half of it is over.
         with ThreadPoolExecutor(20) as pool:
             replies = list(pool.map(SlowClient.send_rest, slow[1::2]))
         for client, reply in zip(slow[1::2], replies, strict=True):
@@ -263,7 +263,7 @@ def test_slow_clients_hold_up_nobody_and_are_answered_in_the_end(
 
 
 @pytest.mark.fault("17b", "a body that comes a byte a second, for ever", timeout=600, takes=75, form=Form.BUDGET)
-def test_connection_whose_client_takes_too_long_for_a_body_is_ended(clients: Clients, row: Row, site: Site) -> None:
+def test_connection_of_a_client_that_is_too_slow_with_a_body_is_closed(clients: Clients, row: Row, site: Site) -> None:
     slow = SlowClient(site, is_slow_from_the_head=False)
     start = time.monotonic()
     with slow_clients([slow]):
@@ -274,7 +274,7 @@ def test_connection_whose_client_takes_too_long_for_a_body_is_ended(clients: Cli
 
 
 @pytest.mark.fault("17c", "a large answer that is read at 100 kB/s", timeout=600, takes=80, form=Form.BUDGET)
-def test_large_answer_is_read_whole_by_a_client_that_is_slow(clients: Clients, row: Row, site: Site) -> None:
+def test_large_answer_reaches_a_slow_client_completely(clients: Clients, row: Row, site: Site) -> None:
     size, rate = 8_000_000, 100_000
     job_id = clients.enqueue_one(payload={"padding": "x" * size})
     start, received = time.monotonic(), 0

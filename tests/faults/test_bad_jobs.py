@@ -1,4 +1,4 @@
-"""Jobs that harm their process, that no worker can read, or whose results nobody can: each ends, and alone."""
+"""Jobs that harm their process, that are unreadable, or that return bad results. Each ends and harms no other job."""
 
 import json
 import os
@@ -25,29 +25,29 @@ from tests.test_worker import POISON, WHERE, good_hash, is_running
 
 @pytest.fixture
 def max_crashes(long: bool) -> int:
-    """How often a job is run again after its process died: the setting's default, or what is quicker."""
+    """How often a job is run again after its process died: the setting's default, or fewer times to be quicker."""
     return 3 if long else 1
 
 
 def error_of(clients: Clients, job_id: str) -> dict[str, str]:
-    """What a client is told of a job that failed, which it did."""
+    """The error of a job that has failed."""
     answer = requests.get(f"{clients.site.url}/check_status", params={"job_id": job_id}, timeout=30).json()
     assert answer["job_status"] == "failed", answer
     error: dict[str, str] = answer["error"]
     return error
 
 
-def died_of(clients: Clients, job_id: str, job: Job, times: int, told: str) -> None:
-    """The job's process died so many times, the last time in this way."""
+def assert_died(clients: Clients, job_id: str, job: Job, times: int, reason: str) -> None:
+    """Assert that the job's process died this number of times, the last time for this reason."""
     assert (len(job.runs), job.crashes) == (times, times), job
     error = error_of(clients, job_id)
     assert error["type"] == "WorkHorseDied"
     assert f"died {times} times" in error["message"]
-    assert told in error["message"]
+    assert reason in error["message"]
 
 
-def finished_once(tally: Tally, job_ids: list[str]) -> None:
-    """What becomes of jobs that do nothing wrong, whoever their neighbours are."""
+def assert_finished_once(tally: Tally, job_ids: list[str]) -> None:
+    """Assert that each of these harmless jobs ran once and finished."""
     for job_id in job_ids:
         job = tally.jobs[job_id]
         assert (job.status, len(job.runs), job.crashes) == ("finished", 1, 0), job
@@ -63,7 +63,7 @@ def test_job_that_eats_all_memory_fails_after_the_crash_limit_and_its_neighbours
 ) -> None:
     greedy, neighbours = [], []
     for _ in range(8 if long else 1):
-        # The end of its hunger is for the sake of the machine, should nobody stop it.
+        # The job stops at this size to protect the machine, in case nothing else stops it.
         payload = {"size": 600 * 2**20}
         greedy.append(clients.enqueue_one(function="devour_memory", payload=payload, seconds=60, queue=FRAGILE))
         neighbours += [clients.enqueue_one(queue=FRAGILE, seconds=0.1) for _ in range(10)]
@@ -73,19 +73,19 @@ def test_job_that_eats_all_memory_fails_after_the_crash_limit_and_its_neighbours
         seconds = time.monotonic() - start
     row.close(tally, seconds, may_run_again=dict.fromkeys(greedy, max_crashes))
     for job_id in greedy:
-        died_of(clients, job_id, tally.jobs[job_id], max_crashes + 1, "WORKER_MAX_MEMORY")
-    finished_once(tally, neighbours)
+        assert_died(clients, job_id, tally.jobs[job_id], max_crashes + 1, "WORKER_MAX_MEMORY")
+    assert_finished_once(tally, neighbours)
 
 
 def limit_memory(staff: Staff, size: int) -> None:
-    """As if the workers were started under `ulimit -v`: no process of theirs may have more, nor those to come."""
+    """Limit all processes of the workers, later ones too, as if the workers were started under `ulimit -v`."""
     for worker in staff.workers.values():
         for process in (psutil.Process(worker.popen.pid), *psutil.Process(worker.popen.pid).children(recursive=True)):
             resource.prlimit(process.pid, resource.RLIMIT_AS, (size, size))
 
 
 def enqueue_surely(clients: Clients, **options: Any) -> str:
-    """The id of a new job, enqueued while those that eat memory may leave Redis little of the machine."""
+    """Enqueue a job, though jobs that eat memory may leave Redis little of the machine; returns its id."""
     answer = clients.enqueue_until_answered(os.urandom(8).hex(), queue=FRAGILE, **options)
     assert answer.status_code == 202, answer.text
     job_id: str = answer.json()["job_id"]
@@ -93,7 +93,7 @@ def enqueue_surely(clients: Clients, **options: Any) -> str:
 
 
 @pytest.mark.fault("12b", "jobs that eat memory until RLIMIT_AS, at each try", timeout=600, takes=30)
-def test_job_that_is_given_no_more_memory_fails_and_its_neighbours_finish(
+def test_job_that_gets_no_more_memory_fails_and_its_neighbours_finish(
     clients: Clients, row: Row, site: Site, long: bool, max_crashes: int
 ) -> None:
     raising: list[str] = []
@@ -110,15 +110,15 @@ def test_job_that_is_given_no_more_memory_fails_and_its_neighbours_finish(
         tally = clients.ledger.settle(200)
         seconds = time.monotonic() - start
     row.close(tally, seconds, may_run_again=dict.fromkeys(killed, max_crashes))
-    for job_id in raising:  # an exception like any other: the job is not run again
+    for job_id in raising:  # MemoryError is an exception like any other: the job is not run again
         assert (len(tally.jobs[job_id].runs), tally.jobs[job_id].crashes) == (1, 0)
         assert error_of(clients, job_id)["type"] == "MemoryError"
     for job_id in killed:
-        died_of(clients, job_id, tally.jobs[job_id], max_crashes + 1, "signal 9 (SIGKILL)")
-    finished_once(tally, neighbours)
+        assert_died(clients, job_id, tally.jobs[job_id], max_crashes + 1, "signal 9 (SIGKILL)")
+    assert_finished_once(tally, neighbours)
 
 
-#: How a process may die by its job's doing, and what is told of it.
+#: The ways in which a job can end its process, and the reason that the error names.
 DEATHS = {"exit": "exit code 0", "segfault": "signal 11 (SIGSEGV)", "kill": "signal 9 (SIGKILL)"}
 
 
@@ -129,7 +129,7 @@ def test_job_that_ends_its_process_or_swallows_its_timeout_fails_with_a_true_mes
     dying: dict[str, str] = {}
     exiting, late, neighbours = [], [], []
     for _ in range(6 if long else 1):
-        dying |= {enqueue_misdeed(clients, how): told for how, told in DEATHS.items()}
+        dying |= {enqueue_misdeed(clients, how): reason for how, reason in DEATHS.items()}
         exiting.append(enqueue_misdeed(clients, "sys.exit"))
         if long:  # it takes six seconds
             late.append(enqueue_misdeed(clients, "swallow the timeout", timeout=1))
@@ -139,18 +139,18 @@ def test_job_that_ends_its_process_or_swallows_its_timeout_fails_with_a_true_mes
         tally = clients.ledger.settle(200)
         seconds = time.monotonic() - start
     row.close(tally, seconds, may_run_again=dict.fromkeys(dying, max_crashes))
-    for job_id, told in dying.items():
-        died_of(clients, job_id, tally.jobs[job_id], max_crashes + 1, told)
+    for job_id, reason in dying.items():
+        assert_died(clients, job_id, tally.jobs[job_id], max_crashes + 1, reason)
     for job_id in exiting:
         assert error_of(clients, job_id) == {"type": "SystemExit", "message": "3"}
     message = "The job ran longer than its limit of 1 s, and its process was killed."
     for job_id in late:
         assert error_of(clients, job_id) == {"type": "JobTimeoutException", "message": message}
-    finished_once(tally, neighbours)
+    assert_finished_once(tally, neighbours)
 
 
 def start_deaf_job(clients: Clients, queue: str) -> tuple[str, Run]:
-    """A job that runs for a minute whatever it is told, and its run."""
+    """Start a job that runs for a minute and ignores SIGTERM; returns the job and its run."""
     job_id = enqueue_misdeed(clients, "ignore SIGTERM", queue)
     (run,) = wait_until(lambda: clients.ledger.runs().get(job_id, []), what=f"the run of {job_id}")
     wait_until(lambda: ignores_sigterm(run.pid), what="a job that ignores SIGTERM")
@@ -178,8 +178,8 @@ def test_job_that_ignores_sigterm_is_stopped_by_a_cancel(clients: Clients, row: 
     assert {(job.status, len(job.runs)) for job in tally.jobs.values()} == {("stopped", 1)}
 
 
-@pytest.mark.fault("13c", "jobs that ignore SIGTERM, their workers told to end", timeout=600, share=1)
-def test_job_that_ignores_sigterm_is_put_back_by_a_worker_that_has_to_end(
+@pytest.mark.fault("13c", "jobs that ignore SIGTERM, their workers stopped by SIGTERM", timeout=600, share=1)
+def test_job_that_ignores_sigterm_is_put_back_by_a_stopping_worker(
     clients: Clients, row: Row, site: Site, long: bool, rounds: Rounds
 ) -> None:
     slowest = 0.0
@@ -190,11 +190,11 @@ def test_job_that_ignores_sigterm_is_put_back_by_a_worker_that_has_to_end(
                 staff.await_start()
             job_id, run = start_deaf_job(clients, FRAGILE)
             worker = staff.workers.pop(clients.redis.hget(f"rq:job:{job_id}", "worker_name").decode())
-            os.kill(run.pid, signal.SIGTERM)  # as systemd does it: to all processes
+            os.kill(run.pid, signal.SIGTERM)  # systemd also sends it to all processes
             start = time.monotonic()
             assert worker.stop() == 0
             assert not is_running(run.pid)
-            # The other worker has it now, which shows that it was not lost.
+            # The other worker runs it now, so it was not lost.
             wait_until(lambda job_id=job_id: len(clients.ledger.runs()[job_id]) == 2, what="its second run")  # type: ignore[misc]
             slowest = max(slowest, time.monotonic() - start)
             clients.stop(job_id)
@@ -204,9 +204,9 @@ def test_job_that_ignores_sigterm_is_put_back_by_a_worker_that_has_to_end(
         assert (job.status, len(job.runs), job.crashes) == ("stopped", 2, 0)
 
 
-#: Hashes that are no jobs, or none that may be run.
+#: Hashes that are no jobs, or jobs that must not run.
 BAD_HASHES = [
-    # With a TTL for its failure that may be read as a second, it would be gone before anybody looks.
+    # A bad `failure_ttl` may be read as one second; then the job would expire before the test looks.
     *(good_hash() | fields for fields in POISON.values() if "failure_ttl" not in fields),
     good_hash() | {"failure_ttl": "long", "status": "nonsense"},
     {name: value for name, value in good_hash().items() if name != "data"},
@@ -217,7 +217,7 @@ BAD_HASHES = [
 
 
 def write_poison(clients: Clients) -> tuple[list[str], list[str]]:
-    """Write to Redis what may be there by anybody's mistake: the ids of bad hashes, and of keys of other types."""
+    """Write bad keys to Redis, as mistakes do; returns the ids of the bad hashes, and of the keys of other types."""
     prefix = f"poison-{os.urandom(4).hex()}"
     hashes = [f"{prefix}-{number}" for number in range(len(BAD_HASHES))]
     others = [f"{prefix}-{kind}" for kind in ("string", "list")]
@@ -229,7 +229,7 @@ def write_poison(clients: Clients) -> tuple[list[str], list[str]]:
 
 
 def remove_poison(clients: Clients, job_ids: list[str]) -> None:
-    """No client was told of it, so the ledger must not see it."""
+    """Remove the bad jobs: no client got an acknowledgement of them, so the ledger must not see them."""
     assert clients.redis.delete(*(f"rq:job:{job_id}" for job_id in job_ids)) == len(job_ids)
     clients.redis.zrem(f"rq:failed:{FRAGILE}", *job_ids)
 
@@ -257,16 +257,16 @@ def test_poison_in_front_of_good_jobs_is_set_aside_and_logged(
         assert f"job {job_id} set aside" in log or f"job {job_id} raised" in log
         status, error = clients.redis.hmget(f"rq:job:{job_id}", "status", "error")
         assert (status, bool(json.loads(error)["message"])) == (b"failed", True)
-    # Each stands in one place, and others in none.
+    # Each bad hash is in one place; the keys of other types are in none.
     assert set(clients.redis.zrange(f"rq:failed:{FRAGILE}", 0, -1)) >= {job_id.encode() for job_id in hashes}
     assert clients.redis.llen(f"rq:queue:{FRAGILE}") == clients.redis.zcard(f"rq:wip:{FRAGILE}") == 0
     remove_poison(clients, poison)
     row.close(clients.ledger.count(), seconds, note=f"{len(poison)} poisons")
-    finished_once(tally, good)
+    assert_finished_once(tally, good)
 
 
 def read_events(clients: Clients) -> dict[str, list[str]]:
-    """All statuses that jobs had lately, by job."""
+    """The recent statuses of each job, in order."""
     statuses = defaultdict(list)
     for _, event in clients.redis.xrange(EVENTS_KEY):
         statuses[event[b"job_id"].decode()].append(event[b"status"].decode())
@@ -292,10 +292,10 @@ def test_job_whose_return_value_cannot_be_kept_fails_with_the_reason(
         seconds = time.monotonic() - start
     row.close(tally, seconds)
     events = read_events(clients)
-    for job_id, (kind_of_error, reason_told) in wrong.items():
+    for job_id, (kind_of_error, text) in wrong.items():
         error = error_of(clients, job_id)
         assert error["type"] == kind_of_error
-        assert reason_told in error["message"]
+        assert text in error["message"]
         assert events[job_id] == ["queued", "started", "failed"]
         answer = requests.get(f"{site.url}/get_result", params={"job_id": job_id}, timeout=30)
         assert problem_of(answer, 409, "job-failed")["error"] == error

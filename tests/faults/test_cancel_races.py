@@ -1,4 +1,4 @@
-"""Cancel, against all that may happen to the job and its worker at the same time."""
+"""Cancel a job while something else happens to the job or its worker."""
 
 import os
 import random
@@ -18,18 +18,18 @@ from tests.faults.ledger import Job, Run
 from tests.faults.site import FRAGILE, FRAGILE_USER, Clients, Site
 from tests.processes import wait_until
 
-#: How the races begin, in turns. The first three are open; the others are long decided when the cancel comes, so that
-#: each outcome is there without luck.
+#: The starts of the races, in turns. The outcome of the first twenty is open. The last three are decided before the
+#: cancel comes, so that each outcome occurs without luck.
 STARTS = (*("idle", "behind others", "idle", "behind others", "delayed") * 4, "waits", "runs", "has ended")
 
 
 class Race(NamedTuple):
-    """A job, what its cancel was answered, and the jobs beside it that are nobody's business."""
+    """A job, the answer to its cancel, and its neighbours, which the cancel must not touch."""
 
     job_id: str
     answer: requests.Response
     neighbours: list[str]
-    #: from the answer to the end
+    #: from the answer to the end of the job
     seconds: float
 
 
@@ -44,7 +44,7 @@ def run_race(clients: Clients, cancelers: ThreadPoolExecutor, start: str) -> Rac
             neighbours = [clients.enqueue_one(seconds=random.uniform(0, 0.01)) for _ in range(2)]
             pause = random.uniform(0, 0.015)
         case "delayed":
-            # Longer than a worker's tick: it knows of it, and promotes it some milliseconds late.
+            # Longer than a worker's tick, so the worker knows of the job, and promotes it some milliseconds late.
             options["delay"] = 1.1
             pause = 1.1 + random.uniform(0, 0.05)
         case "waits":
@@ -56,7 +56,7 @@ def run_race(clients: Clients, cancelers: ThreadPoolExecutor, start: str) -> Rac
         status = "started" if start == "runs" else "finished"
         wait_until(lambda: clients.status_of(job_id) == status, what=f"{job_id} {status}")
     asked = cancelers.submit(cancel_after, pause, clients, job_id)
-    # What its worker takes next, and what a stop that comes too late would hit.
+    # The worker takes this job next. A stop that comes too late would hit it.
     neighbours.append(clients.enqueue_one(seconds=random.uniform(0, 0.01)))
     answer = asked.result()
     begin = time.monotonic()
@@ -72,10 +72,10 @@ def cancel_after(seconds: float, clients: Clients, job_id: str) -> requests.Resp
 
 
 def outcome_of(race: Race, job: Job, *, was_asked_again: bool) -> str:
-    """What came of the race, once it is known that the answer was true."""
+    """Check that the answer was true; returns the outcome of the race."""
     body = race.answer.json()
     match race.answer.status_code:
-        case 200 if was_asked_again and body["job_status"] == "stopped":  # the first time it ran yet
+        case 200 if was_asked_again and body["job_status"] == "stopped":  # at the first cancel the job was running
             assert job.status == "stopped", job
         case 200:
             assert body["job_status"] == "canceled", body
@@ -94,7 +94,7 @@ def outcome_of(race: Race, job: Job, *, was_asked_again: bool) -> str:
 
 @pytest.mark.fault("19", "cancel against start", timeout=1800, share=3)
 def test_answer_to_a_cancel_is_true_whenever_it_comes(clients: Clients, row: Row, rounds: Rounds) -> None:
-    # As many as there are workers, or the queue would decide most races; those that are delayed wait beside them.
+    # Use one thread per worker, or the queue would decide most races. The delayed jobs have threads of their own.
     with ThreadPoolExecutor(2) as racers, ThreadPoolExecutor(8) as patient, ThreadPoolExecutor(10) as cancelers:
         asked: list[Future[Race]] = []
         for _ in rounds(44, 3):
@@ -102,7 +102,7 @@ def test_answer_to_a_cancel_is_true_whenever_it_comes(clients: Clients, row: Row
                 (patient if start == "delayed" else racers).submit(run_race, clients, cancelers, start)
                 for start in STARTS
             ]
-            wait(asked[: -len(STARTS)])  # the round before: its delayed races fall due beside those of this one
+            wait(asked[: -len(STARTS)])  # wait for the round before: its delayed jobs fall due during this round
         races = [each.result() for each in asked]
     tally = clients.ledger.settle()
     outcomes = Counter(
@@ -119,14 +119,14 @@ def test_answer_to_a_cancel_is_true_whenever_it_comes(clients: Clients, row: Row
 
 
 def start_long_job(clients: Clients, **options: str) -> tuple[str, Run]:
-    """A job that runs for a minute, and its run."""
+    """Start a job that runs for a minute; returns the job and its run."""
     job_id = clients.enqueue_one(seconds=60, **options)
     (run,) = wait_until(lambda: clients.ledger.runs().get(job_id, []), what=f"the run of {job_id}")
     return job_id, run
 
 
 def await_stopped(clients: Clients, job_id: str, since: float, seconds: float) -> float:
-    """Seconds until the job was stopped, as it had to be."""
+    """Wait until the job has stopped, as it must; returns the seconds since `since`."""
     wait_until(lambda: clients.status_of(job_id) in TERMINAL, seconds, f"the end of {job_id}")
     assert clients.status_of(job_id) == "stopped"
     return time.monotonic() - since
@@ -137,16 +137,16 @@ def test_canceled_job_whose_worker_is_killed_ends_stopped(
     clients: Clients, row: Row, site: Site, rounds: Rounds
 ) -> None:
     slowest = 0.0
-    # A cancel that comes when the lease has run out, as on a busy machine, ends the job at once, and says so.
+    # On a busy machine the lease may have expired when the cancel comes. Then the cancel ends the job at once.
     with site.fragile_staff(2, WORKER_LEASE=10) as staff, ThreadPoolExecutor(1) as pool:
         for number in rounds(20):
             job_id, run = start_long_job(clients, queue=FRAGILE)
             name = clients.redis.hget(f"rq:job:{job_id}", "worker_name").decode()
-            if number % 2 == 0:  # so that the worker cannot do what it hears
+            if number % 2 == 0:  # so that the worker cannot act on the stop command
                 staff.workers[name].signal(signal.SIGSTOP)
             asked = pool.submit(clients.stop, job_id)
             time.sleep(random.uniform(0, 0.02))
-            # The worker first: it would put the job back if it saw the work-horse die.
+            # Kill the worker first: it would put the job back if it saw the work-horse die.
             staff.kill(name)
             with suppress(ProcessLookupError):
                 os.kill(run.pid, signal.SIGKILL)
@@ -160,7 +160,7 @@ def test_canceled_job_whose_worker_is_killed_ends_stopped(
     assert {len(job.runs) for job in tally.jobs.values()} == {1}
 
 
-@pytest.mark.fault("19c", "cancel of a running job whose worker cannot hear it", timeout=600, share=1)
+@pytest.mark.fault("19c", "cancel of a running job whose worker does not get the message", timeout=600, share=1)
 def test_canceled_job_whose_worker_missed_the_message_ends_stopped(
     clients: Clients, row: Row, site: Site, rounds: Rounds
 ) -> None:
@@ -173,7 +173,7 @@ def test_canceled_job_whose_worker_missed_the_message_ends_stopped(
             return int(count)
 
         wait_until(listeners, what="a worker that hears")
-        # Without a right to any channel its user is disconnected, and can subscribe to none.
+        # Without a right to any channel the user is disconnected, and cannot subscribe again.
         clients.redis.execute_command("ACL", "SETUSER", FRAGILE_USER, "resetchannels")
         try:
             for _ in rounds(20):

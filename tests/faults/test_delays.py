@@ -1,4 +1,4 @@
-"""Delayed jobs and retries, which nobody's death may lose, double, hurry or hold up."""
+"""Delayed jobs and retries. No death of a process may lose, repeat, advance or delay one."""
 
 import json
 import random
@@ -14,12 +14,12 @@ from tests.faults.ledger import Tally
 from tests.faults.site import FRAGILE, Clients, Site, Staff
 from tests.processes import wait_until, watch_stalls
 
-#: RQ counts the time of a retry in whole seconds, and so do we (finish.lua): it may be early by a part of one.
+#: RQ stores the time of a retry in whole seconds, and so do we (finish.lua). It may be early by part of a second.
 RETRY_IS_EARLY = 1.0
 
 
 def dues_of(clients: Clients, tally: Tally, delays: dict[str, float]) -> dict[tuple[str, int], float]:
-    """When each run of each job was due, by Redis' clock; the runs of jobs that were cut by a kill are left out."""
+    """When each run of each job was due, by Redis' clock, without the jobs that a kill cut."""
     dues = {}
     for job_id, job in tally.jobs.items():
         created, intervals = clients.redis.hmget(f"rq:job:{job_id}", "created_at", "retry_intervals")
@@ -33,13 +33,13 @@ def dues_of(clients: Clients, tally: Tally, delays: dict[str, float]) -> dict[tu
 
 
 def longest_idleness(begins: list[float], due: float, begin: float) -> float:
-    """The longest time without the start of any job, while this one was due. All of them take milliseconds only."""
+    """The longest time without the start of any job while this one was due. Each job takes only milliseconds."""
     between = begins[bisect_right(begins, due) : bisect_left(begins, begin)]
     return max(later - earlier for earlier, later in pairwise((due, *between, begin)))
 
 
 def kill_all_but_one(staff: Staff) -> int:
-    """SIGKILL them, and start as many anew; returns how many."""
+    """Kill all workers but one with SIGKILL, and start as many new ones; returns how many."""
     names = random.sample(sorted(staff.workers), len(staff.workers) - 1)
     for name in names:
         staff.kill(name)
@@ -63,7 +63,7 @@ def test_delayed_jobs_and_retries_run_once_and_in_time_though_workers_are_killed
     def runs() -> int:
         return sum(map(len, clients.ledger.runs().values()))
 
-    # The lease is one that no live worker lets run out, or more runs would be cut than there are kills.
+    # The lease is so long that no live worker lets it expire. Else more runs would be cut than there are kills.
     with (
         watch_stalls() as stalls,
         site.fragile_staff(4 if long else 2, WORKER_LEASE=8) as staff,
@@ -79,7 +79,7 @@ def test_delayed_jobs_and_retries_run_once_and_in_time_though_workers_are_killed
             each.result()
         tally = clients.ledger.settle(120)
 
-    # A run that a kill cut is one more; a worker has one job at a time.
+    # Each run that a kill cut is one more run. A worker has one job at a time.
     cut = {job_id: job.crashes for job_id, job in tally.jobs.items() if job.crashes}
     begins = sorted(run.at for job in tally.jobs.values() for run in job.runs)
     lateness, idleness = 0.0, 0.0

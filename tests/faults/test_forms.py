@@ -1,4 +1,4 @@
-"""The forms of the suite: how often a fault is repeated, and how the rows share a budget."""
+"""The forms of the suite: how often each repeats a fault, and how the rows share a budget."""
 
 import re
 import subprocess
@@ -36,7 +36,7 @@ def test_rounds_end_when_the_budget_is_spent_and_never_go_beyond_the_table() -> 
 
 
 def test_processes_of_one_run_have_the_seed_that_is_printed() -> None:
-    """pytest-xdist hands them the words of the command line, and here none of them is a seed."""
+    """pytest-xdist gives the processes the arguments of the command line, which have no seed here."""
     command = python("pytest", "tests/faults/test_forms.py", "-n", "2", "-k", "share", "-rP")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     (printed,) = set(re.findall(r"--seed (\w+)", done.stdout))

@@ -1,4 +1,4 @@
-"""Workers whose clocks are wrong, and hosts that lose sight of each other."""
+"""Workers whose clocks are wrong, and hosts that cannot reach each other."""
 
 import ctypes
 import os
@@ -21,14 +21,14 @@ from tests.faults.conftest import Form, Row
 from tests.faults.site import MODULES, Clients, Site, Staff
 from tests.processes import Process, environment, problem_of, python, wait_until, watch_stalls
 
-#: Seconds by which a wrong clock differs.
+#: The error of a wrong clock, in seconds.
 WRONG = 120
 CLOCKS = {"ahead": WRONG, "behind": -WRONG}
 
 
 @pytest.fixture(scope="session")
 def libfaketime(long: bool) -> str:
-    """Debian's library that gives a process another time. CI has it; without it nothing can be tested."""
+    """Debian's library that gives a process another time. CI has it; without it these tests cannot run."""
     found = sorted(Path("/usr/lib").glob("**/faketime/libfaketimeMT.so*"))
     if not found:
         report = pytest.fail if long else pytest.skip
@@ -37,7 +37,7 @@ def libfaketime(long: bool) -> str:
 
 
 def fake_clock(libfaketime: str, seconds: int) -> dict[str, Any]:
-    """Settings of a process whose clock differs by so much. A clock that only counts seconds is always right."""
+    """Settings of a process whose clock is wrong by these seconds. The monotonic clock stays right."""
     return {
         "LD_PRELOAD": libfaketime,
         "FAKETIME": f"{seconds:+}s",
@@ -48,17 +48,17 @@ def fake_clock(libfaketime: str, seconds: int) -> dict[str, Any]:
 
 @contextmanager
 def workers_with_clocks(site: Site, libfaketime: str, **clocks: int) -> Iterator[dict[str, Staff]]:
-    """A worker for each of these clocks, beside those of the site and in the same queue, with a lease of 8 s."""
+    """Start a worker for each of these clocks, with a lease of 8 s, on the same queue as the workers of the site."""
     with ExitStack() as stack:
         staffs = {}
         for clock, seconds in clocks.items():
-            # None is waited for before the others are started.
+            # Start all workers before waiting for any.
             settings = {"WORKER_LEASE": 8} | fake_clock(libfaketime, seconds)
             staffs[clock] = stack.enter_context(site.fragile_staff(0, "default", **settings))
             staffs[clock].hire()
         for staff in staffs.values():
             staff.await_start()
-            # Its first maintenance is behind it then.
+            # Then the worker has done its first maintenance.
             wait_until(lambda staff=staff: states_of(site, staff) == {"idle"}, what="an idle worker")  # type: ignore[misc]
         yield staffs
 
@@ -68,7 +68,7 @@ def states_of(site: Site, staff: Staff) -> set[str]:
 
 
 def clock_of(site: Site, staff: Staff) -> float:
-    """By how many seconds a worker's clock differs from Redis' own."""
+    """The difference between a worker's clock and Redis' own, in seconds."""
     (name,) = staff.workers
     now, micro = map(int, site.redis.time())
     beat: str = site.redis.hget(f"rq:worker:{name}", "last_heartbeat").decode()
@@ -81,14 +81,14 @@ def clock_of(site: Site, staff: Staff) -> float:
 def test_jobs_of_workers_with_wrong_clocks_run_once_and_in_time(
     clients: Clients, row: Row, site: Site, long: bool, libfaketime: str
 ) -> None:
-    # The lease of one with a wrong clock is 8 s, which a busy machine does not outlast between two renewals. One whose
-    # end was told by that clock, or read by it, would be over at the next worker's tick, a second later.
+    # These workers have a lease of 8 s, which does not expire between two renewals even on a busy machine. If a wrong
+    # clock wrote or read the end of a lease, the lease would be over at the next worker's tick, a second later.
     rounds, seconds = (4, 12.0) if long else (1, 1.5)
     delays: dict[str, float] = {}
     took: set[str] = set()
     with watch_stalls() as stalls, workers_with_clocks(site, libfaketime, **CLOCKS) as staffs:
         everybody = {*site.staff.workers, *(name for staff in staffs.values() for name in staff.workers)}
-        while rounds > 0 or took != everybody:  # on a busy machine one may be quick enough to take two
+        while rounds > 0 or took != everybody:  # on a busy machine one worker may be quick enough to take two jobs
             assert rounds > -5, f"only {took} took jobs, of {everybody}"
             rounds -= 1
             jobs = [clients.enqueue_one(seconds=seconds) for _ in everybody]
@@ -114,13 +114,13 @@ def test_jobs_of_workers_with_wrong_clocks_run_once_and_in_time(
 def test_maintenance_by_a_worker_with_a_wrong_clock_drops_nothing(
     clients: Clients, row: Row, site: Site, libfaketime: str, clock: str
 ) -> None:
-    ttl = 100  # less than the clock is wrong by, and more than the worker takes to start
+    ttl = 100  # less than the error of the clock, and more than the start of the worker takes
     clients.enqueue_one(result_ttl=ttl)
     clients.enqueue_one(fails=True, failure_ttl=ttl)
     canceled = clients.enqueue_one(delay=60, failure_ttl=ttl)
     assert clients.cancel(canceled).status_code == 200
     clients.ledger.settle()
-    # What any maintenance drops.
+    # Any maintenance drops this entry.
     clients.redis.zadd("rq:finished:default", {"an old one": 1})
     with workers_with_clocks(site, libfaketime, wrong=CLOCKS[clock]) as staffs:
         (process,) = staffs["wrong"].workers.values()
@@ -130,17 +130,17 @@ def test_maintenance_by_a_worker_with_a_wrong_clock_drops_nothing(
         row.close(clients.ledger.settle(), note=clock)
 
 
-#: The hosts, by their addresses. Nothing but their namespaces knows of these.
+#: The address of each host. Only the namespaces know these addresses.
 ADDRESSES = {"redis": "10.77.0.1", "web": "10.77.0.2", "one": "10.77.0.3", "two": "10.77.0.4"}
 
 
 def ip(*command: str) -> None:
-    """Run the command of this name, ip-netns(8) and its like."""
+    """Run the command `ip` (ip-netns(8) and others)."""
     subprocess.run(["ip", *command], check=True, timeout=10)
 
 
 class Network:
-    """Hosts that are network namespaces (ip-netns(8)), each with a cable to a switch, which is one too."""
+    """Hosts that are network namespaces (ip-netns(8)). Each has a cable to a switch, which is a namespace, too."""
 
     def __init__(self) -> None:
         self._prefix = f"faults-{os.urandom(3).hex()}"
@@ -155,7 +155,7 @@ class Network:
             raise
 
     def name(self, host: str) -> str:
-        """The host's namespace."""
+        """The name of the host's namespace."""
         return f"{self._prefix}-{host}"
 
     def _add(self, host: str, address: str) -> None:
@@ -168,20 +168,20 @@ class Network:
         ip("-n", own, "link", "set", "lo", "up")
 
     def on(self, host: str, *command: str) -> list[str]:
-        """The command that runs a command on a host."""
+        """Wrap a command so that it runs on a host."""
         return ["ip", "netns", "exec", self.name(host), *command]
 
     def cut(self, host: str) -> None:
-        """Nothing comes or goes any more, and nobody is told so."""
+        """Cut the host off: packets are lost, and no connection gets an error."""
         ip("-n", self.name("switch"), "link", "set", host, "down")
 
     def mend(self, host: str) -> None:
-        """The opposite of `cut`."""
+        """Connect the host again."""
         ip("-n", self.name("switch"), "link", "set", host, "up")
 
     @contextmanager
     def inside(self, host: str) -> Iterator[None]:
-        """The sockets that this thread makes meanwhile are on that host (setns(2), which Python has from 3.12 on)."""
+        """Make the new sockets of this thread belong to that host (setns(2), which Python has from 3.12 on)."""
         libc = ctypes.CDLL(None, use_errno=True)
 
         def enter(namespace: int) -> None:
@@ -196,14 +196,14 @@ class Network:
                 enter(own.fileno())
 
     def close(self) -> None:
-        """Forget all hosts; their cables go with them."""
+        """Delete all hosts, and with them their cables."""
         for host in ("switch", *ADDRESSES):
             with suppress(subprocess.CalledProcessError):
                 ip("netns", "delete", self.name(host))
 
 
 class Hosts:
-    """The service with its parts on hosts apart. Its clients are on the web's."""
+    """The service with its parts on separate hosts. The clients are on the host of the web server."""
 
     url = "http://127.0.0.1:8000"
 
@@ -211,7 +211,7 @@ class Hosts:
         self._stack, self._folder = stack, folder
         self.network = Network()
         stack.callback(self.network.close)
-        path = folder / "redis.sock"  # this way we see it, whatever is cut
+        path = folder / "redis.sock"  # the tests reach Redis through this socket, even if a host is cut off
         config = ("--bind", ADDRESSES["redis"], "--protected-mode", "no", "--unixsocket", str(path), "--save", "")
         server = self._start("redis", str(get_binary_path()), *config, "--dir", str(folder))
         server.wait_for_log("Ready to accept connections unix")
@@ -238,11 +238,11 @@ class Hosts:
     def _is_ready(self) -> bool:
         try:
             return requests.get(f"{self.url}/readyz", timeout=5, headers={"Connection": "close"}).ok
-        except requests.RequestException:  # it listens before it has loaded the app
+        except requests.RequestException:  # gunicorn listens before it has loaded the app
             return False
 
     def check(self) -> None:
-        """The workers are alive."""
+        """Assert that the workers are alive."""
         for worker in self.workers.values():
             assert worker.popen.poll() is None, worker.log
 
@@ -272,7 +272,7 @@ def test_job_of_a_worker_that_is_cut_off_ends_once(hosts: Hosts, row: Row) -> No
     (other,) = {"one", "two"} - {cut_off}
 
     def read() -> tuple[Any, Any]:
-        """All that is stored of the job."""
+        """The job's hash and results in Redis."""
         return clients.redis.hgetall(f"rq:job:{job_id}"), clients.redis.xrange(f"rq:results:{job_id}")
 
     def result() -> Any:
@@ -282,7 +282,7 @@ def test_job_of_a_worker_that_is_cut_off_ends_once(hosts: Hosts, row: Row) -> No
     network.cut(cut_off)
     cut_at, begin = time.monotonic(), clients.redis.time()[0]
     try:
-        # Both runs are over then: the first one ended earlier, and nobody could be told.
+        # Then both runs are over: the first one ended earlier, but its worker could not report it.
         wait_until(lambda: clients.status_of(job_id) in TERMINAL, 110, f"the end of {job_id}")
         _first, second = clients.ledger.runs()[job_id]
         stored = read()
@@ -290,17 +290,17 @@ def test_job_of_a_worker_that_is_cut_off_ends_once(hosts: Hosts, row: Row) -> No
         assert stored[0][b"worker_name"].decode() == other
         assert result() == second.pid
         assert second.at - begin < 60
-        time.sleep(max(0, cut_at + 120 - time.monotonic()))  # the fault's length
+        time.sleep(max(0, cut_at + 120 - time.monotonic()))  # the full length of the fault
         assert f"job {job_id} lost" not in hosts.workers[cut_off].log
     finally:
         network.mend(cut_off)
     mended_at = time.monotonic()
-    # It is its late result that is refused.
+    # Its late result is refused.
     hosts.workers[cut_off].wait_for_log(f"job {job_id} lost")
     assert read() == stored
     assert result() == second.pid
     with network.inside("web"):
-        further = clients.enqueue_one(queue=cut_off)  # its own queue
+        further = clients.enqueue_one(queue=cut_off)  # the queue of the worker that was cut off
     wait_until(lambda: clients.status_of(further) == "finished", what=f"the end of {further}")
     seconds = time.monotonic() - mended_at
     hosts.check()
@@ -312,7 +312,7 @@ def test_job_of_a_worker_that_is_cut_off_ends_once(hosts: Hosts, row: Row) -> No
 
 
 @pytest.mark.fault("23", "web's host cut off from Redis' for 20 s", timeout=240, takes=30, form=Form.BUDGET)
-def test_web_host_that_is_cut_off_says_so_in_time_and_is_back_by_itself(hosts: Hosts, row: Row) -> None:
+def test_web_host_that_is_cut_off_answers_503_in_time_and_recovers(hosts: Hosts, row: Row) -> None:
     clients, network = Clients(hosts), hosts.network
     keys, slowest = [], 0.0
     with network.inside("web"), watch_stalls() as stalls:
@@ -330,7 +330,7 @@ def test_web_host_that_is_cut_off_says_so_in_time_and_is_back_by_itself(hosts: H
         finally:
             network.mend("web")
         mended_at = time.monotonic()
-        # What was sent meanwhile may arrive now, or never.
+        # Requests that were sent during the cut may arrive now, or never.
         answers = [clients.enqueue_until_answered(key) for key in keys]
         seconds = time.monotonic() - mended_at
     assert {answer.status_code for answer in answers} == {202}

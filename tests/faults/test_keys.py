@@ -1,4 +1,4 @@
-"""Enqueues with an idempotency key: one job for each key, whatever is cut between client and Redis."""
+"""Enqueues with an idempotency key: one job for each key, even if a connection or process between is cut."""
 
 import os
 import random
@@ -26,7 +26,7 @@ Answers = list[requests.Response]
 
 
 def all_at_once(count: int, ask: Callable[[int], requests.Response]) -> Answers:
-    """Each request from a thread of its own, sent when all are there."""
+    """Send each request from a thread of its own, once all threads are ready."""
     barrier = threading.Barrier(count)
 
     def ask_together(number: int) -> requests.Response:
@@ -42,7 +42,7 @@ def ids_of(answers: Answers) -> set[str]:
 
 
 def firsts_of(answers: Answers) -> Answers:
-    """The answers to requests that were no repetition."""
+    """The answers that were not replayed: each is the first one of its key."""
     return [answer for answer in answers if "Idempotent-Replayed" not in answer.headers]
 
 
@@ -52,14 +52,14 @@ def key() -> str:
 
 
 def patient_environment(site: Site, port: int, **settings: Any) -> dict[str, str]:
-    """What web processes are started with that wait for Redis, at this port, as long as a busy machine may need."""
+    """Settings of web processes that use Redis at this port, and wait for it as long as a busy machine may need."""
     url = f"redis://127.0.0.1:{port}/0?socket_timeout=20&socket_connect_timeout=20&timeout=20"
     return site.environment(**settings) | {"REDIS_URL": url}
 
 
 @pytest.fixture
 def patient_url(site: Site, tmp_path: Path) -> Iterator[str]:
-    """Web processes of which each has hundreds of requests at once: those may take a second and more."""
+    """Start web processes for hundreds of requests at once, each of which may take a second and more."""
     with web(patient_environment(site, site.redis_port, WEB_CONCURRENCY=2), tmp_path / "web.log") as url:
         yield url
 
@@ -91,7 +91,7 @@ def test_enqueues_at_once_with_different_keys_make_a_job_each(
 def proxy_to(port: int) -> Iterator[Proxy]:
     """A proxy whose connections end with a reset."""
     proxy = Proxy(port)
-    # Accepted sockets inherit it.
+    # Accepted sockets inherit this option.
     proxy._listener.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     try:
         yield proxy
@@ -142,7 +142,7 @@ def test_enqueue_whose_answer_from_redis_is_lost_enqueues_once(
 
 
 class Load:
-    """Clients that enqueue with a key each time, as long as the block lasts; then their answers are there."""
+    """Clients that enqueue until the block ends, with a new key each time. After the block all have their answers."""
 
     def __init__(self, clients: Clients, key: str) -> None:
         self._clients, self._key = clients, key
@@ -155,7 +155,7 @@ class Load:
         while not self._is_over.is_set():
             self.answers.append(self._clients.enqueue_until_answered(f"{self._key}-{client}-{number}"))
             number += 1
-            time.sleep(0.01)  # leaves the machine to the others
+            time.sleep(0.01)  # leaves processor time to the others
 
     def __enter__(self) -> Self:
         self._asking = [self._pool.submit(self._ask_on, client) for client in range(8)]
@@ -169,7 +169,7 @@ class Load:
 
 
 def kill(pids: list[int]) -> None:
-    """SIGKILL; none of them lives when this returns."""
+    """Kill the processes with SIGKILL, and wait until all are dead."""
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     for pid in pids:
@@ -177,7 +177,7 @@ def kill(pids: list[int]) -> None:
 
 
 def kill_behind_an_enqueue(site: Site) -> bool:
-    """Kill the web processes if Redis holds an enqueue of theirs: it will carry it out, and nobody will say so."""
+    """Kill the web processes if Redis has an unread enqueue of theirs. Redis executes it, and nobody answers."""
     if not site.stop_redis_behind_an_enqueue():
         return False
     try:
@@ -191,7 +191,7 @@ def kill_behind_an_enqueue(site: Site) -> bool:
 def test_enqueue_whose_web_process_is_killed_finds_its_job_when_sent_again(
     clients: Clients, row: Row, site: Site, rounds: Rounds, key: str
 ) -> None:
-    clients.enqueue_one()  # Redis has the script then, so that one command is the whole enqueue
+    clients.enqueue_one()  # Redis has the script then, so a later enqueue is one command
     with Load(clients, key) as load:
         for _ in rounds(15):
             wait_until(lambda: len(site.web_processes()) == 2, what="gunicorn's new processes")
@@ -202,7 +202,7 @@ def test_enqueue_whose_web_process_is_killed_finds_its_job_when_sent_again(
     wait_until(lambda: len(site.web_processes()) == 2, what="gunicorn's new processes")
     assert {answer.status_code for answer in load.answers} == {202}
     assert len(ids_of(load.answers)) == len(load.answers)
-    # The enqueue was done, and its process did not live to say so.
+    # These enqueues were executed, and their process died before the answer.
     replayed = len(load.answers) - len(firsts_of(load.answers))
     assert replayed >= rounds.begun
     note = f"{clients.sent_again} sent again, {replayed} were done"

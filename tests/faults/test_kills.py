@@ -1,4 +1,4 @@
-"""Workers and work-horses that are killed or told to end, at every moment of a job's way through them."""
+"""Kill or stop workers and work-horses at each moment of a job's way through them."""
 
 import os
 import random
@@ -18,28 +18,28 @@ from tests.faults.ledger import Tally
 from tests.faults.site import FRAGILE, Clients, Site, Staff
 from tests.processes import ROOT, wait_until
 
-#: Seconds within which the work of a dead worker is done again, with the shipped settings.
+#: Seconds until a dead worker's job is run again at the latest, with the shipped settings.
 RECOVERED_WITHIN = 60
-#: After this many random kills, at least one has hit a worker that held a job.
+#: Of this many random kills, at least one hits a worker that has a job.
 ENOUGH_TO_HIT_A_JOB = 20
-#: Seconds of a lease: a short one where the test is short.
+#: The seconds of the lease in the long form, and in the others.
 LEASES = {True: 30, False: 3}
 
 
 def crashes_of(tally: Tally) -> dict[str, int]:
-    """The jobs that were run again, and how often they may have been: each crash is counted at the job."""
+    """The jobs that may have run again, and how often: each crash is counted at its job."""
     return {job_id: job.crashes for job_id, job in tally.jobs.items() if job.crashes}
 
 
 def kill(pid: int) -> None:
-    """SIGKILL to a process, if it is still there."""
+    """Kill a process with SIGKILL, if it still exists."""
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
 
 
 @contextmanager
 def load(clients: Clients, *queues: str, jobs: int, seconds: float = 0.01) -> Iterator[None]:
-    """Keep so many short jobs waiting in the queues, all in all."""
+    """Keep this number of short jobs waiting in all queues together."""
     stop = False
 
     def enqueue() -> None:
@@ -60,7 +60,7 @@ def load(clients: Clients, *queues: str, jobs: int, seconds: float = 0.01) -> It
 
 
 def kill_run(clients: Clients, job_id: str, number: int) -> float:
-    """SIGKILL to the work-horse in the middle of a run; the seconds from the begin of the run before to this one's."""
+    """Kill the work-horse during this run of the job; returns the seconds between the starts of the last two runs."""
     wait_until(lambda: len(clients.ledger.runs().get(job_id, [])) == number, what=f"run {number}")
     runs = clients.ledger.runs()[job_id]
     kill(runs[-1].pid)
@@ -73,7 +73,7 @@ def test_job_whose_work_horse_is_killed_is_run_again_at_once(
 ) -> None:
     slowest, unlucky = 0.0, []
     for number in rounds(15):
-        end = tmp_path / f"end-{number}"  # not before the kill, however late it comes
+        end = tmp_path / f"end-{number}"  # the job does not end before the kill, even if the kill is late
         once, always = clients.enqueue_one(until=end), clients.enqueue_one(seconds=60)
         unlucky.append(always)
         kill_run(clients, once, 1)
@@ -101,7 +101,7 @@ def test_job_whose_worker_is_killed_is_run_again_by_another(
         jobs = [clients.enqueue_one(queue=FRAGILE, until=end) for _ in range(count)]
         wait_until(lambda: len(clients.ledger.runs()) == count, what="all to run")
         runs = clients.ledger.runs()
-        staff.hire()  # the other one
+        staff.hire()  # the idle worker
         for name in list(staff.workers)[:count]:
             staff.kill(name)
         for job_id in jobs:
@@ -120,17 +120,17 @@ def test_job_whose_worker_is_killed_is_run_again_by_another(
 
 
 def await_work(site: Site, staff: Staff, name: str) -> None:
-    """Wait until a worker asked for a job; RQ handles no signals before."""
+    """Wait until a worker has asked for a job. Before that RQ handles no signals."""
     key = f"rq:worker:{name}"
     wait_until(lambda: site.redis.hget(key, "state") in (b"busy", b"idle"), what=staff.workers[name].log)
 
 
 def kill_at_random(staff: Staff, site: Site, rounds: Iterator[int]) -> float:
-    """SIGKILL workers, one a round, at random moments of their work, and start new ones; when that was done."""
+    """In each round kill a worker at a random moment and start a new one; returns the time of the last kill."""
     for _ in rounds:
         name = random.choice(sorted(staff.workers))
         await_work(site, staff, name)
-        # Most of a job's time is its way through the worker here: it is taken, sent, run and ended in milliseconds.
+        # These jobs spend most of their time in the worker: it takes, sends, runs and ends one in milliseconds.
         time.sleep(random.uniform(0, 0.1))
         staff.kill(name)
         staff.hire()
@@ -139,7 +139,7 @@ def kill_at_random(staff: Staff, site: Site, rounds: Iterator[int]) -> float:
 
 @pytest.mark.parametrize("queues", [(FRAGILE,), (FRAGILE, "second", "third")], ids=["one queue", "three queues"])
 @pytest.mark.fault("3", "SIGKILL of workers at random moments", timeout=1800, share=5)
-def test_no_job_is_lost_though_workers_are_killed(
+def test_no_job_is_lost_when_workers_are_killed(
     clients: Clients, row: Row, site: Site, long: bool, rounds: Rounds, queues: tuple[str, ...]
 ) -> None:
     with site.fragile_staff(3 if long else 2, *queues[1:], WORKER_LEASE=LEASES[long]) as staff:
@@ -149,7 +149,7 @@ def test_no_job_is_lost_though_workers_are_killed(
         tally = clients.ledger.settle(RECOVERED_WITHIN)
         recovery = time.monotonic() - last
     row.close(tally, recovery, note=f"{rounds.begun} times, {len(queues)} queues", may_run_again=crashes_of(tally))
-    # A worker has two jobs in its hands for an instant: it takes the next one, and then tells the end of the last.
+    # For an instant a worker has two jobs: it takes the next one before it reports the end of the last.
     assert (rounds.begun >= ENOUGH_TO_HIT_A_JOB) <= sum(crashes_of(tally).values()) <= 2 * rounds.begun
 
 
@@ -166,7 +166,7 @@ def test_job_that_was_taken_and_never_begun_is_run(
         horses = {run.pid for runs in clients.ledger.runs().values() for run in runs}
         assert len(horses) == count
         wait_until(lambda: all(clients.status_of(job_id) == "finished" for job_id in warm))
-        # So a job that is sent to one is not begun.
+        # A stopped work-horse does not begin the job that it gets.
         for pid in horses:
             os.kill(pid, signal.SIGSTOP)
         jobs = [clients.enqueue_one(queue=FRAGILE) for _ in range(len(horses))]
@@ -184,7 +184,7 @@ def test_job_that_was_taken_and_never_begun_is_run(
 
 
 @pytest.mark.fault("5", "SIGTERM under load", timeout=1200, share=4)
-def test_worker_that_is_told_to_end_loses_and_doubles_nothing(
+def test_worker_that_is_stopped_loses_and_repeats_no_job(
     clients: Clients, row: Row, site: Site, rounds: Rounds
 ) -> None:
     with site.fragile_staff(3, WORKER_LEASE=30) as staff:
@@ -202,16 +202,16 @@ def test_worker_that_is_told_to_end_loses_and_doubles_nothing(
     assert {(job.status, job.crashes) for job in tally.jobs.values()} == {("finished", 0)}
 
 
-#: Deaths of a work-horse in a round; and in all, below one fork server, in the long form.
+#: Deaths of work-horses in a round; and in the long form, all below one fork server.
 DEATHS, ALL_DEATHS = 1000, 20_000
 
 
 @pytest.mark.fault("1b", "SIGKILL the work-horse at any moment of the fork server's loop", timeout=1800, share=1)
 def test_no_death_of_a_work_horse_is_missed(row: Row, form: Form, rounds: Rounds) -> None:
-    """Of 17 937 deaths 4 were, and the worker waited a minute each time, before a signal woke the server by itself."""
+    """Before a signal woke the server, it missed 4 of 17 937 deaths, and each time the worker waited a minute."""
     deaths = ALL_DEATHS if form is Form.LONG else DEATHS
     for _ in rounds(ALL_DEATHS // deaths):
         run = [sys.executable, "-m", "tests.faults.fork_race", str(deaths), str(random.random())]
         done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=False)
         assert (done.stdout.strip(), done.returncode) == ("0", 0), done.stderr
-    row.note(f"{rounds.begun * deaths} deaths, all of them told")
+    row.note(f"{rounds.begun * deaths} deaths, all of them reported")

@@ -1,4 +1,4 @@
-"""The checker itself: it has to see what the faults are not to do."""
+"""The checker itself: it has to detect lost, repeated and unknown jobs."""
 
 from collections.abc import Callable
 
@@ -29,9 +29,7 @@ def job_id(client: FlaskClient, redis: "Redis", ledger: Ledger) -> str:
     return job_id
 
 
-def test_ledger_counts_what_ended_and_what_waits(
-    client: FlaskClient, redis: "Redis", ledger: Ledger, job_id: str
-) -> None:
+def test_ledger_counts_ended_and_waiting_jobs(client: FlaskClient, redis: "Redis", ledger: Ledger, job_id: str) -> None:
     ledger.count().check()
     later = enqueue_echo(client, delay=50)
     ledger.acknowledge(later)
@@ -42,7 +40,7 @@ def test_ledger_counts_what_ended_and_what_waits(
         tally.check()
 
 
-def test_ledger_leaves_out_what_was_there_before(redis: "Redis", job_id: str) -> None:
+def test_ledger_leaves_out_older_jobs(redis: "Redis", job_id: str) -> None:
     Ledger(redis).count().check()
 
 
@@ -78,7 +76,7 @@ def test_ledger_sees_a_job_that_ran_twice(redis: "Redis", ledger: Ledger, job_id
     tally.check(may_run_again={job_id: 1})
 
 
-def test_ledger_sees_a_job_that_nobody_was_told_of(
+def test_ledger_sees_a_job_without_an_acknowledgement(
     client: FlaskClient, redis: "Redis", ledger: Ledger, job_id: str
 ) -> None:
     stranger = enqueue_echo(client)

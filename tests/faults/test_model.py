@@ -1,13 +1,13 @@
 """A model check of the transitions: every interleaving of two workers, a client and faults, on a real server.
 
-The scripts themselves are run, no copy of them. From each state that can be reached (times aside), each step that any
-of the actors may take next is taken, once. What has to hold is looked at in every state:
+The test runs the scripts themselves, and no copy of them. From each state that can be reached (times aside), it takes
+each step that any actor may take next, once. In every state it checks these rules:
 
-- the job is in one place, the one that its status names, and at most one run holds it;
-- it was taken as often as it was enqueued, raised, crashed, was given back and was retried, and not once more;
-- what ended stays as it is until the client retries it, and what was answered as canceled never finishes;
-- each script sent twice, since an answer was lost, is as good as sent once;
-- a worker that is left alone brings it to an end: it is not stuck.
+- the job is in exactly one place, which its status names, and at most one run holds it;
+- the job was taken as often as it was enqueued, raised, crashed, was given back and was retried, and not once more;
+- an ended job stays as it is until the client retries it, and a job that was answered as canceled never finishes;
+- a script that is sent twice, as after a lost answer, has the same effect as one that is sent once;
+- a worker that is left alone brings the job to an end: the job is not stuck.
 """
 
 import re
@@ -31,10 +31,10 @@ from tests.processes import valkey_server
 JOB, QUEUE, LEASE, MOST_CRASHES = "j", "default", 1000, 1
 BOOM = describe_failure("ValueError", "boom")
 
-#: The second answer has to be the first one again.
+#: The second answer has to be equal to the first one.
 SAME = object()
 
-#: All keys but those that decide nothing: events, doorbell, metrics, minutes.
+#: Reads all keys except those that decide nothing: events, doorbell, metrics, minutes.
 _SNAPSHOT = """
 local found = {}
 for _, key in ipairs(redis.call('KEYS', '*')) do
@@ -60,36 +60,36 @@ _RESTORE = """
 redis.call('FLUSHALL')
 for at = 1, #ARGV, 3 do redis.call('RESTORE', ARGV[at], math.max(0, tonumber(ARGV[at + 1])), ARGV[at + 2]) end
 """
-#: What differs between two states that are the same: times, and who did it last.
+#: Fields that may differ between two equal states: times, and the last worker.
 _TIMES = re.compile(rb".*_at|last_heartbeat|total_working_time|.*_job_count|last_.*|birth|worker_name|state")
 
 
 class WorkerState(NamedTuple):
-    """What one worker process knows; None if it is dead."""
+    """The memory of one worker process; None if it is dead."""
 
     run: Run | None = None
-    #: the run before, whose end is on its way to Redis
+    #: the previous run, whose end is on its way to Redis
     ending: Run | None = None
-    #: runs that `recover` named, which it is to release one by one
+    #: runs that `recover` returned; the worker releases them one by one
     abandoned: tuple[Abandoned, ...] = ()
 
 
 class State(NamedTuple):
-    """All actors; what is in Redis stands beside it."""
+    """The state of all actors. The content of Redis is kept beside it."""
 
     workers: tuple[WorkerState | None, ...] = (WorkerState(), WorkerState())
     is_enqueued: bool = False
-    #: how often each may yet be done; so there is an end
+    #: how often each limited step may still be taken, so that the exploration ends
     budget: tuple[tuple[str, int], ...] = ()
-    #: how often the job was made waiting, in whatever way, less how often it was taken or canceled as it waited
+    #: how often the job began to wait, less how often it was taken, or canceled while it waited
     waits: int = 0
-    #: how it was answered to have ended, until it is retried
+    #: the terminal status that a client got as the answer, until the job is retried
     answered: str = ""
     executions: int = 0
 
 
 class Wire:
-    """A connection to the server by hiredis alone: redis-py takes longer for a command than the server does."""
+    """A connection that uses hiredis alone, because redis-py takes longer for a command than the server does."""
 
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
@@ -98,11 +98,11 @@ class Wire:
         self._before: list[tuple[Any, ...]] = []
 
     def send_later(self, *command: Any) -> None:
-        """Send a command whose answer says nothing, together with the next one."""
+        """Send a command together with the next one. Its answer is ignored."""
         self._before = [command]
 
     def execute(self, *command: Any) -> Any:
-        """The answer to a command."""
+        """Execute a command; returns its answer."""
         commands, self._before = [*self._before, command], []
         self._socket.sendall(b"".join(map(hiredis.pack_command, commands)))
         answers = [self._read_answer() for _ in commands]
@@ -119,7 +119,7 @@ class Wire:
     def close(self) -> None:
         self._socket.close()
 
-    # What `transitions` calls, and the actors
+    # Commands that `transitions` and the actors call
 
     def evalsha(self, digest: str, *arguments: Any) -> Any:
         return self.execute("EVALSHA", digest, *arguments)
@@ -134,7 +134,7 @@ class Wire:
         return self.execute("KEYS", pattern)
 
     def zadd(self, key: str, member: str | bytes, score: int) -> Any:
-        """Move a member that is there."""
+        """Move an existing member."""
         return self.execute("ZADD", key, "XX", score, member)
 
     def zrange(self, key: str) -> Any:
@@ -149,7 +149,7 @@ class World:
         own = _SNAPSHOT, _RESTORE, _READ
         every = (*scripts.SCRIPTS.values(), *own)
         self._snapshot, self._restore, self._read = [redis.execute("SCRIPT", "LOAD", text) for text in every][-3:]
-        #: Send each script twice, as if its answer had been lost.
+        #: Whether to send each script twice, as if its answer had been lost.
         self.sends_twice = False
 
     def save(self) -> list[Any]:
@@ -159,7 +159,7 @@ class World:
         self.redis.send_later("EVALSHA", self._restore, 0, *saved)
 
     def read(self) -> dict[str, Any]:
-        """What is in Redis, without times: by key, whether it is kept for ever, and its value."""
+        """The content of Redis, without times: for each key whether it is kept for ever, and its value."""
         found: dict[str, Any] = {}
         for key, kind, is_kept, value in sorted(self.redis.evalsha(self._read, 0)):
             if kind == b"hash":
@@ -168,13 +168,13 @@ class World:
                 value = [*sorted(pair for pair in pairs.items() if not _TIMES.fullmatch(pair[0])), is_due]
             elif kind == b"set":
                 value = sorted(value)
-            elif kind == b"stream":  # of results, some ten of which are kept
+            elif kind == b"stream":  # the stream of results, of which some ten are kept
                 value = value > 0
             found[key.decode()] = is_kept, value
         return found
 
     def look(self, state: State, found: dict[str, Any]) -> str:
-        """What tells this state from others: not the names of executions, nor which worker is which."""
+        """A text that identifies this state. It ignores the names of executions and the order of the workers."""
         texts = []
         for order in ((0, 1), (1, 0)):
             workers = tuple(state.workers[number] for number in order)
@@ -186,10 +186,10 @@ class World:
             texts.append(text)
         return min(texts)
 
-    # What the actors do
+    # The steps of the actors
 
     def steps(self, state: State) -> Iterator[tuple[str, Callable[[], State]]]:
-        """Each step that may be taken next, by name."""
+        """Each step that may be taken next, with its name."""
         if not state.is_enqueued:
             yield "enqueue", lambda: self._enqueue(state)
             return
@@ -245,7 +245,7 @@ class World:
         return state._replace(workers=tuple(workers))
 
     def _send(self, call: Callable[[], Any], second: object = None) -> Any:
-        """Run a script; its answer. The second time it must change nothing, and may have to answer so."""
+        """Run a script; returns its answer. A second call must change nothing, and may have to answer `second`."""
         answer = call()
         if self.sends_twice:
             before = self.read()
@@ -287,7 +287,7 @@ class World:
         return state._replace(waits=state.waits + 1, answered="")
 
     def _expire(self, state: State, key: bytes) -> State:
-        """The time of a lease passes: its worker is dead, was paused or is cut off."""
+        """Let a lease expire: its worker is dead, was paused or is cut off."""
         self.redis.hset(key, "lease_until", "0")
         member = f"{JOB}:{key.decode().rpartition(':')[2]}"
         self.redis.zadd(f"rq:wip:{QUEUE}", member, 1)
@@ -296,9 +296,9 @@ class World:
     def _take(self, state: State, number: int, worker: WorkerState) -> State:
         execution = f"e{state.executions}e"
         state = state._replace(executions=state.executions + 1)
-        # The second answer has the fields as they are then; all else is the same.
+        # The second answer has the present fields of the job; the rest is equal.
         answer = self._send(lambda: transitions.take(self.redis, f"w{number}", execution, LEASE, [QUEUE])[:3], SAME)
-        if answer[:2] != (QUEUE, JOB):  # a worker that took nothing ahead ends its run as any other
+        if answer[:2] != (QUEUE, JOB):  # a worker that took nothing ahead ends its run like any other
             return state
         run = Run(JOB, execution, QUEUE, f"w{number}")
         return self._set(state, number, worker._replace(run=run))._replace(waits=state.waits - 1)
@@ -320,7 +320,7 @@ class World:
         return self._set(state, number, worker._replace(run=None))
 
     def _settle(self, state: State, number: int, worker: WorkerState) -> State:
-        """The end that was sent behind a `take` is there; only one that lets the job wait makes a difference here."""
+        """The end that was sent behind a `take` arrives. Only an end that lets the job wait makes a difference here."""
         assert worker.ending
         state = self._end(state, worker.ending, "failed")
         return self._set(state, number, worker._replace(ending=None))
@@ -359,7 +359,7 @@ class World:
         state = self._release(state, number, first.run, crashed=True)
         return self._set(state, number, worker._replace(abandoned=tuple(rest)))
 
-    # What has to hold
+    # The rules
 
     def check(self, state: State, found: dict[str, Any]) -> None:
         if not state.is_enqueued:
@@ -376,18 +376,18 @@ class World:
         assert state.waits == (status == "queued"), (status, state)
         if status in TERMINAL or state.answered not in ("", "stopped"):
             assert status == state.answered, (status, state)
-        # What is left when it has ended goes by itself.
+        # The keys of an ended job expire.
         if status in TERMINAL:
             kept = [key for key, (is_kept, _) in found.items() if is_kept and JOB in key.split(":")]
             assert not kept, kept
 
     def drain(self, state: State) -> None:
-        """One worker that is left alone, with no more faults, brings the job to an end."""
+        """Check that one worker alone, without further faults, brings the job to an end."""
         if not state.is_enqueued:
             return
         for key in self.redis.keys(f"rq:execution:{JOB}:*"):
             if not any(worker and worker.run and worker.run.execution in key.decode() for worker in state.workers):
-                self._expire(state, key)  # in time, since nobody renews it
+                self._expire(state, key)  # it expires, because nobody renews it
         for number, worker in enumerate(state.workers):
             if worker and worker.ending:
                 state = self._settle(state, number, worker)
@@ -409,7 +409,7 @@ class World:
 
 
 def explore(world: World, start: State) -> tuple[int, int]:
-    """Take each step of each state; how many states and steps there are."""
+    """Take each step of each state; returns the numbers of states and steps."""
     first = world.look(start, {})
     came_from: dict[str, tuple[str, str]] = {}
     pending: deque[tuple[str, State, list[Any]]] = deque([(first, start, [])])
@@ -449,7 +449,7 @@ def explore(world: World, start: State) -> tuple[int, int]:
 
 
 def check(name: str, takes: int, **budget: int) -> Any:
-    """A check for some of what may happen, by how often each may; it takes so many seconds."""
+    """A check with a budget: how often each step may be taken. `takes` is its time in seconds."""
     text = "every interleaving of two workers, a client and faults between any two scripts"
     form = Form.SHORT if takes <= 5 else Form.BUDGET
     return pytest.param(budget, id=name, marks=pytest.mark.fault("3m", text, timeout=3000, takes=takes, form=form))
@@ -462,7 +462,7 @@ CHECKS = [
     check("a retry and a pause", 15, retry=1, expire=1, ahead=2),
     check("control", 7, cancel=1, retry=1, shutdown=1, ahead=1),
     check("deaths and pauses", 30, die=2, expire=2, ahead=1),
-    # Jobs that are taken ahead multiply the states, so they are left to those above.
+    # Jobs that are taken ahead multiply the states, so only the checks above have them.
     check("all of it", 500, cancel=1, retry=1, shutdown=1, die=2, expire=2),
 ]
 

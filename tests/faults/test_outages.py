@@ -1,4 +1,4 @@
-"""Redis itself at fault: killed, stalled, away for long, or without room for what is to be written."""
+"""Redis itself fails: it is killed, it stalls, it is away for long, or it has no room for writes."""
 
 import os
 import random
@@ -20,11 +20,11 @@ from tests.faults.site import FRAGILE, OUTAGE, Clients, Site, ask_until_answered
 from tests.faults.test_keys import Answers, Load, firsts_of, ids_of
 from tests.processes import free_port, problem_of, wait_until, watch_stalls
 
-#: Seconds within which an outage is answered.
+#: Seconds until an outage is answered at the latest.
 ANSWER_LIMIT = 3
-#: Seconds after Redis' return within which the API takes a job.
+#: Seconds after Redis' return until the API accepts a job at the latest.
 WEB_RETURN_LIMIT = 5
-#: Seconds after Redis' return within which each worker that is free takes a job.
+#: Seconds after Redis' return until each free worker takes a job at the latest.
 RETURN_LIMIT = 40
 
 
@@ -35,7 +35,7 @@ def key() -> str:
 
 @contextmanager
 def redis_away(site: Site) -> Iterator[None]:
-    """Redis is killed, and comes back as the block ends, with what is on its disk."""
+    """Kill Redis. It comes back at the end of the block, with the data on its disk."""
     site.kill_redis()
     try:
         yield
@@ -45,7 +45,7 @@ def redis_away(site: Site) -> Iterator[None]:
 
 @contextmanager
 def redis_stalled(site: Site) -> Iterator[None]:
-    """Redis has its connections and at least one enqueue, and does nothing until the block ends."""
+    """Stall Redis until the block ends. It keeps its connections and has at least one unread enqueue."""
     try:
         wait_until(site.stop_redis_behind_an_enqueue, what="an enqueue that is held up")
         yield
@@ -55,7 +55,7 @@ def redis_stalled(site: Site) -> Iterator[None]:
 
 @contextmanager
 def configured(redis: Any, **settings: Any) -> Iterator[None]:
-    """Redis has other settings."""
+    """Give Redis other settings until the block ends."""
     old = {name: redis.config_get(name)[name] for name in settings}
     for name, value in settings.items():
         redis.config_set(name, value)
@@ -68,13 +68,13 @@ def configured(redis: Any, **settings: Any) -> Iterator[None]:
 
 @contextmanager
 def memory_full(site: Site) -> Iterator[None]:
-    """Redis has no memory for more than it holds."""
+    """Leave Redis no memory for more data."""
     with configured(site.redis, **{"maxmemory-policy": "noeviction", "maxmemory": 1}):
         yield
 
 
 def save_snapshot(redis: Any) -> str:
-    """Have Redis write a snapshot; returns how that ended: `ok` or `err`."""
+    """Let Redis write a snapshot; returns the outcome, `ok` or `err`."""
     redis.bgsave()
     state = wait_until(lambda: (info := redis.info("persistence"))["rdb_bgsave_in_progress"] == 0 and info)
     outcome: str = state["rdb_last_bgsave_status"]
@@ -83,11 +83,11 @@ def save_snapshot(redis: Any) -> str:
 
 @contextmanager
 def disk_full(site: Site) -> Iterator[None]:
-    """Redis cannot write its snapshot, and refuses writes (MISCONF) until it can."""
+    """Keep Redis from writing its snapshot. It refuses writes (MISCONF) until it can."""
     redis = site.redis
     snapshot = Path(site.server.data_dir) / redis.config_get("dbfilename")["dbfilename"]
     with configured(redis, **{"save": "3600 1", "stop-writes-on-bgsave-error": "yes"}):
-        snapshot.mkdir()  # nobody renames a file to a folder, root neither
+        snapshot.mkdir()  # nobody can rename a file to a folder, not even root
         try:
             assert save_snapshot(redis) == "err"
             yield
@@ -99,8 +99,8 @@ def disk_full(site: Site) -> Iterator[None]:
 
 @contextmanager
 def read_only(site: Site) -> Iterator[None]:
-    """Redis has become a replica, as after a failover, and refuses writes (READONLY)."""
-    site.redis.replicaof("127.0.0.1", free_port())  # of nobody, so it keeps its data
+    """Make Redis a replica, as after a failover. It refuses writes (READONLY)."""
+    site.redis.replicaof("127.0.0.1", free_port())  # there is no such master, so Redis keeps its data
     try:
         yield
     finally:
@@ -113,9 +113,9 @@ def read_job(clients: Clients, job_id: str, field: str) -> str:
 
 
 def await_workers(clients: Clients, names: set[str], jobs: tuple[str, ...] = ()) -> float:
-    """Seconds until each of the workers has taken a new job, from now, where Redis has just come back.
+    """Wait until each worker has taken a new job after Redis came back; returns the seconds from now.
 
-    Some may have taken one of these jobs, whose runs the outage cut, for another run.
+    A worker may instead take one of these `jobs`, whose runs the outage cut.
     """
     start = time.monotonic()
     with watch_stalls() as stalls:
@@ -135,13 +135,13 @@ def await_workers(clients: Clients, names: set[str], jobs: tuple[str, ...] = ())
 
 
 def await_run(clients: Clients, job_id: str) -> str:
-    """The worker that runs the job, once its function has begun."""
+    """Wait until the function of the job has begun; returns the worker that runs it."""
     wait_until(lambda: job_id in clients.ledger.runs(), what=f"the run of {job_id}")
     return read_job(clients, job_id, "worker_name")
 
 
 def await_results(clients: Clients, jobs: list[str], seconds: float) -> None:
-    """Wait for the ends of jobs; each has the result of its last run."""
+    """Wait until the jobs have ended. Each must have the result of its last run."""
     for job_id in jobs:
         wait_until(lambda job_id=job_id: clients.status_of(job_id) in TERMINAL, seconds, f"the end of {job_id}")  # type: ignore[misc]
         answer = requests.get(f"{clients.site.url}/get_result", params={"job_id": job_id}, timeout=10)
@@ -150,12 +150,12 @@ def await_results(clients: Clients, jobs: list[str], seconds: float) -> None:
 
 
 def crashes_of(tally: Tally) -> dict[str, int]:
-    """How often each job may have run again: its worker was out of reach for longer than its lease."""
+    """How often each job may have run again, because its worker was out of reach for longer than its lease."""
     return {job_id: job.crashes for job_id, job in tally.jobs.items()}
 
 
 class MixedLoad(Load):
-    """As `Load`, with clients among them that have no keys, and do not ask again."""
+    """Like `Load`, but some of the clients have no keys, and do not send a request again."""
 
     def __init__(self, clients: Clients, key: str) -> None:
         super().__init__(clients, key)
@@ -170,7 +170,7 @@ class MixedLoad(Load):
             time.sleep(0.01)
 
     def acknowledge_unanswered(self) -> None:
-        """Without a key an outage leaves open whether there is a job. Those that are there have to run, too."""
+        """Add the jobs of outages without a key, where nobody knows whether a job exists. Those that do have to run."""
         unanswered = [answer for answer in self.keyless if not answer.ok]
         found = self._clients.ledger.count().strangers
         assert len(found) <= len(unanswered)
@@ -196,12 +196,12 @@ def test_acknowledged_jobs_survive_a_redis_that_is_killed(
     assert len(ids_of(load.answers)) == len(load.answers)
     load.acknowledge_unanswered()
     tally = clients.ledger.settle()
-    note = f"{rounds.begun} kills, {clients.answers.count(OUTAGE)} outages told"
+    note = f"{rounds.begun} kills, {clients.answers.count(OUTAGE)} answers of 503"
     row.close(tally, slowest, note, crashes_of(tally))
 
 
 class OnceLoad(Load):
-    """As `Load`, on a queue that no worker looks at; what is answered with an outage is not sent again."""
+    """Like `Load`, on a queue without workers. A request that is answered with an outage is not sent again."""
 
     def __init__(self, clients: Clients, key: str) -> None:
         super().__init__(clients, key)
@@ -220,7 +220,7 @@ class OnceLoad(Load):
 def test_enqueues_to_a_stalled_redis_are_answered_in_time_and_done_once(
     clients: Clients, row: Row, site: Site, long: bool, key: str
 ) -> None:
-    clients.enqueue_one()  # Redis has the script then, so that one command is the whole enqueue
+    clients.enqueue_one()  # Redis has the script then, so a later enqueue is one command
     with watch_stalls() as stalls, OnceLoad(clients, key) as load, redis_stalled(site):
         time.sleep(13 if long else 2)
     slowest = await_workers(clients, set(site.staff.workers))
@@ -239,7 +239,7 @@ def test_enqueues_to_a_stalled_redis_are_answered_in_time_and_done_once(
     for key, answer in zip(keys, again, strict=True):
         if load.by_key[key].ok:
             assert answer.json()["job_id"] == load.by_key[key].json()["job_id"]
-    # What Redis held was done, though its clients could not be told; and with this no first time of theirs.
+    # Redis executed the enqueues that it had, though their clients got no answer. So their second answers are replays.
     done = len(unanswered) - len(firsts_of(again))
     assert done > 0
     waiting = [entry.decode() for entry in clients.redis.lrange(f"rq:queue:{FRAGILE}", 0, -1)]
@@ -247,14 +247,14 @@ def test_enqueues_to_a_stalled_redis_are_answered_in_time_and_done_once(
     assert len(waiting) == len(keys)
     with site.fragile_staff(1, WORKER_LEASE=30):
         tally = clients.ledger.settle()
-    row.close(tally, slowest, note=f"{len(unanswered)} outages told, each in {taken:.1f} s; {done} were done")
+    row.close(tally, slowest, note=f"{len(unanswered)} answers of 503, each in {taken:.1f} s; {done} were executed")
 
 
 @pytest.mark.fault("8", "Redis away, workers busy and idle", timeout=600, takes=120)
 def test_workers_live_through_a_long_outage_and_keep_their_jobs(
     clients: Clients, row: Row, site: Site, long: bool
 ) -> None:
-    # The shorter one is as much as workers bear without a long pause between their tries.
+    # Workers bear the shorter outage without a long pause between their tries.
     seconds, durations = (60, (30, 63)) if long else (1, (0.5,))
     with site.fragile_staff(1, "default", WORKER_LEASE=30) if long else nullcontext(site.staff) as staff:
         names = set(site.staff.workers) | set(staff.workers)
@@ -276,14 +276,14 @@ def ask_readyz(site: Site) -> requests.Response:
 def outlive_refused_writes(
     clients: Clients, site: Site, refused: Callable[[Site], AbstractContextManager[None]], end: Path, *, long: bool
 ) -> tuple[str, float, Tally]:
-    """Let jobs run, and others wait, while Redis refuses writes, and see that the service tells of it.
+    """Let jobs run, and others wait, while Redis refuses writes. Check that the service reports it.
 
-    The file says meanwhile that they may end.
+    During the outage the file `end` lets the jobs end.
 
     Returns:
-        The status, meanwhile, of a job that had come to its end; the seconds to recover; and what became of all.
+        The status, during the outage, of a job whose function had returned; the seconds to recover; and the tally.
     """
-    # A lease that a busy machine does not outlast between two renewals.
+    # A lease that does not expire between two renewals, even on a busy machine.
     with site.fragile_staff(2, WORKER_LEASE=8) if long else nullcontext():
         jobs = [clients.enqueue_one(until=end) for _ in range(4)]
         worker = site.staff.workers[await_run(clients, jobs[0])]
@@ -299,12 +299,12 @@ def outlive_refused_writes(
             assert list(checks) == ["redis"]
             assert checks["redis"] != "ok"
             end.touch()
-            # It is written down, or tried to.
+            # Wait until the worker has written the end, or has failed to.
             wait_until(lambda: clients.status_of(jobs[0]) in TERMINAL or "; trying again in" in worker.log[logged:])
             status = clients.status_of(jobs[0])
             time.sleep(16 if long else 0.1)
         seconds = await_workers(clients, set(site.staff.workers))
-        # Nothing was enqueued by what was refused.
+        # The refused requests enqueued nothing.
         again = clients.enqueue(key=end.name)
         assert (again.status_code, firsts_of([again])) == (202, [again])
         checks = ask_readyz(site).json()["checks"]
@@ -314,25 +314,25 @@ def outlive_refused_writes(
 
 
 @pytest.mark.fault("10", "Redis at maxmemory", timeout=600, takes=30)
-def test_full_memory_is_told_and_outlived(
+def test_full_memory_is_reported_and_survived(
     clients: Clients, row: Row, site: Site, long: bool, key: str, tmp_path: Path
 ) -> None:
     status, seconds, tally = outlive_refused_writes(clients, site, memory_full, tmp_path / key, long=long)
-    row.close(tally, seconds)  # no worker died, so nobody's job may be given to another
-    assert status == "finished"  # Redis lets a script pass that frees memory first
+    row.close(tally, seconds)  # no worker died, so no job may run again
+    assert status == "finished"  # Redis executes a script that frees memory first
 
 
 @pytest.mark.fault("11", "Redis' disk full (MISCONF)", timeout=600, takes=30)
-def test_full_disk_is_told_and_outlived(
+def test_full_disk_is_reported_and_survived(
     clients: Clients, row: Row, site: Site, long: bool, key: str, tmp_path: Path
 ) -> None:
     status, seconds, tally = outlive_refused_writes(clients, site, disk_full, tmp_path / key, long=long)
-    row.close(tally, seconds, may_run_again=crashes_of(tally))  # a lease that could not be renewed
+    row.close(tally, seconds, may_run_again=crashes_of(tally))  # a lease that could not be renewed may have expired
     assert status == "started"
 
 
 @pytest.mark.fault("11b", "Redis a replica that takes no writes (READONLY)", timeout=600, takes=30, form=Form.BUDGET)
-def test_replica_is_told_and_outlived(
+def test_replica_is_reported_and_survived(
     clients: Clients, row: Row, site: Site, long: bool, key: str, tmp_path: Path
 ) -> None:
     status, seconds, tally = outlive_refused_writes(clients, site, read_only, tmp_path / key, long=long)

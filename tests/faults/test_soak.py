@@ -1,4 +1,4 @@
-"""Very many short jobs while workers come and go: what is left of them afterwards in Redis and in the processes."""
+"""Very many short jobs while workers come and go. Afterwards Redis and the processes must be as small as before."""
 
 import re
 import time
@@ -17,25 +17,25 @@ from tests.faults.site import Clients, Site, ask_until_answered
 from tests.processes import wait_until
 
 JOBS = 200_000
-#: Jobs that are enqueued, run and counted before the next ones come, and how many of them are of which kind.
+#: The jobs that are enqueued, run and counted before the next wave, and how many of them are of each kind.
 WAVE = 5_000
 FAILING, RETRIED, DELAYED, CANCELED, SINGLE = 250, 250, 250, 100, 50
-#: The kinds that finish at once are all others, in batches of this size.
+#: All other jobs finish at once. They come in batches of this size.
 BATCH = 1000
 BATCHES = 5 + (WAVE - FAILING - RETRIED - DELAYED - CANCELED - SINGLE) // BATCH
-#: Requests of a wave that have a key.
+#: The requests of a wave that have a key.
 KEYS = BATCHES + SINGLE
 ENDS = {"finished": WAVE - FAILING - RETRIED - CANCELED, "failed": FAILING + RETRIED, "canceled": CANCELED}
 
-#: Seconds that jobs are kept after their end: several times as long as a wave takes, so that all of it is counted.
+#: Seconds that jobs are kept after their end. A wave takes much less, so that all of its jobs are counted.
 TTL = 120
 #: Seconds between two looks of a worker at its registries (`rq worker --maintenance-interval`; RQ's default is 600).
 MAINTENANCE = 30
 
-#: The keys that stay for ever. Each is one for a queue or for all jobs, not for a job, a batch or a worker.
+#: The keys that stay for ever. Each belongs to a queue or to all jobs, and not to a job, a batch or a worker.
 PERMANENT = re.compile(
     r"""rq:(
-        queues | workers | workers:\w+ | groups                # the names of what is there
+        queues | workers | workers:\w+ | groups                # the names of queues, workers and groups
       | (finished|failed|canceled|scheduled|deferred|wip):\w+  # RQ's registries, one a queue and status
       | api:(events|doorbell)                                  # streams of bounded length
       | api:(secret|sweep|owners|metrics)
@@ -43,28 +43,28 @@ PERMANENT = re.compile(
     )""",
     re.VERBOSE,
 )
-#: What is kept on purpose for longer than the jobs: that a batch was there (60 days), and idempotency keys (a day, a
-#: batch's 60 days). They cost the same for each batch and key, which the row's note says.
+#: Keys that are kept longer than the jobs on purpose: the marks of batches (60 days), and idempotency keys (a day, a
+#: batch's 60 days). They cost the same for each batch and key; the row's note has the cost.
 KEPT = ("rq:api:group:ID", "rq:api:key:ID")
-#: The event log is cut at 10 000 entries or some more, which the first wave alone makes.
+#: The event log is cut at 10 000 entries or some more. The first wave alone makes as many.
 BOUNDED = "rq:api:events"
-#: Bytes that the rest may have grown by: workers of other names, registries that hold some entry yet.
+#: Bytes that the other keys may grow by: workers with other names, registries that still have an entry.
 SLACK = 10_000
-#: Bytes that what belongs to no key may have grown by: scripts, the table of the keys, which shrinks late.
+#: Bytes that memory outside of keys may grow by: scripts, and the table of the keys, which shrinks late.
 ELSEWHERE = 2_000_000
 
 
 class Memory(NamedTuple):
-    """What Redis holds: bytes by family of keys (a job's or a batch's id is ID), and the keys that never expire."""
+    """The memory of Redis: bytes by family of keys (the id of a job or batch is ID), and the keys that never expire."""
 
     families: Counter[str]
     permanent: set[str]
-    #: in all, but for what is no data: buffers of clients and of the append-only file
+    #: all memory except the buffers of clients and of the append-only file
     used: int
 
     @property
     def lasting(self) -> int:
-        """The bytes that no job may add to."""
+        """The bytes that must not grow with the jobs."""
         return sum(size for name, size in self.families.items() if name not in (*KEPT, BOUNDED))
 
     @property
@@ -74,7 +74,7 @@ class Memory(NamedTuple):
 
 
 def read_memory(redis: Any) -> Memory:
-    """Measure key by key: Redis' own sum has the allocator's and the table's slack in it, which comes and goes."""
+    """Measure key by key, because Redis' own sum includes the slack of the allocator and the table, which varies."""
     families: Counter[str] = Counter()
     permanent = set()
     keys = list(redis.scan_iter(count=1000))
@@ -100,13 +100,13 @@ def resident(pid: int) -> int:
 
 
 def only_child_of(pid: int) -> int:
-    """The process that a worker, or its fork server, has started."""
+    """The only process that a worker or its fork server has started."""
     (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return int(child)
 
 
 class Crowd:
-    """Clients that enqueue waves of jobs of all kinds. What is enqueued has a key, so that it can be sent again."""
+    """Clients that enqueue waves of jobs of all kinds. Each request has a key, so that it can be sent again."""
 
     def __init__(self, site: Site) -> None:
         self._site = site
@@ -134,7 +134,7 @@ class Crowd:
         return job_ids
 
     def enqueue_wave(self) -> Clients:
-        """Enqueue a wave, those first that take longest."""
+        """Enqueue a wave, the longest jobs first."""
         clients = Clients(self._site)
         self._enqueue_many(clients, RETRIED, fails=True, retries=1)
         self._enqueue_many(clients, DELAYED, delay=1)
@@ -151,7 +151,7 @@ class Crowd:
         return clients
 
     def has_no_job(self) -> bool:
-        """Nobody's job waits or runs."""
+        """Whether no job waits or runs."""
         with self._site.redis.pipeline() as pipeline:
             pipeline.llen("rq:queue:default")
             pipeline.zcard("rq:scheduled:default")
@@ -159,7 +159,7 @@ class Crowd:
             return not any(pipeline.execute())
 
     def settle(self, clients: Clients) -> Tally:
-        """Wait for the wave's end and count it, before it is forgotten."""
+        """Wait for the end of the wave, and count its jobs before they expire."""
         wait_until(self.has_no_job, 180, "the end of a wave")
         tally = clients.ledger.settle()
         self._site.redis.delete(RUNS_KEY)
@@ -172,12 +172,12 @@ class Crowd:
 def own_site(tmp_path: Path, stock: bool) -> Iterator[Site]:
     with ExitStack() as stack:
         site = Site(stack, tmp_path, stock=stock, RESULT_TTL=TTL, FAILURE_TTL=TTL)
-        site.redis.config_set("appendfsync", "everysec")  # as it ships
+        site.redis.config_set("appendfsync", "everysec")  # the shipped setting
         yield site
 
 
 def replace_worker(site: Site, elder: str) -> None:
-    """SIGTERM to the other worker, in the middle of its work; another one comes for it."""
+    """Stop the worker that is not `elder` with SIGTERM during its work, and start a new one."""
     (name,) = site.staff.workers.keys() - {elder}
     assert site.staff.workers.pop(name).stop() == 0
     site.staff.hire(1, "--maintenance-interval", str(MAINTENANCE))
@@ -188,12 +188,13 @@ def test_very_many_jobs_leave_nothing_behind(own_site: Site, row: Row) -> None:
     site, crowd = own_site, Crowd(own_site)
     for name in list(site.staff.workers):
         assert site.staff.workers.pop(name).stop() == 0
-    site.redis.delete("rq:clean_groups")  # by which these kept all others from that for RQ's default interval
+    # Delete the lock of the stopped workers. It keeps others from cleaning groups for RQ's default interval.
+    site.redis.delete("rq:clean_groups")
     site.staff.hire(2, "--maintenance-interval", str(MAINTENANCE))
     site.staff.await_start()
     start = read_memory(site.redis)
 
-    crowd.settle(crowd.enqueue_wave())  # all have loaded what they need then
+    crowd.settle(crowd.enqueue_wave())  # after it all processes have loaded what they need
     elder = next(iter(site.staff.workers))
     pids = {"worker": site.staff.workers[elder].popen.pid}
     pids["fork server"] = only_child_of(pids["worker"])
@@ -215,9 +216,9 @@ def test_very_many_jobs_leave_nothing_behind(own_site: Site, row: Row) -> None:
     site.staff.check()
     peak = read_memory(site.redis)
 
-    # Idle until nothing is kept any more, and each worker has looked at its registries after that.
+    # Stay idle until all keys have expired, and each worker has looked at its registries after that.
     waves = 1 + len(jobs) // WAVE
-    # The marks by which a run leaves one trace only are kept for two minutes.
+    # The marks that keep a run from leaving two traces expire after two minutes.
     wait_until(lambda: site.redis.dbsize() < waves * (2 * BATCHES + KEYS) + 100, TTL + 120, "the end of the TTLs")
     limit, deadline = start.lasting + SLACK, time.monotonic() + 2 * MAINTENANCE
     while (end := read_memory(site.redis)).lasting > limit and time.monotonic() < deadline:

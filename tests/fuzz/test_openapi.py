@@ -1,7 +1,7 @@
-"""Requests that schemathesis makes of the OpenAPI document: each answer is one that the document has.
+"""Requests that schemathesis makes from the OpenAPI document. The document must have each answer.
 
-It runs by itself (`pipenv run fuzz`): its plugin and the making of its cases would cost each process of
-the suite seconds.
+They run apart from the suite (`pipenv run fuzz`), because the plugin and the making of the cases would cost
+each process of the suite seconds.
 """
 
 from typing import Any
@@ -26,13 +26,13 @@ from tests.processes import STATES, job_in_state
 app_redis = fakeredis.FakeRedis(server=fakeredis.FakeServer())
 app_redis.hset("rq:worker:w", "birth", "now")
 app_redis.sadd("rq:workers:default", "rq:worker:w")
-# No waits: a wait of 60 s for a job that nobody runs would be right, but long.
+# Allow no waits: no worker runs the jobs, so a correct wait would take 60 s.
 schema = schemathesis.openapi.from_wsgi("/openapi.json", create_app(Settings(max_wait=0), app_redis))
 
 
 @pytest.fixture(scope="module")
 def job_ids() -> list[str]:
-    """Jobs in every state, and one that expired: what schemathesis cannot make up."""
+    """The ids of jobs in every state and of an expired one, which schemathesis cannot invent."""
     app_redis.delete("rq:queue:default")
     client = create_app(Settings(), app_redis).test_client()
     made = []
@@ -53,7 +53,7 @@ CHECKS = [
 ]
 
 
-# The functions that only tests have would double the time and show nothing new, but the one with a strict model.
+# Leave out the job functions of the tests, except the one with a strict model: they double the time for nothing new.
 @schema.exclude(path_regex="^/enqueue/(?!count_words|estimate_pi|use_types)").parametrize()
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_openapi_documents_what_is_answered(case: Any) -> None:

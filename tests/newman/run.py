@@ -12,12 +12,12 @@ from tests.processes import ROOT, environment, valkey_server, web, worker
 
 HERE = Path(__file__).parent
 POSTMAN = ROOT / "postman"
-#: Small, so that a body over the limit is small too.
+#: A small limit, so that a body over it is small, too.
 MAX_PAYLOAD_BYTES = 10_000
 
 
 def install_newman(npm: str) -> None:
-    """Install exactly what package-lock.json names, from whatever registry npm is set up for."""
+    """Install exactly the packages of package-lock.json, from the registry that npm is set up for."""
     subprocess.run([npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=HERE, check=True)
 
 
@@ -42,7 +42,7 @@ def main() -> int:
     except subprocess.CalledProcessError as error:
         print(f"newman could not be installed: `npm ci` in {HERE} ended with {error.returncode}.", file=sys.stderr)
         return 1
-    # The service that is tested has no settings but those below, whatever the shell has.
+    # The tested service gets only the settings below, and none from the shell.
     for setting in ("RQ_REDIS_URL", *map(str.upper, Settings.model_fields)):
         os.environ.pop(setting, None)
     with tempfile.TemporaryDirectory() as name, valkey_server(Path(name, "valkey")) as server:

@@ -1,4 +1,4 @@
-"""The client whose callers share round trips: each gets its own answer, whatever becomes of the others."""
+"""The Redis client whose callers share round trips: each caller gets its own answer, even if another call fails."""
 
 import json
 import subprocess
@@ -35,7 +35,7 @@ def test_each_caller_gets_its_own_answer(client: PipelinedRedis, real_redis: Red
             assert answers == [[b"%d" % number, None, b"x" * number]] * 50
 
 
-def test_an_error_is_its_callers_alone(client: PipelinedRedis, real_redis: Redis) -> None:
+def test_error_reaches_only_its_caller(client: PipelinedRedis, real_redis: Redis) -> None:
     real_redis.set("text", "1")
     real_redis.hset("hash", "a", 1)
 
@@ -51,14 +51,14 @@ def test_an_error_is_its_callers_alone(client: PipelinedRedis, real_redis: Redis
         assert list(pool.map(ask, range(300))) == [NoScriptError, ResponseError, [b"1"]] * 100
 
 
-def test_other_commands_and_large_ones_go_alone(client: PipelinedRedis, real_redis: Redis) -> None:
+def test_other_and_large_commands_share_no_round_trip(client: PipelinedRedis, real_redis: Redis) -> None:
     script = real_redis.script_load("return {KEYS[1], #ARGV[1]}")
     assert client.evalsha(script, 1, "key", b"x" * (LARGE_ARGUMENT + 1)) == [b"key", LARGE_ARGUMENT + 1]
     assert client.set("a", "b") is True  # with redis-py's reading of the answer
     assert client.config_get("maxmemory") == {"maxmemory": "0"}
 
 
-#: What runs in a process of its own, as gevent's monkey patching is for good.
+#: A program for a process of its own, because gevent's monkey patching cannot be undone.
 IN_GEVENT = """
 from gevent import monkey
 monkey.patch_all()
@@ -75,12 +75,12 @@ gevent.joinall(asking, timeout=20)
 print(json.dumps([repr(each.exception or each.value) for each in asking]))
 """
 
-#: As redis-py shows it.
+#: redis-py's `repr` of the error.
 OUTAGE = "network:ConnectionError"
 
 
 def ask_in_gevent(url: str, what: str = "") -> list[str]:
-    """What came of twenty greenlets that each ask for a hash of its own."""
+    """The answers to twenty greenlets, each of which asks for its own hash."""
     command = [sys.executable, "-c", IN_GEVENT, url, what]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     answers: list[str] = json.loads(done.stdout)
@@ -105,11 +105,11 @@ def test_greenlets_that_ask_together_share_a_connection(real_redis: Redis, redis
     assert connections_made(real_redis) == before + 2  # the first one was sent at once
 
 
-def test_a_caller_that_is_ended_leaves_no_other_waiting(redis_url: str, answers: list[str]) -> None:
+def test_killed_caller_leaves_no_other_waiting(redis_url: str, answers: list[str]) -> None:
     alone, ended, *others = ask_in_gevent(redis_url, "kill")
     assert (alone, ended) == (answers[0], "GreenletExit()")
-    assert all(told in (answer, OUTAGE) for told, answer in zip(others, answers[2:], strict=True))
+    assert all(found in (answer, OUTAGE) for found, answer in zip(others, answers[2:], strict=True))
 
 
-def test_an_outage_is_told_to_all() -> None:
+def test_outage_reaches_all_callers() -> None:
     assert ask_in_gevent("redis://127.0.0.1:1/0") == [OUTAGE] * 20

@@ -1,4 +1,4 @@
-"""What a key may hold of a web process: as much as it leaves for all others."""
+"""The quota of an API key in a web process: a key may hold at most as much as is still free."""
 
 import json
 import sys
@@ -23,20 +23,20 @@ from tests.processes import end_run, json_of, problem_of, take_job, wait_until
 from tests.test_auth import ALICE, KEYS, OPS, _bearer
 
 
-def test_a_key_gets_as_much_as_it_leaves_for_the_others() -> None:
-    shares = FairQuota(100, several_keys=True)
-    assert [shares.take("alice", 10) for _ in range(6)] == [True] * 5 + [False]
-    assert [shares.take("bob", 10) for _ in range(4)] == [True, True, False, False]
-    assert shares.take("carol", 15)
-    shares.give_back("alice", 40)
-    assert shares.take("bob", 10)
+def test_a_key_gets_at_most_as_much_as_is_still_free() -> None:
+    quota = FairQuota(100, several_keys=True)
+    assert [quota.take("alice", 10) for _ in range(6)] == [True] * 5 + [False]
+    assert [quota.take("bob", 10) for _ in range(4)] == [True, True, False, False]
+    assert quota.take("carol", 15)
+    quota.give_back("alice", 40)
+    assert quota.take("bob", 10)
 
 
-def test_everybody_as_one_gets_all_of_it() -> None:
-    shares = FairQuota(100, several_keys=False)
-    assert [shares.take("", 10) for _ in range(11)] == [True] * 10 + [False]
-    shares.give_back("", 10)
-    assert shares.take("", 10)
+def test_without_several_keys_one_holder_gets_the_whole_quota() -> None:
+    quota = FairQuota(100, several_keys=False)
+    assert [quota.take("", 10) for _ in range(11)] == [True] * 10 + [False]
+    quota.give_back("", 10)
+    assert quota.take("", 10)
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_large_bodies_of_one_key_leave_memory_to_the_others(client: FlaskClient,
     assert enqueue(client, LARGE - 100).status_code == 202
     assert enqueue(client, LARGE, OPS).status_code == 202
     held.give_back("alice", 10 * LARGE)
-    for _ in range(100):  # each gives back what it had
+    for _ in range(100):  # each request gives its bytes back
         assert enqueue(client, LARGE).status_code == 202
 
 
@@ -83,7 +83,7 @@ def test_large_answers_of_one_key_leave_memory_to_the_others(client: FlaskClient
 def test_large_result_that_may_not_be_sent_starts_no_timer(
     client: FlaskClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would run on, and end a later request of the same connection."""
+    """A timer would run on, and end a later request of the same connection."""
     timed = Mock(side_effect=limit_send_time)
     monkeypatch.setattr(responses, "limit_send_time", timed)
     ended = EXAMPLE.model_copy(update={"job_status": "finished"})
@@ -116,8 +116,8 @@ def test_a_request_is_counted_until_its_answer_was_sent(
     assert requests.held("alice") == 0
 
 
-def test_nothing_large_is_held_once_it_was_answered(client: FlaskClient) -> None:
-    """Also where an answer is thrown away on the way, as the framework does with that to a bad query."""
+def test_an_answered_request_holds_no_quota(client: FlaskClient) -> None:
+    """Nor does an answer that is discarded on the way. The framework discards its answer to a bad query."""
     limits = client.application.extensions["limits"]
     query = "&".join(f"{number:03}" for number in range(1000))
     keys = json.dumps({f"{number:030}": 1 for number in range(3000)})
@@ -129,7 +129,7 @@ def test_nothing_large_is_held_once_it_was_answered(client: FlaskClient) -> None
         assert (limits.bytes.held("alice"), limits.requests.held("alice")) == (0, 0)
 
 
-def test_a_job_that_was_enqueued_is_told_also_where_its_result_has_no_room(client: FlaskClient, redis: "Redis") -> None:
+def test_an_enqueued_job_is_answered_even_if_its_result_has_no_room(client: FlaskClient, redis: "Redis") -> None:
     held = client.application.extensions["limits"].bytes
     assert held.take("alice", MAX_LARGE_BYTES // 2)
     with ThreadPoolExecutor(1) as pool:
@@ -177,7 +177,7 @@ def test_a_large_answer_may_take_a_while_but_not_for_ever(client: FlaskClient) -
     with client.application.test_request_context(environ_overrides={"gunicorn.socket": connection}):
         for size, is_limited in ((LARGE, False), (LARGE + 1, True), (10 * LARGE, True)):
             answer = limit_send_time(Response(b"x" * size))
-            limits = [getattr(close, "__self__") for close in answer._on_close]  # noqa: B009  # mypy knows of none
+            limits = [getattr(close, "__self__") for close in answer._on_close]  # noqa: B009  # mypy does not know it
             assert [(limit.seconds, limit.pending) for limit in limits] == [(60 + size / 16384, True)] * is_limited
             answer.close()
             assert not any(limit.pending for limit in limits)
