@@ -135,6 +135,20 @@ def test_pages_name_settings_that_there_are(page: Path) -> None:
     assert {name for name in named if name.partition("_")[0] in ours} <= settings
 
 
+def _sources() -> str:
+    files = [ROOT / "gunicorn.conf.py", ROOT / "pyproject.toml", ROOT / "Pipfile", ROOT / "docs/deploy.md"]
+    for folder, pattern in (("app", "*.py"), ("app", "*.lua"), ("app", "*.js"), ("tests", "*.py"), ("deploy", "*")):
+        files += (ROOT / folder).rglob(pattern)
+    return "\n".join(path.read_text() for path in files if path.is_file())
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/architecture.md", "docs/lifecycle.md", "README.md"])
+def test_pages_name_functions_that_there_are(name: str) -> None:
+    """A name in backticks, with an underscore or a capital in its middle, is one of the code or of the deployment."""
+    named = set(re.findall(r"`@?(_?[A-Za-z]\w*?(?:_|[a-z][A-Z])\w*)(?:\(.*?\))?`", (ROOT / name).read_text()))
+    assert named <= set(re.findall(r"\w+", _sources()))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_pages_show_python_that_can_be_read(page: Path) -> None:
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
