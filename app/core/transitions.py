@@ -183,9 +183,11 @@ class Run(NamedTuple):
         return {"job_id": self.job_id, "queue": self.queue, "request_id": self.request_id}
 
 
-def renew(
-    connection: Redis, run: Run, lease: int, progress: str = "", max_crashes: int | None = None
-) -> Literal["held", "lost", "stop"]:
+#: Whether a run holds its lease; `stop` if it does, and the job was canceled.
+Held = Literal["held", "lost", "stop"]
+
+
+def renew(connection: Redis, run: Run, lease: int, progress: str = "", max_crashes: int | None = None) -> Held:
     """Extend the lease of a run, and store its progress.
 
     Args:
@@ -199,9 +201,7 @@ def renew(
         `held`; `lost` if the run does not hold the lease any more; `stop` if the job was canceled.
     """
     limit = "" if max_crashes is None else max_crashes
-    return cast(
-        'Literal["held", "lost", "stop"]', to_text(run_script(connection, "renew", *run.fence, lease, progress, limit))
-    )
+    return cast("Held", to_text(run_script(connection, "renew", *run.fence, lease, progress, limit)))
 
 
 class Ending(NamedTuple):

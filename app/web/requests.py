@@ -183,7 +183,8 @@ def read_wait(asked: float | None) -> float:
         asked: the option `wait` in seconds, if the request has it.
     """
     preferred = _preferred_wait() if asked is None else None
-    seconds = min(asked if asked is not None else preferred or 0, current_settings().max_wait)
+    wanted = asked if asked is not None else preferred
+    seconds = min(wanted, current_settings().max_wait) if wanted else 0
     if preferred is not None:
         add_header("Preference-Applied", f"wait={seconds:.0f}")
     if seconds > 0:

@@ -6,7 +6,7 @@ changes one of these methods.
 
 import time
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import rq
 from redis import Redis
@@ -25,7 +25,7 @@ from app.config import get_settings
 from app.core import scripts, transitions
 from app.core.connections import connect
 from app.core.queue import Queue
-from app.core.transitions import Run
+from app.core.transitions import Held, Run
 
 #: Seconds between two ticks, which renew leases, send the heartbeat, and look for jobs that are due. Also the longest
 #: block.
@@ -38,7 +38,6 @@ MOST_CANCELED = 1000
 LONGEST_PAUSE = 5.0
 
 Answer = TypeVar("Answer")
-Held = Literal["held", "lost", "stop"]
 
 
 class ResilientWorker(rq.Worker):

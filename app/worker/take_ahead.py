@@ -96,10 +96,9 @@ class TakeAhead:
     def finish_and_take(self, run: Run, ending: Ending) -> None:
         """Send `take` and the end of the last run; `pop_answer` has the next job, whose lease begins as Redis takes it.
 
-        Raises:
-            RedisError: the finish that is still pending cannot be confirmed.
+        `confirm_last_finish` comes first: an unread answer must not stand before those of these two.
         """
-        self.confirm_last_finish()
+        assert not self.pending
         self._asked_at = time.monotonic()
         has_unread_answer = False
         try:
